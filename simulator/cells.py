@@ -1,0 +1,179 @@
+"""The door: one cell per trace, policy and budget; all cells to one table."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from simulator.budget import Budget, parse_budget
+from simulator.engine import Engine
+from simulator.full_cache import FullCache
+from simulator.layer_replay import Retained
+from simulator.metrics import measure
+from simulator.policy import Policy, parse_policy
+from simulator.request import Request
+from simulator.results import result_table, retained_table
+from simulator.wave import Wave, known_waves
+from traces.errors import UserError
+from traces.store import open_trace
+from traces.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Results of a replay.
+
+    Attributes
+    ----------
+    table : polars.DataFrame
+        One row per trace, policy and budget; columns of ``results.ROW_SCHEMA``.
+    retained : polars.DataFrame
+        Who is retained after every compression, ``results.RETAINED_SCHEMA``; empty unless asked for.
+    exit_code : int
+        0 if every cell succeeded, 1 if some failed, the first failure's own code if all did.
+    """
+
+    table: pl.DataFrame
+    retained: pl.DataFrame
+    exit_code: int
+
+
+def replay(
+    traces: Sequence[str | Path | Trace] | str | Path | Trace,
+    policies: Sequence[str | Policy] | str | Policy,
+    budgets: Sequence[str | int | Budget] | str | int | Budget,
+    **options: Any,
+) -> pl.DataFrame:
+    """Replay every policy on every trace at every budget; see ``run_replay`` for the options.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per trace, policy and budget. Cells that failed say so in ``status`` and ``error``.
+
+    Raises
+    ------
+    UserError
+        For a policy or budget that cannot be read, or a trace that cannot be opened.
+    """
+    return run_replay(_as_list(traces), _as_list(policies), _as_list(budgets), **options).table
+
+
+def run_replay(
+    traces: Sequence[str | Path | Trace],
+    policies: Sequence[str | Policy],
+    budgets: Sequence[str | int | Budget],
+    *,
+    seed: int = 0,
+    jobs: int = 1,
+    waves: Iterable[str | Path] = (),
+    keep_retained: bool = False,
+    on_cell: Callable[[], None] = lambda: None,
+) -> Replay:
+    """Replay the product of traces, policies and budgets.
+
+    Parameters
+    ----------
+    traces : sequence of paths or opened traces
+    policies : sequence of names or policies
+    budgets : sequence
+        Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``.
+    seed : int
+        For policies that draw at random.
+    jobs : int
+        Threads over layers.
+    waves : iterable of paths
+        Demand profiles beside those that ship with the package.
+    keep_retained : bool
+        Keep who is retained after every compression.
+    on_cell : callable
+        Called after every finished cell, for progress.
+    """
+    parsed = [parse_policy(policy) for policy in policies]
+    asked = [parse_budget(budget) for budget in budgets]
+    # Every trace is opened before the first is replayed, so that a bad one costs no work.
+    opened = [trace if isinstance(trace, Trace) else open_trace(trace) for trace in traces]
+    for trace in opened:
+        if trace.total_tokens == trace.prompt_tokens:
+            raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to replay")
+    known = known_waves(list(waves))
+    rows, retained, codes = [], [], []
+    for trace in opened:
+        full = FullCache(trace)
+        for policy in parsed:
+            for budget in asked:
+                row = _labels(trace, policy, budget)
+                started = time.perf_counter()
+                try:
+                    measured, kept = _cell(trace, policy, budget, full, seed, jobs, known, keep_retained)
+                    row |= measured | {"status": "ok"}
+                    retained.append((_retained_labels(row, budget), kept))
+                    codes.append(0)
+                except UserError as error:
+                    row |= {"status": "error", "error": str(error)}
+                    codes.append(error.exit_code)
+                row["seconds"] = time.perf_counter() - started
+                rows.append(row)
+                on_cell()
+    failed = [code for code in codes if code]
+    exit_code = 0 if not failed else failed[0] if len(failed) == len(codes) else 1
+    return Replay(result_table(rows), retained_table(retained), exit_code)
+
+
+def _cell(
+    trace: Trace,
+    policy: Policy,
+    budget: Budget,
+    full: FullCache,
+    seed: int,
+    jobs: int,
+    waves: dict[str, Wave],
+    keep_retained: bool,
+) -> tuple[dict[str, Any], list[Retained]]:
+    entries = budget.entries(trace.shape, trace.total_tokens)
+    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=keep_retained)
+    (outcome,) = Engine([request], jobs).run()
+    measured = asdict(measure(trace, outcome, full))
+    measured["budget_entries"] = entries
+    measured["protection_binding"] = outcome.protection_binding
+    return measured, outcome.retained
+
+
+def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+    return {
+        "trace_id": trace.trace_id,
+        "trace": trace.path.name,
+        "model": trace.model,
+        "policy": policy.name,
+        "policy_params": policy.parameters_json,
+        "budget_asked": budget.amount,
+        "budget_unit": budget.unit,
+        "code_version": code_version(),
+    }
+
+
+def _retained_labels(row: dict[str, Any], budget: Budget) -> dict[str, str]:
+    return {name: row[name] for name in ("trace_id", "policy", "policy_params")} | {"budget": str(budget)}
+
+
+@cache
+def code_version() -> str:
+    """Name this build: the version and a digest of the code that results depend on."""
+    digest = hashlib.sha256()
+    for package in ("simulator", "simulator.policies", "traces"):
+        for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith(".py"):
+                digest.update(entry.read_bytes())
+    return f"0.1.0+{digest.hexdigest()[:12]}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, int, Path, Trace, Policy, Budget)) else list(value)

@@ -1,0 +1,189 @@
+"""The simulator's verbs: replay, calibrate, policies. Heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DEFAULT_POLICIES = "fullkv,streamingllm,snapkv,rkv,pyramid-rkv,reasonalloc,random,random-prompt"
+DEFAULT_BUDGETS = "10%,20%,30%,50%"
+
+TraceOption = Annotated[
+    list[str], typer.Option("--trace", "-t", help="Trace, folder of traces or glob; repeats. 'sample' ships.")
+]
+
+
+def replay(
+    trace: TraceOption,
+    policy: Annotated[
+        list[str], typer.Option("--policy", "-p", help="Comma list such as rkv+wave,reasonalloc:delta=64.")
+    ] = [DEFAULT_POLICIES],  # noqa: B006
+    budget: Annotated[
+        list[str],
+        typer.Option("--budget", "-b", help="Comma list: 128 entries, 5% of the full cache, 64MiB."),
+    ] = [DEFAULT_BUDGETS],  # noqa: B006
+    buffer: Annotated[
+        int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
+    ] = None,
+    wave: Annotated[list[Path] | None, typer.Option(help="Wave made by sim calibrate; repeats.")] = None,
+    retained: Annotated[
+        Path | None, typer.Option(help="Write who is retained after every compression (Parquet).")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="table, csv, json or parquet.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="For policies that draw at random.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Replay policies x budgets over recorded traces and print one table."""
+    from simulator.cells import run_replay
+    from simulator.output import choose_format, write_parquet, write_rows
+    from simulator.policy import parse_policy, split_list
+    from traces.errors import UserError
+    from traces.store import find_traces
+
+    chosen = choose_format(format, output)
+    if retained is not None:
+        choose_format("parquet", retained)
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    overrides = {} if buffer is None else {"buffer": buffer}
+    policies = [parse_policy(name, **overrides) for text in policy for name in split_list(text)]
+    budgets = [item for text in budget for item in text.split(",")]
+    paths = find_traces(_with_sample(trace))
+    with _progress(len(paths) * len(policies) * len(budgets), quiet) as advance:
+        result = run_replay(
+            paths,
+            policies,
+            budgets,
+            seed=seed,
+            jobs=_threads(jobs),
+            waves=wave or [],
+            keep_retained=retained is not None,
+            on_cell=advance,
+        )
+    write_rows(result.table, output, chosen)
+    if retained is not None:
+        write_parquet(result.retained, retained)
+    failed = result.table.filter(result.table["status"] != "ok")
+    for message in dict.fromkeys(failed["error"]):
+        print(f"sim: {message}", file=sys.stderr)
+    if result.exit_code:
+        print(f"sim: {len(failed)} of {len(result.table)} cells failed", file=sys.stderr)
+        raise typer.Exit(result.exit_code)
+
+
+def calibrate(
+    trace: TraceOption,
+    out: Annotated[Path, typer.Option(help="Where to write the wave (JSON).")],
+    rho: Annotated[float, typer.Option(help="Attention mass to hold.")] = 0.93,
+    steps: Annotated[int, typer.Option(help="Decode steps sampled per trace.")] = 64,
+) -> None:
+    """Measure a model's Reasoning Wave: the entries each layer needs, for the wave allocator."""
+    from simulator.wave import calibrate as measure
+    from traces.errors import UserError
+    from traces.store import find_traces, open_trace
+
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; allowed: 1 or more")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: folder {out.parent} is missing; allowed: an existing folder")
+    wave = measure([open_trace(path) for path in find_traces(_with_sample(trace))], rho, steps)
+    wave.write(out)
+    print(f"wave of {wave.model} from {len(wave.trace_ids)} traces, {wave.n_steps} decode steps")
+    print(f"entries per KV head that hold {rho:.0%} of the attention:")
+    widest = max(wave.demand)
+    for layer, demand in enumerate(wave.demand):
+        heads = " ".join(f"{value:6.1f}" for value in wave.head_demand[layer])
+        print(f"  layer {layer:2d} {demand:7.1f}  {'#' * round(30 * demand / widest):30s}  heads {heads}")
+    print(f"wrote {out}")
+
+
+policies_app = typer.Typer(no_args_is_help=True, help="Policies by name: what there is, and what each does.")
+
+
+@policies_app.command("list")
+def list_policies() -> None:
+    """List the policies and the parts they are made of."""
+    from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+
+    print("policies: a scorer alone, an alias, or scorer+layers+heads (rkv+wave, snapkv+pyramid+utility)")
+    tables = {
+        "scorers": SCORERS,
+        "layer allocators": LAYER_ALLOCATORS,
+        "head allocators": HEAD_ALLOCATORS,
+        "triggers": TRIGGERS,
+    }
+    for title, table in tables.items():
+        print(f"\n{title}")
+        for name, part in table.items():
+            summary = (part.__doc__ or "").split("\n")[0]
+            print(f"  {name:14s} {summary}{f' [{part.source}]' if part.source else ''}")
+    print("\naliases")
+    for name, meaning in ALIASES.items():
+        print(f"  {name:14s} {meaning}")
+
+
+@policies_app.command("show")
+def show_policy(name: Annotated[str, typer.Argument(help="A policy or one of its parts.")]) -> None:
+    """Show a policy's parts, parameters, defaults, source and known deviations."""
+    import inspect
+
+    from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, TRIGGERS
+    from simulator.policy import parse_policy, part_parameters
+
+    tables = {**TRIGGERS, **HEAD_ALLOCATORS, **LAYER_ALLOCATORS}
+    if name in tables:
+        parts = {"part": tables[name]()}
+    else:
+        policy = parse_policy(name)
+        parts = {
+            "scorer": policy.scorer,
+            "layers": policy.layers,
+            "heads": policy.heads,
+            "trigger": policy.trigger,
+        }
+    print(name)
+    for role, part in parts.items():
+        print(f"\n{role}: {part.name}{f'  [{part.source}]' if part.source else ''}")
+        for parameter, value in part_parameters(part).items():
+            print(f"    {parameter} = {value}")
+        text = inspect.getdoc(type(part)) or ""
+        print("\n".join(f"    {line}".rstrip() for line in ["", *text.splitlines()]))
+
+
+def _with_sample(patterns: list[str]) -> list[str]:
+    from importlib import resources
+
+    shipped = str(resources.files("traces") / "samples")
+    return [shipped if pattern == "sample" else pattern for pattern in patterns]
+
+
+def _threads(jobs: int) -> int:
+    import os
+
+    from traces.errors import UserError
+
+    if jobs < 0:
+        raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
+    return jobs or len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    if quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("replaying", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,111 @@
+"""The loop: pop, handle, schedule what follows. The only file that advances time.
+
+Between two events decoding only appends, so the span is measured in one batched computation when the next
+event of that layer is handled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+
+from simulator.events import Event, EventQueue, Kind
+from simulator.layer_replay import LayerReplay
+from simulator.request import Outcome, Request
+
+
+class Engine:
+    """One clock over any number of requests.
+
+    Layers that have an event of one kind at one time are handled in parallel: they share nothing, so the
+    result does not depend on ``jobs``.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+    jobs : int
+        Threads.
+    """
+
+    def __init__(self, requests: Sequence[Request], jobs: int = 1) -> None:
+        self._requests = requests
+        self._jobs = jobs
+        self._queue = EventQueue()
+        self._handlers = {
+            Kind.ARRIVAL: self._arrive,
+            Kind.REALLOCATION: self._reallocate,
+            Kind.COMPRESSION: self._compress,
+            Kind.COMPLETION: self._complete,
+        }
+
+    def run(self) -> list[Outcome]:
+        """Replay every request from arrival to completion."""
+        for index, request in enumerate(self._requests):
+            self._queue.push(request.arrival, Kind.ARRIVAL, index)
+        pool = ThreadPoolExecutor(self._jobs) if self._jobs > 1 else None
+        with pool or nullcontext():
+            apply = pool.map if pool else map
+            while self._queue:
+                batch = self._queue.pop_simultaneous()
+                self._handlers[batch[0].kind](batch, apply)
+        return [request.outcome() for request in self._requests]
+
+    def _arrive(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        for event in batch:
+            request = self._requests[event.request]
+            list(apply(LayerReplay.prefill, request.layers))
+            self._queue.push(request.completion, Kind.COMPLETION, event.request)
+            for layer in range(len(request.layers)):
+                self._schedule(event.request, layer)
+
+    def _reallocate(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        def handle(event: Event) -> None:
+            request = self._requests[event.request]
+            layer = request.layers[event.layer]
+            layer.advance(request.tokens_at(event.time))
+            layer.reallocate()
+
+        list(apply(handle, batch))
+
+    def _compress(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        def handle(event: Event) -> None:
+            request = self._requests[event.request]
+            layer = request.layers[event.layer]
+            layer.advance(request.tokens_at(event.time))
+            layer.compress()
+
+        list(apply(handle, batch))
+        for event in batch:
+            self._schedule(event.request, event.layer)
+
+    def _complete(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        for event in batch:
+            request = self._requests[event.request]
+            total_tokens = request.trace.total_tokens
+            list(apply(lambda layer, n=total_tokens: layer.advance(n), request.layers))
+
+    def _schedule(self, index: int, layer: int) -> None:
+        request = self._requests[index]
+        n_tokens = request.layers[layer].next_compression()
+        if n_tokens is None or n_tokens >= request.trace.total_tokens:
+            return  # at the last token completion comes first
+        time = request.time_of(n_tokens)
+        if request.layers[layer].reallocation_due(n_tokens):
+            self._queue.push(time, Kind.REALLOCATION, index, layer)
+        self._queue.push(time, Kind.COMPRESSION, index, layer)
+
+
+def memory_over_time(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> np.ndarray:
+    """Add up the entries that all requests hold at every tick of the shared clock.
+
+    Returns
+    -------
+    int64 (n_ticks,), from tick 0 to the last completion. A request holds memory from its arrival on.
+    """
+    total = np.zeros(max(request.completion for request in requests), np.int64)
+    for request, outcome in zip(requests, outcomes, strict=True):
+        total[request.arrival : request.completion] += outcome.held
+    return total

@@ -1,0 +1,68 @@
+"""Who is retained in one layer: keys and positions per KV head, ragged. Appends and evicts, never chooses."""
+
+from __future__ import annotations
+
+import numpy as np
+
+NEVER = np.iinfo(np.int32).max
+
+
+class Ledger:
+    """Retained entries of one layer.
+
+    Attributes
+    ----------
+    lengths : int64 (n_kv_heads,)
+        Entries each KV head holds.
+    evicted_at : int32 (n_kv_heads, total_tokens)
+        Token count at which each position was evicted, ``NEVER`` if it was not.
+    """
+
+    def __init__(self, n_kv_heads: int, head_dim: int, total_tokens: int) -> None:
+        self.lengths = np.zeros(n_kv_heads, np.int64)
+        self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
+        self._keys = [np.empty((0, head_dim), np.float32) for _ in range(n_kv_heads)]
+        self._positions = [np.empty(0, np.int32) for _ in range(n_kv_heads)]
+
+    @property
+    def n_entries(self) -> int:
+        """Entries held by all heads together."""
+        return int(self.lengths.sum())
+
+    def keys(self, kv_head: int) -> np.ndarray:
+        """Give one head's keys in slot order, float32 (n_entries, head_dim), without a copy."""
+        return self._keys[kv_head][: self.lengths[kv_head]]
+
+    def positions(self, kv_head: int) -> np.ndarray:
+        """Give one head's token positions in slot order, int32 (n_entries,), without a copy."""
+        return self._positions[kv_head][: self.lengths[kv_head]]
+
+    def append(self, first: int, keys: np.ndarray) -> None:
+        """Add the keys of positions ``first`` onwards, float32 (n_kv_heads, n_tokens, head_dim)."""
+        n_tokens = keys.shape[1]
+        for kv_head, length in enumerate(self.lengths):
+            self._reserve(kv_head, length + n_tokens)
+            self._keys[kv_head][length : length + n_tokens] = keys[kv_head]
+            self._positions[kv_head][length : length + n_tokens] = np.arange(first, first + n_tokens)
+        self.lengths += n_tokens
+
+    def retain(self, kv_head: int, slots: np.ndarray, n_tokens: int) -> None:
+        """Keep the entries at ``slots``, in that order, and evict the others at ``n_tokens`` tokens."""
+        positions = self.positions(kv_head)
+        evicted = np.ones(len(positions), bool)
+        evicted[slots] = False
+        self.evicted_at[kv_head, positions[evicted]] = n_tokens
+        self._keys[kv_head][: len(slots)] = self.keys(kv_head)[slots]
+        self._positions[kv_head][: len(slots)] = positions[slots]
+        self.lengths[kv_head] = len(slots)
+
+    def _reserve(self, kv_head: int, capacity: int) -> None:
+        held = self._keys[kv_head]
+        if capacity <= len(held):
+            return
+        grown = max(capacity, len(held) + len(held) // 2)
+        keys = np.empty((grown, held.shape[1]), np.float32)
+        keys[: len(held)] = held
+        positions = np.empty(grown, np.int32)
+        positions[: len(held)] = self._positions[kv_head]
+        self._keys[kv_head], self._positions[kv_head] = keys, positions

@@ -1,0 +1,118 @@
+"""How a budget is divided over layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.apportion import apportion, robustify
+from simulator.policies.base import LayerAllocator, LayerRequest, refuse_unless
+from traces.errors import MissingDataError
+
+
+@dataclass(frozen=True)
+class UniformLayers(LayerAllocator):
+    """The same budget for every layer."""
+
+    name: ClassVar[str] = "uniform"
+
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Give every layer the mean."""
+        return np.full(request.n_layers, request.entries, np.int64), False
+
+
+@dataclass(frozen=True)
+class PyramidLayers(LayerAllocator):
+    """Budgets that fall linearly from the first layer to the last.
+
+    Attributes
+    ----------
+    pyramid_beta : float
+        The last layer's evictable entries are the mean over ``pyramid_beta``; the first layer's are twice
+        the mean less that.
+
+    Notes
+    -----
+    The published code floors the step between layers and so overshoots the total by up to 13%; here the
+    linear shares are rounded by largest remainder and the total is exact. The protected entries come on top
+    of the pyramid in every layer. There is no clamp to the prompt length, since a decoding cache outgrows it.
+
+    References
+    ----------
+    Cai et al. 2024, "PyramidKV" (arXiv 2406.02069), section 4.2.
+    """
+
+    name: ClassVar[str] = "pyramid"
+    source: ClassVar[str] = "Cai et al. 2024, arXiv 2406.02069"
+    pyramid_beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.pyramid_beta >= 1, "pyramid_beta", self.pyramid_beta, "1 or more")
+
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Give the protected entries plus a linear share of the rest."""
+        evictable = request.entries - request.protected
+        last = evictable / self.pyramid_beta
+        shares = np.linspace(2 * evictable - last, last, request.n_layers)
+        if request.n_layers == 1:
+            shares = np.array([float(evictable)])
+        return request.protected + apportion(shares, request.n_layers * evictable), False
+
+
+@dataclass(frozen=True)
+class WaveLayers(LayerAllocator):
+    """Budgets that follow the model's measured demand, the Reasoning Wave (ReasonAlloc level I).
+
+    Attributes
+    ----------
+    gamma : float
+        Smoothing exponent of the demand.
+    layer_floor, layer_cap : float
+        Bounds of a layer's budget, as multiples of the mean.
+
+    References
+    ----------
+    ReasonAlloc (arXiv 2606.11164), level I. The demand is measured by ``sim calibrate``.
+    """
+
+    name: ClassVar[str] = "wave"
+    source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level I"
+    gamma: float = 0.5
+    layer_floor: float = 0.25
+    layer_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        refuse_unless(0 <= self.gamma <= 4, "gamma", self.gamma, "0 to 4")
+        refuse_unless(0 <= self.layer_floor <= 1, "layer_floor", self.layer_floor, "0 to 1")
+        refuse_unless(self.layer_cap >= 1, "layer_cap", self.layer_cap, "1 or more")
+
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Robustify the model's demand.
+
+        Raises
+        ------
+        MissingDataError
+            If no wave is known for the model, or it is of another shape.
+        """
+        wave = request.waves.get(request.model)
+        if wave is None:
+            known = ", ".join(sorted(request.waves)) or "none"
+            raise MissingDataError(
+                f"no wave for model '{request.model}' (known: {known}); make one from other traces of it "
+                "with: sim calibrate --trace CALIBRATION --out wave.json, then pass --wave wave.json"
+            )
+        demand = np.asarray(wave.demand, np.float64)
+        if len(demand) != request.n_layers:
+            raise MissingDataError(
+                f"the wave of model '{request.model}' has {len(demand)} layers, the trace {request.n_layers}"
+            )
+        return robustify(
+            demand,
+            request.n_layers * request.entries,
+            exponent=self.gamma,
+            floor=self.layer_floor,
+            cap=self.layer_cap,
+            protected=request.protected,
+        )

@@ -1,0 +1,77 @@
+"""R-KV: attention of the last queries, less the redundancy of the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.kernels import mean_similarity
+from simulator.policies.base import refuse_unless
+from simulator.policies.snapkv import SnapKV
+from simulator.view import CacheView
+
+NO_MATCH = ("skip", "column0")
+# Added to the norm, as the published code does; it keeps a zero key finite.
+_NORM_EPSILON = np.float32(1e-8)
+
+
+@dataclass(frozen=True)
+class RKV(SnapKV):
+    """Score ``alpha * importance - (1 - alpha) * redundancy``.
+
+    Attributes
+    ----------
+    alpha : float
+        Weight of importance, in [0, 1]. The paper and its README use 0.1, the code's default is 0.07.
+    similarity_threshold : float
+        Cosine above which (strictly) one key duplicates another.
+    no_match : str
+        What a key without duplicate does: ``skip`` spares nothing; ``column0`` spares slot 0, as the
+        published code does.
+
+    Notes
+    -----
+    Importance is SnapKV's. Redundancy is the softmax, over all entries held, of each key's mean cosine to
+    all keys, where every key spares its newest duplicate ("newest" is the largest slot: the latest position
+    unless ``slot_order=score``). ``slot_order=score,no_match=column0`` reproduces the published code.
+
+    References
+    ----------
+    Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models" (arXiv 2505.24133).
+    """
+
+    name: ClassVar[str] = "rkv"
+    source: ClassVar[str] = "Cai et al. 2025, arXiv 2505.24133"
+    alpha: float = 0.1
+    similarity_threshold: float = 0.5
+    no_match: str = "skip"
+
+    def __post_init__(self) -> None:
+        SnapKV.__post_init__(self)
+        refuse_unless(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
+        in_range = -1 <= self.similarity_threshold <= 1
+        refuse_unless(in_range, "similarity_threshold", self.similarity_threshold, "-1 to 1")
+        refuse_unless(self.no_match in NO_MATCH, "no_match", self.no_match, ", ".join(NO_MATCH))
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score the evictable entries; zero in the window."""
+        scores = SnapKV.score(self, view)
+        n_candidates = view.n_entries - self.window
+        if n_candidates > 0:
+            spare_column0 = self.no_match == "column0"
+            repeated = redundancy(view.keys, self.similarity_threshold, spare_column0)[:n_candidates]
+            scores[:n_candidates] *= np.float32(self.alpha)
+            scores[:n_candidates] -= np.float32(1 - self.alpha) * repeated
+        return scores
+
+
+def redundancy(keys: np.ndarray, threshold: float, spare_column0: bool) -> np.ndarray:
+    """Give each key's share of repetition, float32 (n_entries,), summing to 1."""
+    norms = np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float32))
+    unit = keys / (norms + _NORM_EPSILON)[:, None]
+    means = np.empty(len(keys), np.float64)
+    mean_similarity(unit @ unit.T, np.float32(threshold), spare_column0, means)
+    weights = np.exp(means - means.max())
+    return (weights / weights.sum()).astype(np.float32)

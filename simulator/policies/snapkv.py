@@ -1,0 +1,88 @@
+"""SnapKV at decode time: attention of the last queries, pooled over neighbours (R-KV's variant)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.kernels import max_pool
+from simulator.policies.base import Scorer, refuse_unless
+from simulator.view import CacheView
+
+GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
+SLOT_ORDERS = ("chronological", "score")
+
+
+@dataclass(frozen=True)
+class SnapKV(Scorer):
+    """Keep what the last ``window`` queries attend to.
+
+    Attributes
+    ----------
+    window : int
+        Observed queries; as many recent entries are protected.
+    kernel_size : int
+        Width of the max-pooling over neighbouring slots, odd.
+    group_reduce : str
+        How a GQA group becomes one: ``max_logits`` before the softmax, or ``mean_weights`` or
+        ``max_weights`` after it.
+    slot_order : str
+        ``score`` lays survivors out as the published code does, so that pooling meets other neighbours from
+        the second compression on.
+
+    Notes
+    -----
+    This is the decode-time baseline of R-KV: softmax over the evictable entries only (the window's own keys
+    are left out of the denominator), mean over the window's queries, max-pooling. SnapKV itself compresses
+    the prompt once, normalises over all keys and keeps a cache per query head.
+
+    References
+    ----------
+    Li et al. 2024 (arXiv 2404.14469), section 4; R-KV, arXiv 2505.24133, baseline of section 4.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469; decode-time form of R-KV"
+    window: int = 8
+    kernel_size: int = 7
+    group_reduce: str = "max_logits"
+    slot_order: str = "chronological"
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.window >= 1, "window", self.window, "1 or more")
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        refuse_unless(odd, "kernel_size", self.kernel_size, "an odd number")
+        known = self.group_reduce in GROUP_REDUCTIONS
+        refuse_unless(known, "group_reduce", self.group_reduce, ", ".join(GROUP_REDUCTIONS))
+        known = self.slot_order in SLOT_ORDERS
+        refuse_unless(known, "slot_order", self.slot_order, ", ".join(SLOT_ORDERS))
+
+    @property
+    def recent(self) -> int:
+        """Entries of the observation window, which are not scored."""
+        return self.window
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score by pooled attention; zero in the window."""
+        scores = np.zeros(view.n_entries, np.float32)
+        n_candidates = view.n_entries - self.window
+        if n_candidates > 0:
+            weights = window_attention(view, n_candidates, self.group_reduce)
+            max_pool(weights, self.kernel_size, scores[:n_candidates])
+        return scores
+
+
+def window_attention(view: CacheView, n_candidates: int, group_reduce: str) -> np.ndarray:
+    """Average the window's attention over the first ``n_candidates`` slots; float32 (n_candidates,)."""
+    group_size, n_window, head_dim = view.queries.shape
+    products = view.queries.reshape(-1, head_dim) @ view.keys[:n_candidates].T
+    logits = products.reshape(group_size, n_window, n_candidates) * np.float32(view.scale)
+    if group_reduce == "max_logits":
+        logits = logits.max(axis=0, keepdims=True)
+    # Subtract the row maximum first: logits reach 100 and float32 exp overflows at 88.
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    reduced = weights.max(axis=0) if group_reduce == "max_weights" else weights.mean(axis=0)
+    return reduced.mean(axis=0)

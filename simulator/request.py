@@ -1,0 +1,119 @@
+"""One request's life under a policy: arrival, compressions, completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.layer_replay import LayerReplay, Retained
+from simulator.policies.base import LayerRequest, PolicyError
+from simulator.policy import Policy
+from simulator.wave import Wave, refuse_calibration_trace
+from traces.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a request's replay measured.
+
+    Attributes
+    ----------
+    mass : float32 (n_layers, n_query_heads, n_steps)
+        Retained attention mass of every decode step.
+    held : int64 (n_steps,)
+        Entries over all layers and KV heads during every decode step.
+    evicted_at : int32 (n_layers, n_kv_heads, total_tokens)
+        Token count at which each position was evicted; ``ledger.NEVER`` if it was not.
+    n_evicted : int
+        Entries evicted, over all layers and KV heads.
+    protection_binding : bool
+        Whether protected entries were a lower bound that some budget sat on.
+    retained : list of Retained
+        Who was retained after every compression, if asked for.
+    """
+
+    mass: np.ndarray
+    held: np.ndarray
+    evicted_at: np.ndarray
+    n_evicted: int
+    protection_binding: bool
+    retained: list[Retained]
+
+
+class Request:
+    """A recorded sequence that arrives at ``arrival`` on the shared clock and decodes one token per tick.
+
+    Parameters
+    ----------
+    trace : Trace
+    policy : Policy
+    entries : int
+        Mean budget in entries per KV head.
+    arrival : int
+    seed : int
+    waves : dict
+        Known demand profiles by model name.
+    keep_retained : bool
+        Keep who is retained after every compression.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget does not hold what the policy protects.
+    MissingDataError
+        If the policy needs a profile that is not known.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        policy: Policy,
+        entries: int,
+        *,
+        arrival: int = 0,
+        seed: int = 0,
+        waves: dict[str, Wave] | None = None,
+        keep_retained: bool = False,
+    ) -> None:
+        policy.require_feasible(entries)
+        waves = waves or {}
+        shape = trace.shape
+        if policy.layers.name == "wave":
+            refuse_calibration_trace(waves.get(trace.model), trace)
+        asked = LayerRequest(shape.n_layers, entries, policy.protected, trace.model, waves)
+        budgets, self._layers_binding = policy.layers.allocate(asked)
+        if budgets.sum() != shape.n_layers * entries:
+            raise PolicyError(
+                f"layer allocator '{policy.layers.name}' gave {budgets.sum()} entries per KV head over "
+                f"{shape.n_layers} layers; allowed: exactly {shape.n_layers * entries}"
+            )
+        self.trace, self.arrival = trace, arrival
+        self.layers = [
+            LayerReplay(trace, layer, policy, int(budget), seed=seed, keep_retained=keep_retained)
+            for layer, budget in enumerate(budgets)
+        ]
+
+    @property
+    def completion(self) -> int:
+        """Tick at which the last token is decoded."""
+        return self.arrival + self.trace.total_tokens - self.trace.prompt_tokens
+
+    def tokens_at(self, time: int) -> int:
+        """Give the tokens in the cache's history at a tick."""
+        return self.trace.prompt_tokens + time - self.arrival
+
+    def time_of(self, n_tokens: int) -> int:
+        """Give the tick at which the history holds ``n_tokens`` tokens."""
+        return self.arrival + n_tokens - self.trace.prompt_tokens
+
+    def outcome(self) -> Outcome:
+        """Collect what the layers measured, after completion."""
+        return Outcome(
+            mass=np.stack([layer.mass for layer in self.layers]),
+            held=np.sum([layer.held for layer in self.layers], axis=0),
+            evicted_at=np.stack([layer.ledger.evicted_at for layer in self.layers]),
+            n_evicted=sum(layer.n_evicted for layer in self.layers),
+            protection_binding=self._layers_binding or any(layer.protection_binding for layer in self.layers),
+            retained=[kept for layer in self.layers for kept in layer.retained],
+        )

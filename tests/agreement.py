@@ -1,0 +1,124 @@
+"""Holds a replay against the slow twin: every compression, every budget, every step's mass.
+
+Single precision may decide a near-tie otherwise than double precision. Each such difference is proved to be
+one, counted, and adopted by the twin, so that the rest of the run can still be compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import naive
+import numpy as np
+
+from simulator.engine import Engine
+from simulator.layer_replay import LayerReplay
+from simulator.policy import parse_policy
+from simulator.request import Outcome, Request
+from simulator.wave import Wave
+
+NEAR = 1e-6  # relative
+
+
+def make_wave(trace, demand) -> Wave:
+    return Wave(
+        model=trace.model,
+        model_revision="",
+        rho=0.93,
+        demand=tuple(demand),
+        head_demand=tuple((value,) * trace.shape.n_kv_heads for value in demand),
+        trace_ids=(),
+        n_steps=1,
+    )
+
+
+def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outcome, dict]:
+    """Replay one request; give its outcome and, per layer, the head budgets after every reallocation."""
+    waves = {} if demand is None else {trace.model: make_wave(trace, demand)}
+    policy = parse_policy(text)
+    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
+    budgets = defaultdict(list)
+    reallocate = LayerReplay.reallocate
+
+    def watched(layer_replay: LayerReplay) -> None:
+        reallocate(layer_replay)
+        budgets[request.layers.index(layer_replay)].append(layer_replay.budgets.tolist())
+
+    with patch.object(LayerReplay, "reallocate", watched):
+        (outcome,) = Engine([request], jobs).run()
+    return outcome, budgets
+
+
+@dataclass
+class Agreement:
+    """Settles the twin's decisions by the replay's, having proved that they differ by a near-tie at most."""
+
+    outcome: Outcome
+    head_budgets: dict[int, list[list[int]]]
+    adopted: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.head_budgets = {layer: list(budgets) for layer, budgets in self.head_budgets.items()}
+        self.retained = {(kept.layer, kept.compression, kept.kv_head): kept for kept in self.outcome.retained}
+        assert len(self.retained) == len(self.outcome.retained), "a compression was reported twice"
+        self.n_decisions = len(self.retained)
+
+    def budgets(self, layer, own, pooled, tau):
+        seen = self.head_budgets[layer.index].pop(0)
+        assert sum(seen) == layer.total
+        if seen != own:
+            low = [sum(score > tau + NEAR * abs(tau) for score in head) for head in pooled]
+            high = [sum(score >= tau - NEAR * abs(tau) for score in head) for head in pooled]
+            assert any(n_low < n_high - 1 for n_low, n_high in zip(low, high, strict=True)) or sum(high) > sum(
+                low
+            ) + 1, f"layer {layer.index}, {layer.n_tokens} tokens: budgets {seen}, twin {own}, no tie at tau"
+            self.adopted["tau"] += 1
+        return seen
+
+    def kept(self, layer, kv_head, own, scores):
+        where = f"layer {layer.index}, KV head {kv_head}, {layer.n_tokens} tokens"
+        found = self.retained.pop((layer.index, layer.n_compressions, kv_head), None)
+        assert found is not None, f"{where}: the replay did not compress"
+        assert found.n_tokens == layer.n_tokens, f"{where}: the replay compressed at {found.n_tokens}"
+        seen = found.positions.tolist()
+        if seen != own:
+            self._prove_near_tie(layer, kv_head, own, seen, scores, where)
+        return seen
+
+    def _prove_near_tie(self, layer, kv_head, own, seen, scores, where) -> None:
+        message = f"{where}: replay kept {seen}, twin {own}"
+        held = layer.heads[kv_head].positions
+        score_of = dict(zip(held, scores, strict=True))
+        assert len(seen) == len(own), message
+        assert len(set(seen)) == len(seen), message
+        assert set(seen) <= set(held), message
+        assert all(position in seen for position in held if layer.is_protected(position)), message
+        if layer.rules.slot_order == "chronological":
+            assert seen == sorted(seen), message
+            seen, own = (sorted(kept, key=lambda p: -score_of[p]) for kept in (seen, own))
+        pairs = [(score_of[a], score_of[b]) for a, b in zip(seen, own, strict=True) if a != b]
+        if all(abs(a - b) <= NEAR * max(abs(a), abs(b)) for a, b in pairs if a != b):
+            exact = all(a == b for a, b in pairs)
+            self.adopted["exact tie" if exact else "near-tie"] += 1
+            return
+        assert layer.rules.scorer == "rkv", message
+        similar = naive.cosines(layer.held_keys(kv_head))
+        np.fill_diagonal(similar, 0.0)
+        assert np.abs(similar - layer.rules.similarity_threshold).min() <= NEAR, message
+        self.adopted["similarity at threshold"] += 1
+
+
+def agree(trace, text, entries, *, demand=None, seed=0) -> Agreement:
+    """Assert that the replay and the twin tell the same story; give the account of adopted near-ties."""
+    outcome, budgets = replayed(trace, text, entries, demand=demand, seed=seed)
+    agreement = Agreement(outcome, budgets)
+    run = naive.simulate(trace, text, entries, demand=demand, seed=seed, settle=agreement)
+    assert not agreement.retained, f"the twin did not compress where the replay did: {agreement.retained}"
+    assert not any(agreement.head_budgets.values()), "the replay reallocated more often than the twin"
+    np.testing.assert_array_equal(outcome.held, run.held)
+    assert outcome.n_evicted == run.n_evicted
+    assert outcome.mass.shape == run.mass.shape
+    np.testing.assert_allclose(outcome.mass, run.mass, rtol=0, atol=1e-5)
+    return agreement

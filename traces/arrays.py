@@ -1,0 +1,92 @@
+"""A trace from plain arrays: for small models, tests and data from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from traces.lse import causal_lse
+from traces.numbers import round_to_storage, to_float32
+from traces.shape import ModelShape
+from traces.trace import Trace
+from traces.writer import TraceWriter
+
+Layers = np.ndarray | Sequence[np.ndarray]
+
+
+def write_trace(
+    path: str | Path,
+    queries: Layers,
+    keys: Layers,
+    *,
+    prompt_tokens: int,
+    lse: Layers | None = None,
+    values: Layers | None = None,
+    token_ids: Sequence[int] | np.ndarray | None = None,
+    dtype: str = "float16",
+    scale: float | None = None,
+    model: str = "custom",
+    origin: str = "synthetic",
+    overwrite: bool = False,
+    **provenance: Any,
+) -> Trace:
+    """Write a trace from arrays, rounding them to the storage type.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory to create, ``NAME.kvtrace``.
+    queries : array or sequence of arrays
+        Per layer (n_query_heads, total_tokens, head_dim).
+    keys, values : array or sequence of arrays
+        Per layer (n_kv_heads, total_tokens, head_dim).
+    prompt_tokens : int
+    lse : array or sequence of arrays, optional
+        Per layer (n_query_heads, total_tokens); computed from the rounded queries and keys if
+        not given.
+    token_ids : sequence of int, optional
+        ``0, 1, 2, ...`` if not given.
+    dtype : str
+        Storage type; arrays already in it (bfloat16 as uint16 bits) are stored as they are.
+    scale : float, optional
+        ``head_dim ** -0.5`` if not given.
+    **provenance
+        Further fields of `TraceWriter.finish`.
+
+    Raises
+    ------
+    ValueError
+        If shapes or counts disagree, or a number is not finite in the storage type.
+    UserError
+        If ``path`` cannot be written to.
+    """
+    if len(queries) == 0 or queries[0].ndim != 3 or keys[0].ndim != 3:
+        raise ValueError("queries and keys: allowed: per layer (n_heads, total_tokens, head_dim)")
+    for name, layers in {"keys": keys, "lse": lse, "values": values}.items():
+        if layers is not None and len(layers) != len(queries):
+            raise ValueError(f"{name} has {len(layers)} layers; allowed: {len(queries)}")
+    n_query_heads, n_tokens, head_dim = queries[0].shape
+    shape = ModelShape(len(queries), n_query_heads, keys[0].shape[0], head_dim, dtype)
+    writer = TraceWriter(path, shape, scale=scale, with_values=values is not None, overwrite=overwrite)
+    with writer:
+        for layer in range(shape.n_layers):
+            stored_queries = round_to_storage(queries[layer], dtype)
+            stored_keys = round_to_storage(keys[layer], dtype)
+            if lse is None:
+                layer_lse = causal_lse(
+                    to_float32(stored_queries, dtype), to_float32(stored_keys, dtype), writer.scale
+                )
+            else:
+                layer_lse = lse[layer].astype(np.float32)
+            layer_values = None if values is None else round_to_storage(values[layer], dtype)
+            writer.append(layer, stored_queries, stored_keys, layer_lse, layer_values)
+        return writer.finish(
+            np.arange(n_tokens) if token_ids is None else token_ids,
+            prompt_tokens=prompt_tokens,
+            model=model,
+            origin=origin,
+            **provenance,
+        )

@@ -1,0 +1,129 @@
+"""Finding traces on disk and opening them, refusing in words what is not one."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from traces.container import TAGS, TensorLayout, read_layout
+from traces.errors import TraceError
+from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, read_manifest
+from traces.trace import Trace
+
+SUFFIX = ".kvtrace"
+
+
+def open_trace(path: str | Path) -> Trace:
+    """Open a trace without reading its arrays.
+
+    The manifest, the presence and size of every file, and the type and shape of every array are
+    checked; checksums and numbers are left to `check_trace`.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory ``NAME.kvtrace``.
+
+    Raises
+    ------
+    TraceError
+        If it is missing, unfinished, of an unknown version, truncated or corrupt.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise TraceError(f"{path}: not found; allowed: a directory NAME{SUFFIX}")
+        if not path.is_dir():
+            raise TraceError(f"{path}: not a directory; allowed: a directory NAME{SUFFIX}")
+        if not (path / MANIFEST_NAME).is_file():
+            raise TraceError(f"{path}: no {MANIFEST_NAME} found; the recording is unfinished")
+        manifest = read_manifest(path / MANIFEST_NAME)
+        layouts = {
+            name: _read_checked_layout(path / name, manifest) for name in file_names(manifest.n_layers)
+        }
+    except (OSError, ValueError) as error:
+        # A name with a NUL byte is a ValueError, a name too long an OSError.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TraceError(f"{path}: cannot be opened: {reason}") from None
+    return Trace(path, manifest, layouts)
+
+
+def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
+    """Find the traces that paths, globs and directories of traces stand for.
+
+    Parameters
+    ----------
+    patterns : iterable of str or Path
+        A trace, a directory that holds ``*.kvtrace``, or a glob (``**`` included) of either.
+
+    Returns
+    -------
+    list of Path
+        Sorted, each trace once.
+
+    Raises
+    ------
+    TraceError
+        If a pattern matches no trace.
+    """
+    if isinstance(patterns, str | Path):
+        patterns = [patterns]
+    found: dict[str, Path] = {}
+    for pattern in patterns:
+        matches = [Path(pattern)] if os.path.exists(pattern) else _expand_glob(str(pattern))
+        traces = [trace for match in matches for trace in _traces_at(match)]
+        if not traces:
+            raise TraceError(f"{pattern}: no trace found; allowed: a path or glob of *{SUFFIX}")
+        for trace in traces:
+            found.setdefault(os.path.realpath(trace), trace)
+    return sorted(found.values())
+
+
+def _expand_glob(pattern: str) -> list[Path]:
+    return [Path(match) for match in glob.glob(pattern, recursive=True)]
+
+
+def _traces_at(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    if path.suffix == SUFFIX or (path / MANIFEST_NAME).is_file():
+        return [path]
+    return [inner for inner in path.glob(f"*{SUFFIX}") if inner.is_dir()]
+
+
+def _read_checked_layout(path: Path, manifest: Manifest) -> Mapping[str, TensorLayout]:
+    if not path.is_file():
+        raise TraceError(f"{path}: missing; the manifest names it")
+    size, expected_size = path.stat().st_size, manifest.files[path.name]["size"]
+    if size != expected_size:
+        raise TraceError(f"{path}: {size} bytes found; the manifest says {expected_size}")
+    layout = read_layout(path)
+    expected = expected_tensors(path.name, manifest)
+    if set(layout) != set(expected):
+        names = ", ".join(ascii(name)[1:41] for name in sorted(layout)[:8])
+        raise TraceError(f"{path}: arrays {names} found; allowed: {', '.join(expected)}")
+    for name, (tag, shape) in expected.items():
+        tensor = layout[name]
+        if (tensor.tag, tensor.shape) != (tag, shape):
+            raise TraceError(
+                f"{path}: {name} is {tensor.tag} {tensor.shape}; the manifest says {tag} {shape}"
+            )
+    return layout
+
+
+def expected_tensors(file_name: str, manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the type and shape of each array that a file has to hold."""
+    n_tokens, head_dim = manifest.total_tokens, manifest.head_dim
+    if file_name == TOKENS_NAME:
+        return {"token_ids": (TAGS["int32"], (n_tokens,))}
+    tag = TAGS[manifest.dtype]
+    expected = {
+        "lse": (TAGS["float32"], (manifest.n_query_heads, n_tokens)),
+        "queries": (tag, (manifest.n_query_heads, n_tokens, head_dim)),
+        "keys": (tag, (manifest.n_kv_heads, n_tokens, head_dim)),
+    }
+    if manifest.has_values:
+        expected["values"] = (tag, (manifest.n_kv_heads, n_tokens, head_dim))
+    return expected

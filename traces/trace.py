@@ -1,0 +1,170 @@
+"""One recorded full-cache run, mapped into memory and converted on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from traces.container import TensorLayout, map_tensor
+from traces.errors import MissingDataError, TraceError
+from traces.manifest import TOKENS_NAME, Manifest, layer_name
+from traces.numbers import to_float32
+from traces.shape import ModelShape
+
+ARRAY_NAMES = ("queries", "keys", "lse", "values")
+
+__all__ = ["ARRAY_NAMES", "Manifest", "Trace"]
+
+
+@dataclass(frozen=True, repr=False)
+class Trace:
+    """An opened trace: what attention saw at every token of one full-cache run.
+
+    Queries and keys are those after RoPE, so that ``exp(scale * q_t . k_j - lse_t)`` is the
+    full-cache attention weight of token ``t`` on position ``j``. Nothing is read until asked for;
+    what is returned as float32 is a new array that the caller owns.
+
+    Attributes
+    ----------
+    path : Path
+        The directory ``NAME.kvtrace``.
+    manifest : Manifest
+    layouts : mapping of str to mapping of str to TensorLayout
+        Where each array of each file lies.
+    """
+
+    path: Path
+    manifest: Manifest
+    layouts: Mapping[str, Mapping[str, TensorLayout]] = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"Trace({str(self.path)!r}, {self.shape}, total_tokens={self.total_tokens})"
+
+    @property
+    def shape(self) -> ModelShape:
+        """Return the sizes of the model's attention."""
+        return self.manifest.shape
+
+    @property
+    def trace_id(self) -> str:
+        """Return the sha256 of the content."""
+        return self.manifest.trace_id
+
+    @property
+    def model(self) -> str:
+        """Return the model's name."""
+        return self.manifest.model
+
+    @property
+    def scale(self) -> float:
+        """Return the attention scale."""
+        return self.manifest.scale
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the number of tokens that were prefilled."""
+        return self.manifest.prompt_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Return the number of tokens of prompt and completion."""
+        return self.manifest.total_tokens
+
+    @property
+    def has_values(self) -> bool:
+        """Tell whether the trace holds values."""
+        return self.manifest.has_values
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """Return the token ids, int32 (total_tokens,)."""
+        return np.array(self._map(TOKENS_NAME, "token_ids"))
+
+    def queries(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return queries of tokens ``start`` to ``stop``, float32 (n_query_heads, n, head_dim)."""
+        return self._converted(layer, "queries", start, stop)
+
+    def keys(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return keys of tokens ``start`` to ``stop``, float32 (n_kv_heads, n, head_dim)."""
+        return self._converted(layer, "keys", start, stop)
+
+    def values(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return values of tokens ``start`` to ``stop``, float32 (n_kv_heads, n, head_dim).
+
+        Raises
+        ------
+        MissingDataError
+            If the trace was recorded without values.
+        """
+        return self._converted(layer, "values", start, stop)
+
+    def lse(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return log-sum-exps of tokens ``start`` to ``stop``, float32 (n_query_heads, n)."""
+        start, stop = self._check_span(start, stop)
+        return to_float32(self.stored(layer, "lse")[:, start:stop], "float32")
+
+    def stored(self, layer: int, name: str) -> np.ndarray:
+        """Map an array as it is stored, read-only and without a copy.
+
+        Parameters
+        ----------
+        layer : int
+            From 0 to ``n_layers - 1``.
+        name : str
+            ``queries``, ``keys``, ``lse`` or ``values``.
+
+        Returns
+        -------
+        np.ndarray
+            float16 as float16, bfloat16 as uint16 bit patterns, LSE as float32.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer or name.
+        MissingDataError
+            If the trace was recorded without values.
+        TraceError
+            If the file changed since the trace was opened.
+        """
+        if not 0 <= layer < self.manifest.n_layers:
+            raise ValueError(f"layer is {layer}; allowed: 0 to {self.manifest.n_layers - 1}")
+        if name not in ARRAY_NAMES:
+            raise ValueError(f"name is {name!r}; allowed: {', '.join(ARRAY_NAMES)}")
+        if name == "values" and not self.has_values:
+            raise MissingDataError(
+                f"{self.path}: the trace holds no values; needed: one recorded with values"
+            )
+        return self._map(layer_name(layer), name)
+
+    def text(self, start: int = 0, stop: int | None = None) -> str:
+        """Return the text of tokens ``start`` to ``stop``; their ids if there is no vocabulary."""
+        start, stop = self._check_span(start, stop)
+        token_ids = self.token_ids[start:stop].tolist()
+        vocabulary = self.manifest.vocabulary
+        if not vocabulary:
+            return " ".join(str(token_id) for token_id in token_ids)
+        return "".join(vocabulary.get(token_id, f"<{token_id}>") for token_id in token_ids)
+
+    def _converted(self, layer: int, name: str, start: int, stop: int | None) -> np.ndarray:
+        start, stop = self._check_span(start, stop)
+        return to_float32(self.stored(layer, name)[:, start:stop], self.manifest.dtype)
+
+    def _check_span(self, start: int, stop: int | None) -> tuple[int, int]:
+        stop = self.total_tokens if stop is None else stop
+        if not 0 <= start <= stop <= self.total_tokens:
+            raise ValueError(f"tokens {start} to {stop} asked; allowed: a span of 0 to {self.total_tokens}")
+        return start, stop
+
+    def _map(self, file_name: str, name: str) -> np.ndarray:
+        path = self.path / file_name
+        try:
+            size = path.stat().st_size
+            if size != self.manifest.files[file_name]["size"]:
+                raise TraceError(f"{path}: {size} bytes found; it changed since it was opened")
+            return map_tensor(path, self.layouts[file_name][name])
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,60 @@
+"""The command ``sim``: every verb, and one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from simulator.commands import calibrate, policies_app, replay
+from traces.commands import trace_app
+from traces.errors import UserError
+from validate.record_command import record
+
+app = typer.Typer(
+    name="sim",
+    help="How to divide a limited KV cache over layers, heads and tokens while a model decodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command()(record)
+app.add_typer(trace_app, name="trace")
+app.command()(calibrate)
+app.add_typer(policies_app, name="policies")
+app.command()(replay)
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run one verb; every error is one line on standard error."""
+    # One BLAS thread per worker: layers are replayed side by side, and two pools would fight for the cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_say(str(error), error.exit_code))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_say("interrupted; what was finished is kept, run the same command again", INTERRUPTED))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(_say(f"{error.filename or 'file'}: {error.strerror}", 2))
+    except Exception as error:
+        # Usage errors come from whichever click typer was built with; they all know their message.
+        if not hasattr(error, "format_message"):
+            raise
+        sys.exit(_say(error.format_message(), getattr(error, "exit_code", 2)))
+    sys.exit(code or 0)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"sim: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Read prompts from a JSONL file and turn them into tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from traces.errors import UserError
+from validate.reasoner.tasks import FAMILIES, answer_of
+
+PROMPT_FIELDS = ("prompt", "problem", "question")
+ID_FIELDS = ("id", "unique_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a prompts file.
+
+    Attributes
+    ----------
+    line : int
+        Its line in the file, from 1.
+    id : str
+        As given, or ``row-LINE``.
+    text : str
+    completion : str or None
+        A text to rescore.
+    family, answer : str or None
+    """
+
+    line: int
+    id: str
+    text: str
+    completion: str | None = None
+    family: str | None = None
+    answer: str | None = None
+
+    @property
+    def file_stem(self) -> str:
+        """Give the id as a file name: letters, digits and ``. _ -`` stay, others become ``-``."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.id).strip(".-")[:120] or f"row-{self.line}"
+
+    @property
+    def task(self) -> dict[str, object]:
+        """Give what a trace's manifest says of the problem."""
+        known = {"id": self.id, "family": self.family, "answer": self.answer}
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Read prompts, one JSON object per line with ``prompt``, ``problem`` or ``question``.
+
+    Parameters
+    ----------
+    path : str or Path
+    limit : int, optional
+        Read only the first ones.
+
+    Raises
+    ------
+    UserError
+        Naming file, line and what is wrong; also for two rows that would share a file name.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; allowed: 1 or more")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts file {path} is not UTF-8 text: {error}") from error
+    prompts: list[Prompt] = []
+    lines_by_stem: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if limit is not None and len(prompts) == limit:
+            break
+        prompt = parse_prompt(line, f"{path}, line {number}", number)
+        # Compared without case: some file systems do not tell A from a.
+        stem = prompt.file_stem.lower()
+        if stem in lines_by_stem:
+            raise UserError(
+                f"{path}, line {number}: id '{prompt.id}' gives the same file name as line "
+                f"{lines_by_stem[stem]}; allowed: a different id on each line"
+            )
+        lines_by_stem[stem] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"prompts file {path} has no rows; allowed: one JSON object per line")
+    return prompts
+
+
+def parse_prompt(line: str, where: str, number: int) -> Prompt:
+    """Read one row.
+
+    Raises
+    ------
+    UserError
+        Beginning with ``where``.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}; allowed: a JSON object")
+    name = next((name for name in PROMPT_FIELDS if row.get(name) is not None), None)
+    if name is None:
+        raise UserError(f"{where}: no prompt; allowed fields: {', '.join(PROMPT_FIELDS)}")
+    given = next((row[name] for name in ID_FIELDS if row.get(name) is not None), f"row-{number}")
+    return Prompt(
+        line=number,
+        id=_as_text(given, where, "id"),
+        text=_as_text(row[name], where, name),
+        completion=_as_optional_text(row, "completion", where),
+        family=_as_optional_text(row, "family", where),
+        answer=_as_optional_text(row, "answer", where),
+    )
+
+
+def _as_optional_text(row: dict[str, object], name: str, where: str) -> str | None:
+    return None if row.get(name) is None else _as_text(row[name], where, name)
+
+
+def _as_text(value: object, where: str, name: str) -> str:
+    """Read a string, or a number as its digits; files give answers and ids as either."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and name in ("id", "answer"):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} is a {type(value).__name__}; allowed: a string")
+    if not value.strip():
+        raise UserError(f"{where}: {name} is empty; allowed: a string with text")
+    return value
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, use_chat_template: bool = True) -> list[int]:
+    """Turn a prompt into token ids, as one user message where the tokenizer has a chat template.
+
+    Without a template the tokenizer adds its own special tokens; a template writes them itself.
+    """
+    if not (use_chat_template and getattr(tokenizer, "chat_template", None)):
+        return list(tokenizer(text).input_ids)
+    messages = [{"role": "user", "content": text}]
+    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(written, add_special_tokens=False).input_ids)
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Turn a completion into token ids, nothing added in front or behind."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def graded(task: dict[str, object], text: str) -> dict[str, object]:
+    """Add ``decoded_answer`` and ``correct`` to the task of a family whose answers can be read.
+
+    Parameters
+    ----------
+    task : dict
+        With ``family`` and ``answer``; returned as it is without them, or for another family.
+    text : str
+        The completion, special tokens left out.
+    """
+    if task.get("family") not in FAMILIES or task.get("answer") is None:
+        return dict(task)
+    decoded = answer_of(text)
+    return dict(task) | {"decoded_answer": decoded, "correct": decoded == task["answer"]}
+
+
+def require_completions(prompts: list[Prompt], path: str | Path) -> None:
+    """Refuse prompts without a completion to rescore.
+
+    Raises
+    ------
+    UserError
+        Naming the first such line.
+    """
+    for prompt in prompts:
+        if prompt.completion is None:
+            raise UserError(f"{path}, line {prompt.line}: no completion; --rescore needs one in each")

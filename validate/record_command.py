@@ -1,0 +1,195 @@
+"""The ``sim record`` verb: run a model over a file of prompts and write one trace per row."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from traces.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from validate.models import LoadedModel
+    from validate.prompts import Prompt
+    from validate.record_rows import Row, RowSettings
+
+
+def record(
+    prompts: Annotated[
+        Path, typer.Option(help="JSONL with prompt (or problem, question), optional id, answer.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the traces, one ID.kvtrace per row.")],
+    model: Annotated[
+        str, typer.Option(help="'reference', a folder with a saved model, or a hub id.")
+    ] = "reference",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Take each row's completion instead of decoding.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Decode at most this many tokens.")] = 1024,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Take the most likely token; the default.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature instead.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this nucleus only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Record only the first N rows.")] = None,
+    values: Annotated[bool, typer.Option("--values", help="Record values as well.")] = False,
+    no_chat: Annotated[
+        bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Record again what is there already.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; errors and the table only.")
+    ] = False,
+) -> None:
+    """Decode prompts with the full cache and write queries, keys and log-sum-exp as traces.
+
+    Started again, it goes on with the rows that have no trace yet.
+    """
+    do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
+    # torch and transformers take seconds to import; only here are they needed.
+    from validate.models import load_model
+    from validate.prompts import read_prompts, require_completions
+    from validate.record_rows import RowSettings
+    from validate.recorder import observed_shape
+    from validate.sampling import Sampling
+
+    settings = RowSettings(
+        rescore=rescore,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(
+            do_sample,
+            1.0 if temperature is None else temperature,
+            1.0 if top_p is None else top_p,
+            seed,
+        ),
+        use_chat_template=not no_chat,
+        with_values=values,
+        overwrite=overwrite,
+    )
+    rows = read_prompts(prompts, limit)
+    if rescore:
+        require_completions(rows, prompts)
+    results: list[Row] = []
+    try:
+        _set_library_messages(quiet)
+        loaded = load_model(model, dtype, device, revision)
+        # A model that cannot be recorded is refused once, not once per row.
+        observed_shape(loaded.model)
+        _make_folder(out)
+        _record_all(loaded, rows, out, settings, results, quiet)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; {len(results)} of {len(rows)} rows are done: the same command again goes on "
+            "with the others",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    typer.echo("\n".join(table_lines(results)))
+    if any(row.status == "failed" for row in results):
+        raise typer.Exit(1)
+
+
+def _asks_for_sampling(greedy: bool, temperature: float | None, top_p: float | None, rescore: bool) -> bool:
+    """Tell whether tokens are drawn, refusing options that contradict each other."""
+    if temperature is None:
+        if top_p is not None:
+            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
+        return False
+    if greedy or rescore:
+        other = "--greedy" if greedy else "--rescore"
+        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
+    return True
+
+
+def _set_library_messages(quiet: bool) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not _shows_progress(quiet):
+        logging.disable_progress_bar()
+
+
+def _shows_progress(quiet: bool) -> bool:
+    return sys.stderr.isatty() and not quiet
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
+def _record_all(
+    loaded: LoadedModel,
+    prompts: list[Prompt],
+    out: Path,
+    settings: RowSettings,
+    results: list[Row],
+    quiet: bool,
+) -> None:
+    """Record every row, append what became of it to ``results`` and report on stderr."""
+    from rich.console import Console
+
+    from validate.record_rows import record_row
+
+    console = Console(stderr=True)
+    with _progress(console, _shows_progress(quiet)) as progress:
+        task = progress.add_task("", total=len(prompts))
+        for prompt in prompts:
+
+            def show(n_tokens: int, name: str = prompt.file_stem) -> None:
+                progress.update(task, description=f"{name}: {n_tokens} tokens")
+
+            row = record_row(loaded, prompt, out, settings, show)
+            results.append(row)
+            progress.advance(task)
+            if row.status == "failed":
+                _say(console, f"line {prompt.line}, {row.name}: failed: {row.error}")
+            elif row.status == "kept" and not quiet:
+                _say(console, f"{row.name}: recorded already, kept")
+
+
+@contextmanager
+def _progress(console: Console, show_progress: bool) -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not show_progress) as progress:
+        yield progress
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def table_lines(rows: Iterable[Row]) -> list[str]:
+    """Give a table of what became of each row, one line each under a header, columns aligned."""
+    cells = [("trace", "status", "prompt_tokens", "total_tokens", "correct")]
+    for row in rows:
+        numbers = (row.prompt_tokens, row.total_tokens)
+        correct = {None: "-", True: "yes", False: "no"}[row.correct]
+        cells.append((row.name, row.status, *("-" if n is None else str(n) for n in numbers), correct))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]

@@ -1,0 +1,28 @@
+"""The text of single tokens, so that a trace can show its text without a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, token_ids: Iterable[int]) -> dict[int, str]:
+    """Give the text of each token id that occurs, such that joining the pieces reads as the text.
+
+    A token that holds only some bytes of a character is shown as the replacement character.
+    """
+    if tokenizer is None:
+        return {}
+    return {token: token_text(tokenizer, token) for token in sorted(set(token_ids))}
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Give what one token adds to a text, its leading blank included."""
+    # Decoders drop the blank before the first token of a text, and put one between whole words:
+    # what a second copy adds to a first one is the token's text inside a text.
+    once, twice = (
+        tokenizer.decode([token] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for n in (1, 2)
+    )
+    return twice[len(once) :] if twice.startswith(once) else once
