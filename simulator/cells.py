@@ -22,6 +22,7 @@ from simulator.policy import Policy, parse_policy
 from simulator.request import Request
 from simulator.results import result_table, retained_table
 from simulator.wave import Wave, known_waves
+from traces.check import check_trace
 from traces.errors import UserError
 from traces.store import open_trace
 from traces.trace import Trace
@@ -76,6 +77,7 @@ def run_replay(
     jobs: int = 1,
     waves: Iterable[str | Path] = (),
     keep_retained: bool = False,
+    check: bool = True,
     on_cell: Callable[[], None] = lambda: None,
 ) -> Replay:
     """Replay the product of traces, policies and budgets.
@@ -94,6 +96,8 @@ def run_replay(
         Demand profiles beside those that ship with the package.
     keep_retained : bool
         Keep who is retained after every compression.
+    check : bool
+        Check every trace whole (checksums, finiteness, log-sum-exps) before it is replayed.
     on_cell : callable
         Called after every finished cell, for progress.
     """
@@ -104,6 +108,8 @@ def run_replay(
     for trace in opened:
         if trace.total_tokens == trace.prompt_tokens:
             raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to replay")
+        if check:
+            check_trace(trace)
     known = known_waves(list(waves))
     rows, retained, codes = [], [], []
     for trace in opened:

@@ -1,11 +1,11 @@
-"""The simulator's verbs: replay, calibrate, policies. Heavy imports happen inside the verb that needs them."""
+"""The simulator's verbs: replay, calibrate, policies. Heavy imports wait inside the verb that needs them."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,7 @@ def replay(
     ] = None,
     format: Annotated[str | None, typer.Option(help="table, csv, json or parquet.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")] = None,
+    check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
     seed: Annotated[int, typer.Option(help="For policies that draw at random.")] = 0,
     jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -67,6 +68,7 @@ def replay(
             jobs=_threads(jobs),
             waves=wave or [],
             keep_retained=retained is not None,
+            check=check,
             on_cell=advance,
         )
     write_rows(result.table, output, chosen)
@@ -115,7 +117,7 @@ def list_policies() -> None:
     from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
 
     print("policies: a scorer alone, an alias, or scorer+layers+heads (rkv+wave, snapkv+pyramid+utility)")
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "scorers": SCORERS,
         "layer allocators": LAYER_ALLOCATORS,
         "head allocators": HEAD_ALLOCATORS,
@@ -139,9 +141,9 @@ def show_policy(name: Annotated[str, typer.Argument(help="A policy or one of its
     from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, TRIGGERS
     from simulator.policy import parse_policy, part_parameters
 
-    tables = {**TRIGGERS, **HEAD_ALLOCATORS, **LAYER_ALLOCATORS}
+    tables: dict[str, Any] = {**TRIGGERS, **HEAD_ALLOCATORS, **LAYER_ALLOCATORS}
     if name in tables:
-        parts = {"part": tables[name]()}
+        parts: dict[str, Any] = {"part": tables[name]()}
     else:
         policy = parse_policy(name)
         parts = {

@@ -13,6 +13,7 @@ from simulator.policies.base import PolicyError
 from simulator.policy import Policy
 from simulator.selection import checked_scores, select_slots
 from simulator.view import CacheView
+from traces.numbers import to_float32
 from traces.trace import Trace
 
 # Products of one block, in float32: 8 MB stay close to the cache and bound the memory of long spans.
@@ -63,6 +64,8 @@ class LayerReplay:
         self.n_evicted = 0
         self.protection_binding = False
         self._keep_retained = keep_retained
+        # Mapped once: a map costs more than the few tokens of a short span.
+        self._stored = {name: trace.stored(layer, name) for name in ("queries", "keys", "lse")}
         self._n_tokens = 0
         self._n_compressions = 0
         self._last_reallocation: int | None = None
@@ -71,7 +74,7 @@ class LayerReplay:
     def prefill(self) -> None:
         """Take in the prompt; its own attention sees all of it."""
         self._n_tokens = self.trace.prompt_tokens
-        self.ledger.append(0, self.trace.keys(self.layer, 0, self._n_tokens))
+        self.ledger.append(0, self._read("keys", 0, self._n_tokens))
 
     def next_compression(self) -> int | None:
         """Give the token count of the next compression, or None for never."""
@@ -102,14 +105,14 @@ class LayerReplay:
         n_tokens, step = stop - start, start - self.trace.prompt_tokens
         before = self.ledger.n_entries
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
-        self.ledger.append(start, self.trace.keys(self.layer, start, stop))
+        self.ledger.append(start, self._read("keys", start, stop))
         self._n_tokens = stop
         # A head that never evicted holds the full cache, whose mass is 1 by definition.
         partial = [h for h in range(shape.n_kv_heads) if self.ledger.lengths[h] < stop]
         if not partial:
             return
-        queries = self.trace.queries(self.layer, start, stop)
-        lse = self.trace.lse(self.layer, start, stop)
+        queries = self._read("queries", start, stop)
+        lse = self._stored["lse"][:, start:stop]
         scale = np.float32(self.trace.scale)
         rows = np.tile(np.arange(1, n_tokens + 1), shape.group_size)
         for kv_head in partial:
@@ -155,10 +158,13 @@ class LayerReplay:
                 )
         self._n_compressions += 1
 
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        return to_float32(self._stored[name][:, start:stop], self.trace.shape.dtype)
+
     def _score_heads(self) -> list[np.ndarray]:
         trace, scorer, n_tokens = self.trace, self.policy.scorer, self._n_tokens
         first = max(0, n_tokens - scorer.window)
-        queries = trace.queries(self.layer, first, n_tokens)
+        queries = self._read("queries", first, n_tokens)
         grouped = queries.reshape(trace.shape.n_kv_heads, trace.shape.group_size, *queries.shape[1:])
         return [
             checked_scores(

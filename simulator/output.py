@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
     told = "".join(f", {name} {value}" for name, value in shared.items())
     return (
-        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are entries per KV head after a compression;\n"
+        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;\n"
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold."
     )
 
@@ -154,9 +155,9 @@ def format_bytes(count: float) -> str:
 
 
 def _rendered(table: pl.DataFrame) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))
-    print_results(table, console)
-    return console.export_text()
+    text = StringIO()
+    print_results(table, Console(width=160, file=text))
+    return text.getvalue()
 
 
 def _text(table: pl.DataFrame, chosen: str) -> str:

@@ -83,7 +83,7 @@ def retained_table(
         columns["slot"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
         columns["position"] = np.concatenate([kept.positions for kept in retained])
         labelled = [pl.lit(value).alias(name) for name, value in labels.items()]
-        frames.append(pl.DataFrame(columns).with_columns(labelled).select(RETAINED_SCHEMA))
+        frames.append(pl.DataFrame(columns).with_columns(labelled).select(list(RETAINED_SCHEMA)))
     return pl.concat(frames)
 
 

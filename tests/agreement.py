@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import islice, product
 from unittest.mock import patch
 
 import naive
+import naive_rules
 import numpy as np
 
 from simulator.engine import Engine
@@ -69,12 +71,18 @@ class Agreement:
         seen = self.head_budgets[layer.index].pop(0)
         assert sum(seen) == layer.total
         if seen != own:
-            low = [sum(score > tau + NEAR * abs(tau) for score in head) for head in pooled]
-            high = [sum(score >= tau - NEAR * abs(tau) for score in head) for head in pooled]
-            assert any(n_low < n_high - 1 for n_low, n_high in zip(low, high, strict=True)) or sum(high) > sum(
-                low
-            ) + 1, f"layer {layer.index}, {layer.n_tokens} tokens: budgets {seen}, twin {own}, no tie at tau"
-            self.adopted["tau"] += 1
+            counts = [
+                range(
+                    sum(score > tau + NEAR * abs(tau) for score in head),
+                    sum(score >= tau - NEAR * abs(tau) for score in head) + 1,
+                )
+                for head in pooled
+            ]
+            demands = islice(product(*counts), 10_000)
+            assert any(
+                naive_rules.head_budgets(layer.rules, demand, layer.total) == seen for demand in demands
+            ), f"layer {layer.index}, {layer.n_tokens} tokens: budgets {seen}, twin {own}, no tie at tau"
+            self.adopted["tie at tau"] += 1
         return seen
 
     def kept(self, layer, kv_head, own, scores):
@@ -104,7 +112,7 @@ class Agreement:
             self.adopted["exact tie" if exact else "near-tie"] += 1
             return
         assert layer.rules.scorer == "rkv", message
-        similar = naive.cosines(layer.held_keys(kv_head))
+        similar = naive_rules.cosines(layer.held_keys(kv_head))
         np.fill_diagonal(similar, 0.0)
         assert np.abs(similar - layer.rules.similarity_threshold).min() <= NEAR, message
         self.adopted["similarity at threshold"] += 1

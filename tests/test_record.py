@@ -17,11 +17,13 @@ import validate.causal
 import validate.record
 from traces.check import check_trace
 from traces.errors import TraceError, UserError
+from traces.shape import ModelShape
 from traces.store import open_trace
-from validate.attention import RECORDER_ATTRIBUTE
+from validate.attention import RECORDER_ATTRIBUTE, LayerCall
 from validate.reasoner.tasks import make_problem
 from validate.reasoner.tokenizer import build_tokenizer
 from validate.record import record_decode, record_rescore
+from validate.recorder import TraceRecorder
 from validate.vocabulary import vocabulary_of
 
 PROMPT = [1, 5, 6, 7, 8, 9, 10, 11, 5, 6, 30, 31, 5]
@@ -153,6 +155,45 @@ def test_waiting_tokens_do_not_change_the_trace(tmp_path, monkeypatch, hold):
     monkeypatch.setattr(validate.record, "HOLD_ON_HOST", hold)
     held = decode(tiny_model(), tmp_path / "b.kvtrace", with_values=True)
     assert held.trace_id == expected.trace_id
+
+
+class Appended:
+    """Stands for a writer; keeps what it is given."""
+
+    shape, scale, with_values = ModelShape(2, 4, 2, 8, "float32"), 0.5, True
+
+    def __init__(self):
+        self.arrays = []
+
+    def append(self, layer, *arrays):
+        self.arrays.append((layer, [array.shape[1] for array in arrays]))
+
+
+def test_no_more_waits_than_allowed_and_none_of_it_is_the_cache():
+    writer = Appended()
+    recorder = TraceRecorder(writer, hold=4)
+    n_entries = 0
+    for n_tokens in (9, 1, 1, 1, 2, 1):
+        n_entries += n_tokens
+        cache = torch.zeros(2, n_entries, 8)
+        queries, lse = torch.zeros(4, n_tokens, 8), torch.zeros(4, n_tokens)
+        for layer in range(2):
+            recorder.observe(LayerCall(layer, queries, cache, cache, lse, 0.5, None))
+            held = [array for arrays in recorder._held[layer] for array in arrays]
+            assert sum(array.shape[1] for array in held[::4]) < 4
+            assert all(array.untyped_storage().nbytes() <= queries.nbytes for array in held)
+    recorder.flush()
+    sizes = [(layer, [n] * 4) for n in (9, 5, 1) for layer in range(2)]
+    assert writer.arrays == sizes
+
+
+def test_a_call_that_does_not_continue_the_text_is_refused():
+    recorder = TraceRecorder(Appended())
+    queries, lse, cache = torch.zeros(4, 1, 8), torch.zeros(4, 1), torch.zeros(2, 5, 8)
+    with pytest.raises(UserError, match="5 entries at 1 tokens"):
+        recorder.observe(LayerCall(0, queries, cache, cache, lse, 0.5, None))
+    with pytest.raises(UserError, match="the trace has"):
+        recorder.observe(LayerCall(1, queries, cache[:, :1], cache[:, :1], lse, 0.25, None))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 13, 14])
@@ -314,7 +355,7 @@ def test_finished_trace_is_replaced_only_when_asked(tmp_path):
 
 def test_sliding_window_bounds_the_length(tmp_path):
     model = tiny_model("mistral", sliding_window=43)
-    with pytest.raises(UserError, match="44 tokens .* at most its 43"):
+    with pytest.raises(UserError, match=r"44 tokens .* at most its 43"):
         decode(model, tmp_path / "a.kvtrace", n=31)
     assert not list(tmp_path.iterdir())
     check_trace(decode(model, tmp_path / "a.kvtrace", n=30))

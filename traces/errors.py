@@ -31,3 +31,9 @@ class NoDeviceError(UserError):
     """A GPU or a kernel that is not available."""
 
     exit_code = 6
+
+
+class Interrupted(UserError):
+    """The user stopped the work; the message says what is kept and how to go on."""
+
+    exit_code = 130

@@ -33,7 +33,8 @@ class Recipe:
         Its range of steps, in parts of the decode.
     recency : float
         How strongly attention decays with distance; 1 gives the nearest entries about as much
-        mass as all others together.
+        mass as all others together. In a head of less than some 30 dimensions distant positions
+        look alike now and then, and the decay is rough.
     horizon : float
         Distance in tokens at which recency falls to 1/e.
     duplicates : int

@@ -102,7 +102,7 @@ def _read_checked_layout(path: Path, manifest: Manifest) -> Mapping[str, TensorL
     layout = read_layout(path)
     expected = expected_tensors(path.name, manifest)
     if set(layout) != set(expected):
-        names = ", ".join(ascii(name)[1:41] for name in sorted(layout)[:8])
+        names = ", ".join(ascii(name)[1:-1][:40] for name in sorted(layout)[:8])
         raise TraceError(f"{path}: arrays {names} found; allowed: {', '.join(expected)}")
     for name, (tag, shape) in expected.items():
         tensor = layout[name]

@@ -54,7 +54,12 @@ class Target:
         if self.path.exists():
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.rename(self.path, self._replaced)
-        os.rename(self.staging, self.path)
+        try:
+            os.rename(self.staging, self.path)
+        except BaseException:
+            if self._replaced.exists():
+                os.rename(self._replaced, self.path)
+            raise
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def discard(self) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from simulator.commands import calibrate, policies_app, replay
 from traces.commands import trace_app
-from traces.errors import UserError
+from traces.errors import Interrupted, UserError
 from validate.record_command import record
 
 app = typer.Typer(
@@ -25,8 +25,6 @@ app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
 
-INTERRUPTED = 130
-
 
 def main() -> None:
     """Run one verb; every error is one line on standard error."""
@@ -37,7 +35,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_say(str(error), error.exit_code))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_say("interrupted; what was finished is kept, run the same command again", INTERRUPTED))
+        code = Interrupted.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -48,6 +46,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         sys.exit(_say(error.format_message(), getattr(error, "exit_code", 2)))
+    if code == Interrupted.exit_code:
+        _say("interrupted; nothing was written: run the same command again", code)
     sys.exit(code or 0)
 
 

@@ -69,7 +69,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; allowed: 1 or more")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        # Not splitlines: JSON strings may hold the other characters that it takes for line ends.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

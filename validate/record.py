@@ -122,7 +122,7 @@ def record_rescore(
     task: Mapping[str, object] | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Trace:
-    """Record a given completion in one forward pass over prompt and completion.
+    """Record a given completion without decoding it, in passes of ``chunk`` tokens.
 
     In exact arithmetic this is the trace that decoding the same tokens would give. Parameters are
     those of `record_decode`.
@@ -138,8 +138,7 @@ def record_rescore(
     longest = len(prompt_ids) + len(completion_ids)
     _refuse_length_dependent_rope(model, longest)
     with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
-        # Two calls, so that an empty prompt is refused; a pass may hold the end of one and not
-        # the start of the other without any change to what attention sees.
+        # Attention does not see where one pass over the text ends and the next begins.
         run.read(prompt_ids)
         run.read(completion_ids)
         return run.finish(

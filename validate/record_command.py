@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from traces.errors import UserError
+from traces.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from validate.models import LoadedModel
     from validate.prompts import Prompt
-    from validate.record_rows import Row, RowSettings
+    from validate.record_rows import Row
 
 
 def record(
@@ -59,44 +59,41 @@ def record(
     Started again, it goes on with the rows that have no trace yet.
     """
     do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
-    # torch and transformers take seconds to import; only here are they needed.
-    from validate.models import load_model
-    from validate.prompts import read_prompts, require_completions
-    from validate.record_rows import RowSettings
-    from validate.recorder import observed_shape
-    from validate.sampling import Sampling
-
-    settings = RowSettings(
-        rescore=rescore,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(
-            do_sample,
-            1.0 if temperature is None else temperature,
-            1.0 if top_p is None else top_p,
-            seed,
-        ),
-        use_chat_template=not no_chat,
-        with_values=values,
-        overwrite=overwrite,
-    )
-    rows = read_prompts(prompts, limit)
-    if rescore:
-        require_completions(rows, prompts)
     results: list[Row] = []
     try:
+        # torch and transformers take seconds to import; only here are they needed.
+        from validate.models import load_model
+        from validate.prompts import read_prompts, require_completions
+        from validate.record_rows import RowSettings, record_row
+        from validate.recorder import observed_shape
+        from validate.sampling import Sampling
+
+        settings = RowSettings(
+            rescore=rescore,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(
+                do_sample,
+                temperature=1.0 if temperature is None else temperature,
+                top_p=1.0 if top_p is None else top_p,
+                seed=seed,
+            ),
+            use_chat_template=not no_chat,
+            with_values=values,
+            overwrite=overwrite,
+        )
+        rows = read_prompts(prompts, limit)
+        if rescore:
+            require_completions(rows, prompts)
         _set_library_messages(quiet)
         loaded = load_model(model, dtype, device, revision)
         # A model that cannot be recorded is refused once, not once per row.
         observed_shape(loaded.model)
         _make_folder(out)
-        _record_all(loaded, rows, out, settings, results, quiet)
+        _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; {len(results)} of {len(rows)} rows are done: the same command again goes on "
-            "with the others",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+        raise Interrupted(
+            f"interrupted with {len(results)} rows done: the same command again goes on with the others"
+        ) from None
     typer.echo("\n".join(table_lines(results)))
     if any(row.status == "failed" for row in results):
         raise typer.Exit(1)
@@ -134,17 +131,10 @@ def _make_folder(out: Path) -> None:
 
 
 def _record_all(
-    loaded: LoadedModel,
-    prompts: list[Prompt],
-    out: Path,
-    settings: RowSettings,
-    results: list[Row],
-    quiet: bool,
+    record_row: Callable[..., Row], prompts: list[Prompt], results: list[Row], quiet: bool
 ) -> None:
     """Record every row, append what became of it to ``results`` and report on stderr."""
     from rich.console import Console
-
-    from validate.record_rows import record_row
 
     console = Console(stderr=True)
     with _progress(console, _shows_progress(quiet)) as progress:
@@ -154,7 +144,7 @@ def _record_all(
             def show(n_tokens: int, name: str = prompt.file_stem) -> None:
                 progress.update(task, description=f"{name}: {n_tokens} tokens")
 
-            row = record_row(loaded, prompt, out, settings, show)
+            row = record_row(prompt, on_tokens=show)
             results.append(row)
             progress.advance(task)
             if row.status == "failed":

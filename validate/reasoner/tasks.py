@@ -95,7 +95,9 @@ def make_program(rng: np.random.Generator, size: int, literal_share: float = 0.2
     asked = names[int(rng.integers(size))]
     answer = str(values[asked])
     prompt = f"program {' '.join(lines)} ask {asked} think"
-    return Problem("", "program", prompt, f"{' '.join(chain)} answer {answer}", answer)
+    # Naming what was asked before answering turns the last step into a lookup like all others.
+    completion = f"{' '.join(chain)} gives {asked} {answer} . answer {answer}"
+    return Problem("", "program", prompt, completion, answer)
 
 
 FAMILIES = {"walk": make_walk, "program": make_program}

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from validate.reasoner.tasks import FAMILIES, make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
-CURRICULUM = (6, 10, 16, 20)
+CURRICULUM = (6, 10, 16, 18)
 MOVE_UP_AT = 0.975
 TRAINING_SEED = 0
 
@@ -91,73 +91,101 @@ def loss_and_accuracy(
     return loss, (logits.argmax(-1) == targets).float().mean().item()
 
 
-def train(out: Path, steps: int, tokens: int, peak: float, device: str) -> None:
-    """Train and write weights, tokenizer and ``training.jsonl`` to ``out``; resume from ``out/checkpoint.pt``."""
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    torch.manual_seed(TRAINING_SEED)
-    model = LlamaForCausalLM(reasoner_config(tokenizer)).to(device)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
-    first, stage, elapsed = 0, 0, 0.0
-    recent: deque[float] = deque(maxlen=50)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, stage, elapsed = state["step"], state["stage"], state["elapsed"]
-        recent.extend(state["recent"])
-        print(f"resuming at step {first}", flush=True)
+class Run:
+    """A training run that can be written to a file and go on from there.
 
-    started = time.perf_counter() - elapsed
-    with (out / "training.jsonl").open("a") as log:
-        for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
-            losses, accuracies = [], []
-            for family in FAMILIES:
-                ids, labels = make_batch(tokenizer, family, step, CURRICULUM[stage], tokens // len(FAMILIES))
-                loss, accuracy = loss_and_accuracy(model, ids.to(device), labels.to(device))
-                (loss / len(FAMILIES)).backward()
-                losses.append(loss.item())
-                accuracies.append(accuracy)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            recent.append(min(accuracies))
-            if len(recent) == 50 and np.mean(recent) > MOVE_UP_AT and stage < len(CURRICULUM) - 1:
-                stage += 1
-                recent.clear()
-            if step % 25 == 0 or step == steps - 1:
-                row = {
-                    "step": step,
-                    "largest_size": CURRICULUM[stage],
-                    "seconds": round(time.perf_counter() - started, 1),
-                    **{f"{name}_loss": round(value, 4) for name, value in zip(FAMILIES, losses, strict=True)},
-                    **{
-                        f"{name}_accuracy": round(value, 4)
-                        for name, value in zip(FAMILIES, accuracies, strict=True)
-                    },
-                }
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(json.dumps(row), flush=True)
-            if step % 100 == 99 or step == steps - 1:
-                state = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "stage": stage,
-                    "elapsed": time.perf_counter() - started,
-                    "recent": list(recent),
-                }
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    Attributes
+    ----------
+    step : int
+        Steps done.
+    stage : int
+        Index into the curriculum.
+    seconds : float
+        Wall time so far, over all sittings.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
+        torch.manual_seed(TRAINING_SEED)
+        self.tokenizer, self.device = tokenizer, device
+        self.model = LlamaForCausalLM(reasoner_config(tokenizer)).to(device)
+        decayed = [p for p in self.model.parameters() if p.ndim == 2]
+        others = [p for p in self.model.parameters() if p.ndim != 2]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self.step, self.stage, self.seconds = 0, 0, 0.0
+        self._recent: deque[float] = deque(maxlen=50)
+
+    def advance(self, rate: float, tokens: int) -> dict[str, float]:
+        """Do one step and give its losses and token accuracies."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        figures: dict[str, float] = {}
+        for family in FAMILIES:
+            share = tokens // len(FAMILIES)
+            ids, labels = make_batch(self.tokenizer, family, self.step, CURRICULUM[self.stage], share)
+            loss, accuracy = loss_and_accuracy(self.model, ids.to(self.device), labels.to(self.device))
+            (loss / len(FAMILIES)).backward()
+            figures |= {f"{family}_loss": round(loss.item(), 4), f"{family}_accuracy": round(accuracy, 4)}
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._recent.append(min(figures[f"{family}_accuracy"] for family in FAMILIES))
+        mastered = len(self._recent) == 50 and np.mean(self._recent) > MOVE_UP_AT
+        if mastered and self.stage < len(CURRICULUM) - 1:
+            self.stage += 1
+            self._recent.clear()
+        return figures
+
+    def save(self, path: Path) -> None:
+        """Write the whole state, atomically."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "stage": self.stage,
+            "elapsed": self.seconds,
+            "recent": list(self._recent),
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved state."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.stage, self.seconds = state["step"], state["stage"], state["elapsed"]
+        self._recent.extend(state["recent"])
+
+
+def train(
+    out: Path, steps: int, tokens: int, peak: float, device: str = "cpu", checkpoint_every: int = 100
+) -> None:
+    """Train; write weights, tokenizer and ``training.jsonl`` to ``out``; resume from its checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log_path = out / "checkpoint.pt", out / "training.jsonl"
+    run = Run(build_tokenizer(), device)
+    if checkpoint.exists():
+        run.restore(checkpoint)
+        print(f"resuming at step {run.step}", flush=True)
+    # Rows logged after the checkpoint would come twice: those steps are about to run again.
+    logged = log_path.read_text().splitlines(keepends=True) if run.step else []
+    log_path.write_text("".join(line for line in logged if json.loads(line)["step"] <= run.step))
+    started = time.perf_counter() - run.seconds
+    with log_path.open("a") as log:
+        while run.step < steps:
+            figures = run.advance(learning_rate(run.step, steps, peak), tokens)
+            run.seconds = time.perf_counter() - started
+            if run.step % 25 == 0 or run.step == steps:
+                place = {"step": run.step, "largest_size": CURRICULUM[run.stage]}
+                line = json.dumps(place | {"seconds": round(run.seconds, 1)} | figures)
+                print(line, file=log, flush=True)
+                print(line, flush=True)
+            if run.step % checkpoint_every == 0 or run.step == steps:
+                run.save(checkpoint)
+    run.model.to(torch.bfloat16).save_pretrained(out)
+    run.tokenizer.save_pretrained(out)
     print(f"wrote {out}", flush=True)
 
 
@@ -165,7 +193,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the reference reasoner.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and checkpoint")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--tokens", type=int, default=6000, help="tokens per step (default 6000)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")

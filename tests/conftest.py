@@ -1,0 +1,38 @@
+"""Fixtures that most tests share: seeded numbers and tiny traces."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pytest
+
+from traces import write_trace
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260922)
+
+
+@pytest.fixture
+def make_trace(rng, tmp_path):
+    """Write a small trace of Gaussian queries and keys, or of arrays that the test gives."""
+    serial = count()
+
+    def make(
+        n_layers=2, n_kv_heads=2, group_size=2, n_tokens=60, head_dim=8, prompt_tokens=20, arrays=None, **options
+    ):
+        if arrays is None:
+            queries = rng.normal(size=(n_layers, n_kv_heads * group_size, n_tokens, head_dim))
+            arrays = queries, rng.normal(size=(n_layers, n_kv_heads, n_tokens, head_dim))
+        path = tmp_path / f"made-{next(serial)}.kvtrace"
+        return write_trace(path, *arrays, prompt_tokens=prompt_tokens, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """Give a directory that outlives the examples of one property test."""
+    return tmp_path_factory.mktemp("traces")

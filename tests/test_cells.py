@@ -1,0 +1,193 @@
+"""The door: cells that succeed, cells that fail, exit codes and tables."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import polars as pl
+import pytest
+from agreement import make_wave
+
+from simulator import replay, run_replay
+from simulator.policies.base import Scorer
+from simulator.policy import Policy, parse_policy
+from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, summarise
+from traces.errors import TraceError, UserError
+
+SPECIFIED = (
+    "trace_id model policy policy_params budget_asked budget_unit entries_mean entries_peak bytes_mean bytes_peak "
+    "mass_mean mass_p05 mass_min_head miss_rate oracle_mass gap n_steps n_evictions seconds code_version status error"
+).split()
+MEASURED = [name for name in SPECIFIED[6:18]]
+
+
+def test_one_row_per_cell_with_the_agreed_columns(make_trace):
+    traces = [make_trace(), make_trace(n_tokens=50)]
+    policies = ["rkv:buffer=5", "random:buffer=7"]
+    result = run_replay(traces, policies, [12, "30%", "5KB"])
+    table = result.table
+    assert result.exit_code == 0
+    assert list(table.columns[:22]) == SPECIFIED
+    assert dict(table.schema) == ROW_SCHEMA
+    asked = table.select("trace_id", "policy", "budget_asked", "budget_unit").rows()
+    assert asked == [
+        (trace.trace_id, policy, *budget)
+        for trace in traces
+        for policy in ("rkv", "random")
+        for budget in ((12.0, "entries"), (30.0, "%"), (5.0, "KB"))
+    ]
+    # 5 KB over 4 KV heads of 32-byte entries are 39; 30% of 60 and 50 tokens are 18 and 15.
+    assert table["budget_entries"].to_list() == [12, 18, 39] * 2 + [12, 15, 39] * 2
+    assert json.loads(table["policy_params"][0])["buffer"] == 5
+    assert table["status"].unique().to_list() == ["ok"]
+    assert table["error"].null_count() == 12
+    assert table.select(MEASURED).null_count().sum_horizontal().item() == 0
+    assert len(result.retained) == 0
+
+
+def test_results_do_not_depend_on_threads_or_repetition(make_trace):
+    trace = make_trace(n_layers=3)
+    cells = [trace], ["reasonalloc:buffer=5", "random:buffer=5", "snapkv:buffer=5"], [12, 20]
+    wave = trace.path.parent / "wave.json"
+    make_wave(trace, [1.0, 2.0, 3.0]).write(wave)
+    results = [run_replay(*cells, jobs=jobs, waves=[wave], keep_retained=True) for jobs in (1, 1, 3)]
+    for other in results[1:]:
+        assert other.table.drop("seconds").equals(results[0].table.drop("seconds"))
+        assert other.retained.equals(results[0].retained)
+
+
+def test_seed_matters_to_random_policies_alone(make_trace):
+    cells = [make_trace()], ["random:buffer=5", "rkv:buffer=5"], [12]
+    one, two = (run_replay(*cells, seed=seed).table["mass_mean"].to_list() for seed in (0, 1))
+    assert one[0] != two[0]
+    assert one[1] == two[1]
+
+
+def test_retained_table_names_every_slot(make_trace):
+    trace = make_trace()
+    result = run_replay([trace], ["snapkv:buffer=20", "fullkv"], [12, 15], keep_retained=True)
+    table = result.retained
+    assert dict(table.schema) == RETAINED_SCHEMA
+    assert table["policy"].unique().to_list() == ["snapkv"]
+    # Compressions at 20, 32 and 52 tokens, or 20, 35 and 55; 4 KV heads.
+    counts = table.group_by("budget", "n_tokens", maintain_order=True).len().rows()
+    assert sorted(counts) == [(b, n, 4 * int(b)) for b, ns in (("12", (20, 32, 52)), ("15", (20, 35, 55))) for n in ns]
+    first = table.filter(budget="12", layer=1, kv_head=1, compression=0)
+    assert first["slot"].to_list() == list(range(12))
+    assert first["position"].to_list() == sorted(first["position"].to_list())
+    assert set(range(12, 20)) <= set(first["position"])
+
+
+@pytest.mark.parametrize(
+    ("policies", "budgets", "exit_code", "statuses"),
+    [
+        (["rkv"], [20], 0, ["ok"]),
+        (["rkv"], [8, 5], 5, ["error", "error"]),
+        (["rkv", "streamingllm"], [8], 1, ["error", "ok"]),
+        (["rkv"], [8, 9], 1, ["error", "ok"]),
+        (["reasonalloc"], [20], 4, ["error"]),
+        (["reasonalloc", "rkv"], [20], 1, ["error", "ok"]),
+        (["rkv"], ["1%", "10B"], 5, ["error", "error"]),
+        (["fullkv"], [1], 0, ["ok"]),
+    ],
+)
+def test_exit_codes(policies, budgets, exit_code, statuses, make_trace):
+    result = run_replay([make_trace()], policies, budgets)
+    assert result.exit_code == exit_code
+    assert result.table["status"].to_list() == statuses
+    for row in result.table.iter_rows(named=True):
+        assert (row["error"] is None) == (row["status"] == "ok")
+        assert all((row[name] is None) == (row["status"] == "error") for name in MEASURED)
+        assert "\n" not in (row["error"] or "")
+
+
+def test_errors_of_cells_name_the_value_and_what_is_allowed(make_trace):
+    table = run_replay([make_trace()], ["rkv", "reasonalloc"], [8, 20]).table
+    assert "8 entries" in table["error"][0]
+    assert "at least 9" in table["error"][0]
+    assert "custom" in table["error"][3]
+
+
+@dataclass(frozen=True)
+class Broken(Scorer):
+    name: ClassVar[str] = "broken"
+    fault: str = "shape"
+    after: int = 0
+
+    def score(self, view):
+        scores = np.zeros(view.n_entries, np.float32)
+        if view.n_tokens <= self.after:
+            return scores
+        if self.fault == "nan":
+            scores[1] = np.nan
+        return scores[1:] if self.fault == "shape" else scores
+
+
+@pytest.mark.parametrize("fault", ["shape", "nan"])
+@pytest.mark.parametrize("after", [0, 40])
+def test_broken_scorer_fails_its_own_cell_only(fault, after, make_trace):
+    trigger = parse_policy("rkv:buffer=5").trigger
+    broken = Policy("broken", Broken(fault, after), trigger=trigger)
+    table = run_replay([make_trace()], ["rkv:buffer=5"], [12]).table
+    result = run_replay([make_trace()], [broken, "rkv:buffer=5"], [12], jobs=2)
+    assert result.exit_code == 1
+    assert result.table["status"].to_list() == ["error", "ok"]
+    assert "scorer 'broken' returned" in result.table["error"][0]
+    assert result.table["n_evictions"][1] == table["n_evictions"][0]
+    assert run_replay([make_trace()], [broken], [12]).exit_code == 1
+
+
+def test_nothing_is_replayed_when_the_request_cannot_be_read(make_trace, tmp_path):
+    trace, cells = make_trace(), []
+
+    def attempt(*arguments, **options):
+        run_replay(*arguments, on_cell=lambda: cells.append(1), **options)
+
+    with pytest.raises(UserError, match="h2o"):
+        attempt([trace], ["rkv", "h2o"], [20])
+    with pytest.raises(UserError, match="bare fraction"):
+        attempt([trace], ["rkv"], [20, "0.1"])
+    with pytest.raises(TraceError, match="gone"):
+        attempt([trace, tmp_path / "gone.kvtrace"], ["rkv"], [20])
+    with pytest.raises(UserError, match="no decode step"):
+        attempt([trace, make_trace(prompt_tokens=60)], ["rkv"], [20])
+    with pytest.raises(UserError, match=r"gone\.json"):
+        attempt([trace], ["rkv"], [20], waves=[tmp_path / "gone.json"])
+    assert cells == []
+    attempt([trace], ["rkv"], [20, 8])
+    assert cells == [1, 1]
+
+
+def test_replay_takes_single_values_and_paths(make_trace):
+    trace = make_trace()
+    tables = [
+        replay(trace, "rkv:buffer=5", 12),
+        replay(str(trace.path), parse_policy("rkv:buffer=5"), "12"),
+        replay([trace.path], ["rkv:buffer=5"], [12]),
+    ]
+    assert all(len(table) == 1 for table in tables)
+    assert len({table["mass_mean"].item() for table in tables}) == 1
+    assert "jobs" in inspect.signature(run_replay).parameters
+
+
+def test_summary_averages_over_traces_with_a_bootstrap_interval(make_trace):
+    traces = [make_trace() for _ in range(4)]
+    table = run_replay(traces, ["rkv:buffer=5", "streamingllm:buffer=5"], [8, 12]).table
+    summary = summarise(table)
+    assert summary.select("policy", "budget_asked", "n_traces").rows() == [
+        ("rkv", 12.0, 4),
+        ("streamingllm", 8.0, 4),
+        ("streamingllm", 12.0, 4),
+    ] or summary["policy"].to_list() == ["streamingllm", "rkv", "streamingllm"]
+    for row in summary.iter_rows(named=True):
+        cells = table.filter(policy=row["policy"], budget_asked=row["budget_asked"])
+        assert row["mass_mean"] == pytest.approx(cells["mass_mean"].mean())
+        assert row["entries_peak"] == cells["entries_peak"].max()
+        assert cells["mass_mean"].min() <= row["mass_low"] <= row["mass_mean"] <= row["mass_high"]
+        assert row["mass_high"] <= cells["mass_mean"].max()
+    assert summarise(table).equals(summary)
+    assert len(summarise(table.filter(pl.col("status") == "error"))) == 0
