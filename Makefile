@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test results wave lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -15,6 +15,18 @@ demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torc
 
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest
+
+results: .venv/.full ## record 24 held-out problems, replay all policies on them: the table of the README
+	mkdir -p runs
+	$(BIN)/python -m validate.reasoner.tasks --count 24 --seed 2 > runs/heldout.jsonl
+	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout
+	$(BIN)/sim replay --trace runs/heldout --buffer 16 --budget 10%,20%,30%,50%
+
+wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
+	mkdir -p runs
+	$(BIN)/python -m validate.reasoner.tasks --count 8 --seed 3 > runs/calibration.jsonl
+	$(BIN)/sim record --model reference --prompts runs/calibration.jsonl --out runs/calibration
+	$(BIN)/sim calibrate --trace runs/calibration --out simulator/waves/kvbudget-reasoner-v1.json
 
 lint: .venv/.full ## ruff, mypy, import rules
 	$(BIN)/ruff check .

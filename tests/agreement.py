@@ -118,7 +118,7 @@ class Agreement:
         self.adopted["similarity at threshold"] += 1
 
 
-def agree(trace, text, entries, *, demand=None, seed=0) -> Agreement:
+def agree(trace, text, entries, *, demand=None, seed=0, atol=1e-5) -> Agreement:
     """Assert that the replay and the twin tell the same story; give the account of adopted near-ties."""
     outcome, budgets = replayed(trace, text, entries, demand=demand, seed=seed)
     agreement = Agreement(outcome, budgets)
@@ -128,5 +128,5 @@ def agree(trace, text, entries, *, demand=None, seed=0) -> Agreement:
     np.testing.assert_array_equal(outcome.held, run.held)
     assert outcome.n_evicted == run.n_evicted
     assert outcome.mass.shape == run.mass.shape
-    np.testing.assert_allclose(outcome.mass, run.mass, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outcome.mass, run.mass, rtol=0, atol=atol)
     return agreement

@@ -47,7 +47,13 @@ class Case:
     seed: int
 
     def arrays(self):
-        sizes = self.n_layers, self.n_kv_heads * self.group_size, self.n_kv_heads, self.n_tokens, self.head_dim
+        sizes = (
+            self.n_layers,
+            self.n_kv_heads * self.group_size,
+            self.n_kv_heads,
+            self.n_tokens,
+            self.head_dim,
+        )
         return draw_arrays(np.random.default_rng(self.seed), self.kind, *sizes)
 
     def write(self, directory):
@@ -60,10 +66,10 @@ def scorers(draw) -> tuple[str, dict, int]:
     """Draw a scorer's name, its parameters and how many entries it protects."""
     name = draw(st.sampled_from(["streamingllm", "snapkv", "rkv", "rkv", "random", "random-prompt"]))
     if name == "streamingllm":
-        sinks = draw(st.integers(1, 5))
+        sinks = draw(st.integers(0, 5))
         return name, {"sinks": sinks}, sinks
     if name.startswith("random"):
-        recent = draw(st.integers(1, 9))
+        recent = draw(st.integers(0, 9))
         return name, {"recent": recent}, recent
     parameters = {
         "window": draw(st.integers(1, 9)),
@@ -105,6 +111,8 @@ def cases(draw, kinds=KINDS) -> Case:
             "interval": draw(st.integers(1, 32)),
             "offset": draw(st.integers(0, 3)),
         }
+    # A pyramid whose last layer gets a twentieth of too little gets nothing, and cannot be divided.
+    least = 20 if layers == "pyramid" and protected == 0 else protected + 1
     parameters["prompt"] = draw(st.sampled_from(["compress", "wait"]))
     return Case(
         kind=draw(st.sampled_from(kinds)),
@@ -115,7 +123,7 @@ def cases(draw, kinds=KINDS) -> Case:
         n_tokens=n_tokens,
         prompt_tokens=draw(st.integers(1, n_tokens - 1)),
         policy="+".join(parts) + ":" + ",".join(f"{key}={value}" for key, value in parameters.items()),
-        entries=draw(st.integers(protected + 1, max(protected + 1, n_tokens // 2)) | st.just(n_tokens + 3)),
+        entries=draw(st.integers(least, max(least, n_tokens // 2)) | st.just(n_tokens + 3)),
         demand=tuple(draw(st.lists(st.integers(0, 500), min_size=n_layers, max_size=n_layers))),
         seed=draw(st.integers(0, 2**32 - 1)),
     )

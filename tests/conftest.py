@@ -21,7 +21,14 @@ def make_trace(rng, tmp_path):
     serial = count()
 
     def make(
-        n_layers=2, n_kv_heads=2, group_size=2, n_tokens=60, head_dim=8, prompt_tokens=20, arrays=None, **options
+        n_layers=2,
+        n_kv_heads=2,
+        group_size=2,
+        n_tokens=60,
+        head_dim=8,
+        prompt_tokens=20,
+        arrays=None,
+        **options,
     ):
         if arrays is None:
             queries = rng.normal(size=(n_layers, n_kv_heads * group_size, n_tokens, head_dim))

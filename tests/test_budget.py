@@ -33,8 +33,27 @@ def test_budgets_are_read(text, amount, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["0.1", "1.0", "0", "-5", "120%", "0%", "5kg", "nan", "inf", "", " ", "%", "1e3", "5 5", "12mib", True, 0.1]
-    + [None, "٣"],
+    [
+        *(
+            "0.1",
+            "1.0",
+            "0",
+            "-5",
+            "120%",
+            "0%",
+            "5kg",
+            "nan",
+            "inf",
+            "",
+            " ",
+            "%",
+            "1e3",
+            "5 5",
+            "12mib",
+            "٣",
+        ),
+        *(True, 0.1, None),
+    ],
 )
 def test_what_is_no_budget_is_refused_in_words(text):
     with pytest.raises(UserError) as refusal:

@@ -34,7 +34,11 @@ def test_events_come_by_time_kind_and_order_of_scheduling(pushed):
     assert popped == sorted((time, kind, serial) for serial, (time, kind, _) in enumerate(pushed))
     heads = [(batch[0].time, batch[0].kind) for batch in batches]
     assert len(set(heads)) == len(heads)  # a batch holds all events of its time and kind
-    assert all((event.time, event.kind) == head for batch, head in zip(batches, heads, strict=True) for event in batch)
+    assert all(
+        (event.time, event.kind) == head
+        for batch, head in zip(batches, heads, strict=True)
+        for event in batch
+    )
 
 
 def test_serials_belong_to_their_queue():

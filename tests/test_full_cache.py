@@ -30,7 +30,9 @@ def brute_oracle(trace, weights, held, step):
     for layer in weights:
         for kv_head in range(shape.n_kv_heads):
             group = layer[kv_head * shape.group_size : (kv_head + 1) * shape.group_size]
-            worth += [sum(head[position][j] for head in group) / shape.group_size for j in range(position + 1)]
+            worth += [
+                sum(head[position][j] for head in group) / shape.group_size for j in range(position + 1)
+            ]
     return sum(sorted(worth, reverse=True)[:held]) / (shape.n_layers * shape.n_kv_heads)
 
 

@@ -42,7 +42,9 @@ class Vector:
         n_kv_heads = len(self.keys)
         for step, n_tokens in enumerate(self.lengths):
             for kv_head in range(n_kv_heads):
-                before, start = ([], 0) if step == 0 else (self.kept[step - 1][kv_head], self.lengths[step - 1])
+                before, start = (
+                    ([], 0) if step == 0 else (self.kept[step - 1][kv_head], self.lengths[step - 1])
+                )
                 positions = np.concatenate([before, np.arange(start, n_tokens)]).astype(np.int32)
                 group = self.queries.reshape(n_kv_heads, -1, *self.queries.shape[1:])[kv_head]
                 view = CacheView(

@@ -18,7 +18,9 @@ from simulator.policy import parse_policy
 from simulator.request import Request
 
 
-@pytest.mark.parametrize("policy", ["fullkv", "snapkv:buffer=5", "rkv+utility:buffer=5,delta=10", "random:buffer=3"])
+@pytest.mark.parametrize(
+    "policy", ["fullkv", "snapkv:buffer=5", "rkv+utility:buffer=5,delta=10", "random:buffer=3"]
+)
 def test_a_row_is_what_the_twin_measures(policy, make_trace):
     trace = make_trace(group_size=3)
     row = run_replay([trace], [policy], [14], seed=2).table.row(0, named=True)

@@ -65,7 +65,11 @@ def test_overrides_apply_where_they_fit_and_yield_to_the_text():
 
 
 def test_comma_lists_keep_parameters_with_their_policy():
-    assert split_list("rkv:alpha=0.5,window=4,fullkv, snapkv") == ["rkv:alpha=0.5,window=4", "fullkv", "snapkv"]
+    assert split_list("rkv:alpha=0.5,window=4,fullkv, snapkv") == [
+        "rkv:alpha=0.5,window=4",
+        "fullkv",
+        "snapkv",
+    ]
     assert split_list("a:x=1,b:y=2") == ["a:x=1", "b:y=2"]
 
 

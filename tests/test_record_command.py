@@ -11,7 +11,7 @@ from tiny_models import byte_tokenizer, tiny_model
 
 import validate.record_rows
 from traces.check import check_trace
-from traces.errors import NoDeviceError, UserError
+from traces.errors import Interrupted, NoDeviceError, UserError
 from traces.store import open_trace
 from validate.reasoner.tasks import make_problem
 from validate.reasoner.tokenizer import build_tokenizer
@@ -166,11 +166,9 @@ def test_an_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
         return decode(model, tokenizer, prompt_ids, path, **settings | {"on_tokens": interrupt})
 
     monkeypatch.setattr(validate.record_rows, "record_decode", interrupt_second)
-    code, out, err = run()
-    assert code == 130
-    assert out == []
-    assert len(err) == 1
-    assert "interrupted with 1 rows done: the same command again" in err[0]
+    with pytest.raises(Interrupted, match="interrupted with 1 rows done: the same command again") as caught:
+        run()
+    assert caught.value.exit_code == 130
     assert list(traces_in(tmp_path / "out")) == ["walk-1.kvtrace"]
     monkeypatch.undo()
     assert run()[0] == 0

@@ -214,6 +214,8 @@ def test_any_small_trace_is_valid_and_keeps_its_shares(
         recipe=recipe,
     )
     check_trace(trace, samples=20)
+    # Coordinates stay where 16 bits are precise, also where nothing but planted positions exists.
+    assert max(np.abs(trace.queries(layer)).max() for layer in range(n_layers)) < 300
     truth = trace.manifest.task["truth"]
     needle, sinks = truth["needle"], truth["sinks"]
     if needle is None:

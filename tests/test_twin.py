@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from agreement import agree
+from agreement import agree, replayed
 from cases import MODERATE, cases, draw_arrays
 from hypothesis import given, settings
 
@@ -50,6 +50,16 @@ def test_replay_is_the_twin_on_gaussian_data(policy, make_trace):
 def test_replay_is_the_twin_in_every_storage_type(dtype, make_trace):
     trace = make_trace(dtype=dtype, scale=0.2)
     assert not agree(trace, "rkv+utility:buffer=4,delta=4", 12).adopted
+
+
+def test_replay_is_the_twin_at_large_logits(make_trace, rng):
+    # Logits reach 100, where float32 overflows without care and resolves 1e-5 of a weight.
+    arrays = 6 * rng.normal(size=(2, 4, 60, 8)), 6 * rng.normal(size=(2, 2, 60, 8))
+    trace = make_trace(arrays=arrays)
+    assert np.abs(trace.queries(0)[0] @ trace.keys(0)[0].T).max() * trace.scale > 90
+    agree(trace, "streamingllm:buffer=5", 17, atol=1e-4)
+    outcome, _ = replayed(trace, "rkv:buffer=5", 17)
+    assert np.isfinite(outcome.mass).all()
 
 
 def test_replay_is_the_twin_when_spans_are_measured_in_blocks(make_trace, monkeypatch):

@@ -45,7 +45,10 @@ def test_entries_to_hold_by_hand():
 
 @pytest.mark.parametrize("steps_per_trace", [64, 7])
 def test_calibration_is_the_papers_definition(make_trace, steps_per_trace):
-    traces = [make_trace(n_tokens=40, prompt_tokens=10, group_size=3), make_trace(prompt_tokens=50, group_size=3)]
+    traces = [
+        make_trace(n_tokens=40, prompt_tokens=10, group_size=3),
+        make_trace(prompt_tokens=50, group_size=3),
+    ]
     wave = calibrate(traces, 0.8, steps_per_trace)
     demand, n_steps = np.zeros((2, 2)), 0
     for trace in traces:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from validate.reasoner.tasks import FAMILIES, make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
-CURRICULUM = (6, 10, 16, 18)
+CURRICULUM = (6, 10, 16, 20)
 MOVE_UP_AT = 0.975
 TRAINING_SEED = 0
 
@@ -193,7 +193,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the reference reasoner.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and checkpoint")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--tokens", type=int, default=6000, help="tokens per step (default 6000)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
