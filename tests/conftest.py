@@ -40,6 +40,6 @@ def make_trace(rng, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
+def shared_folder(tmp_path_factory):
     """Give a directory that outlives the examples of one property test."""
     return tmp_path_factory.mktemp("traces")

@@ -100,8 +100,8 @@ def test_one_entry_less_than_the_length_evicts(make_trace):
 
 @given(cases(), st.integers(0, 4))
 @MODERATE
-def test_protected_entries_survive_and_counts_are_exact(workplace, case, seed):
-    trace = case.write(workplace)
+def test_protected_entries_survive_and_counts_are_exact(shared_folder, case, seed):
+    trace = case.write(shared_folder)
     outcome, _ = replayed(trace, case.policy, case.entries, demand=case.demand, seed=seed)
     policy = parse_policy(case.policy)
     layer_totals = {}

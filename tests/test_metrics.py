@@ -50,8 +50,8 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
 
 @given(cases())
 @MODERATE
-def test_the_oracle_is_a_bound(workplace, case):
-    trace = case.write(workplace)
+def test_the_oracle_is_a_bound(shared_folder, case):
+    trace = case.write(shared_folder)
     waves = {trace.model: make_wave(trace, case.demand)}
     (outcome,) = Engine([Request(trace, parse_policy(case.policy), case.entries, waves=waves)]).run()
     full = FullCache(trace)

@@ -69,13 +69,13 @@ def test_replay_is_the_twin_when_spans_are_measured_in_blocks(make_trace, monkey
     assert not agree(trace, "fullkv", 20).adopted
 
 
-def test_replay_is_the_twin_on_anything(workplace):
+def test_replay_is_the_twin_on_anything(shared_folder):
     account = Counter()
 
     @settings(MODERATE, max_examples=200)
     @given(cases())
     def check(case):
-        trace = case.write(workplace)
+        trace = case.write(shared_folder)
         agreement = agree(trace, case.policy, case.entries, demand=case.demand, seed=case.seed % 1000)
         account["decisions"] += agreement.n_decisions
         account[case.kind] += sum(agreement.adopted.values())
