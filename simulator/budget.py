@@ -75,7 +75,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     if not isinstance(text, str):
         raise UserError(f"budget {text!r} is not a budget; allowed: {_ALLOWED}")
     text = text.strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)", text, re.ASCII)
     if match is None:
         raise UserError(f"budget '{text}' is not a budget; allowed: {_ALLOWED}")
     amount, unit = float(match[1]), match[2]

@@ -58,7 +58,7 @@ def replay(
     overrides = {} if buffer is None else {"buffer": buffer}
     policies = [parse_policy(name, **overrides) for text in policy for name in split_list(text)]
     budgets = [item for text in budget for item in text.split(",")]
-    paths = find_traces(_with_sample(trace))
+    paths = find_traces(trace)
     with _progress(len(paths) * len(policies) * len(budgets), quiet) as advance:
         result = run_replay(
             paths,
@@ -97,7 +97,7 @@ def calibrate(
         raise UserError(f"--steps is {steps}; allowed: 1 or more")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: folder {out.parent} is missing; allowed: an existing folder")
-    wave = measure([open_trace(path) for path in find_traces(_with_sample(trace))], rho, steps)
+    wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps)
     wave.write(out)
     print(f"wave of {wave.model} from {len(wave.trace_ids)} traces, {wave.n_steps} decode steps")
     print(f"entries per KV head that hold {rho:.0%} of the attention:")
@@ -159,13 +159,6 @@ def show_policy(name: Annotated[str, typer.Argument(help="A policy or one of its
             print(f"    {parameter} = {value}")
         text = inspect.getdoc(type(part)) or ""
         print("\n".join(f"    {line}".rstrip() for line in ["", *text.splitlines()]))
-
-
-def _with_sample(patterns: list[str]) -> list[str]:
-    from importlib import resources
-
-    shipped = str(resources.files("traces") / "samples")
-    return [shipped if pattern == "sample" else pattern for pattern in patterns]
 
 
 def _threads(jobs: int) -> int:

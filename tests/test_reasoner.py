@@ -53,7 +53,7 @@ def test_answers_agree_with_an_independent_solver(family, size, index):
 def test_a_chain_states_every_running_value_truly():
     problem = make_problem("program", 12, 1, 3)
     stated = dict(re.findall(r": (\w+) (\d) ;", problem.completion))
-    for name, value in re.findall(r"(\w\w) (\d)", problem.completion):
+    for name, value in re.findall(r"\b([a-z]{2}) (\d)", problem.completion):
         assert stated[name] == value
 
 

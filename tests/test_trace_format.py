@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import traces
-from traces import ModelShape, TraceWriter, open_trace
+from traces import ModelShape, TraceError, TraceWriter, check_trace, find_traces, open_trace
 from traces.numbers import cast_exactly, round_to_storage, to_float32
 
 dtypes = st.sampled_from(["float16", "bfloat16", "float32"])
@@ -285,3 +285,15 @@ def test_importing_the_package_loads_no_numpy():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = traces.nothing
+
+
+def test_the_bundled_sample_goes_by_its_name_and_is_sound(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample = open_trace("sample")
+    assert [sample.path] == find_traces(["sample"])
+    assert sample.manifest.task["correct"] is True
+    assert sample.text(0, 8).split()[:2] == ["<bos>", "walk"]
+    assert check_trace(sample)
+    (tmp_path / "sample").mkdir()
+    with pytest.raises(TraceError):
+        open_trace("sample")

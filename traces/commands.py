@@ -19,7 +19,7 @@ trace_app = typer.Typer(help="Show, check and make traces.", no_args_is_help=Tru
 _LINE_WIDTH = 88
 _LONGEST_PROMPT = 512  # tokens; of a longer prompt, both ends are shown
 
-TracePath = Annotated[Path, typer.Argument(help="A directory NAME.kvtrace.", show_default=False)]
+TracePath = Annotated[Path, typer.Argument(help="A directory NAME.kvtrace, or 'sample'.", show_default=False)]
 
 
 class InfoFormat(StrEnum):

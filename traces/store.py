@@ -13,6 +13,9 @@ from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, re
 from traces.trace import Trace
 
 SUFFIX = ".kvtrace"
+# The bundled trace goes by this name wherever a trace is asked for, unless something is so called.
+SAMPLE_NAME = "sample"
+SAMPLES = Path(__file__).parent / "samples"
 
 
 def open_trace(path: str | Path) -> Trace:
@@ -24,7 +27,7 @@ def open_trace(path: str | Path) -> Trace:
     Parameters
     ----------
     path : str or Path
-        The directory ``NAME.kvtrace``.
+        The directory ``NAME.kvtrace``, or ``sample`` for the bundled trace.
 
     Raises
     ------
@@ -32,6 +35,8 @@ def open_trace(path: str | Path) -> Trace:
         If it is missing, unfinished, of an unknown version, truncated or corrupt.
     """
     path = Path(path)
+    if str(path) == SAMPLE_NAME and not path.exists():
+        (path,) = _traces_at(SAMPLES)
     try:
         if not path.exists():
             raise TraceError(f"{path}: not found; allowed: a directory NAME{SUFFIX}")
@@ -56,7 +61,7 @@ def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
     Parameters
     ----------
     patterns : iterable of str or Path
-        A trace, a directory that holds ``*.kvtrace``, or a glob (``**`` included) of either.
+        A trace, a directory that holds ``*.kvtrace``, a glob (``**`` included) of either, or ``sample``.
 
     Returns
     -------
@@ -73,6 +78,8 @@ def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
     found: dict[str, Path] = {}
     for pattern in patterns:
         matches = [Path(pattern)] if os.path.exists(pattern) else _expand_glob(str(pattern))
+        if str(pattern) == SAMPLE_NAME and not matches:
+            matches = [SAMPLES]
         traces = [trace for match in matches for trace in _traces_at(match)]
         if not traces:
             raise TraceError(f"{pattern}: no trace found; allowed: a path or glob of *{SUFFIX}")
