@@ -71,15 +71,15 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     several = max(summary["n_traces"]) > 1
     shared = _shared_parameters(summary.to_dicts())
     units = dict.fromkeys(zip(summary["budget_asked"], summary["budget_unit"], strict=True))
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    shown.add_column("budget", justify="right", no_wrap=True)
-    shown.add_column("policy", no_wrap=True)
-    headers = ["entries mean", "peak", "memory mean", "peak", "mass", "95% interval", "p05"]
-    headers += ["worst head", "miss rate", "oracle", "gap"]
+    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    shown.add_column("\nbudget", justify="right", no_wrap=True)
+    shown.add_column("\npolicy", no_wrap=True)
+    headers = ["entries\nmean", "\npeak", "memory\nmean", "\npeak", "\nmass", "\n±95%", "\np05"]
+    headers += ["worst\nhead", "miss\nrate", "\noracle", "\ngap", "behind\nbest"]
     if not several:
-        headers.remove("95% interval")
+        headers = [header for header in headers if header not in ("\n±95%", "behind\nbest")]
     for header in headers:
-        shown.add_column(header, justify="right")
+        shown.add_column(header, justify="right", no_wrap=True)
     for amount, unit in units:
         group = summary.filter(pl.col("budget_asked") == amount, pl.col("budget_unit") == unit)
         label = f"{amount:g}" + ("" if unit == "entries" else unit)
@@ -99,11 +99,12 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     return (
         f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;\n"
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold."
+        + ("\nIntervals are bootstrapped over traces; noise: the paired interval holds 0." if several else "")
     )
 
 
 def _cells(row: dict[str, Any], several: bool) -> list[str]:
-    interval = [f"{row['mass_low']:.4f}-{row['mass_high']:.4f}"] if several else []
+    interval = [f"{(row['mass_high'] - row['mass_low']) / 2:.4f}"] if several else []
     return [
         f"{row['entries_mean']:.1f}",
         f"{row['entries_peak']:.1f}",
@@ -116,7 +117,15 @@ def _cells(row: dict[str, Any], several: bool) -> list[str]:
         f"{row['miss_rate']:.4f}",
         f"{row['oracle_mass']:.4f}",
         f"{max(0.0, row['gap']):.4f}",
+        *([_behind(row)] if several else []),
     ]
+
+
+def _behind(row: dict[str, Any]) -> str:
+    if row["behind"] is None:
+        return "best" if row["n_evictions"] else ""
+    is_noise = row["behind_low"] <= 0 <= row["behind_high"]
+    return f"{row['behind']:.4f} noise" if is_noise else f"{row['behind']:.4f}"
 
 
 def _changed_parameters(row: dict[str, Any]) -> dict[str, Any]:

@@ -88,29 +88,56 @@ def retained_table(
 
 
 def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:
-    """Average results over traces, with a 95% bootstrap interval of the mean mass over traces.
+    """Average results over traces, with 95% bootstrap intervals over traces.
 
     Returns
     -------
     One row per policy, parameters and budget, in the order they were asked: the means of the numeric
-    columns, the maximum of the peaks, ``n_traces``, ``mass_low`` and ``mass_high``.
+    columns, the maximum of the peaks, ``n_traces``, the interval ``mass_low`` to ``mass_high`` of the mean
+    mass, and ``behind``, ``behind_low`` and ``behind_high``: how far the policy lies behind the best evicting
+    policy of the same budget, trace by trace. An interval that holds 0 is noise. The three are null for the
+    best itself and for policies that evicted nothing.
     """
     done = table.filter(pl.col("status") == "ok")
-    rng = np.random.default_rng(seed)
-    rows = []
-    for key, group in done.group_by(_GROUP, maintain_order=True):
-        masses = group["mass_mean"].to_numpy()
-        drawn = masses[rng.integers(len(masses), size=(resamples, len(masses)))].mean(axis=1)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        rows.append(
-            dict(zip(_GROUP, key, strict=True))
-            | {"n_traces": len(masses), "mass_low": float(low), "mass_high": float(high)}
-        )
-    if not rows:
+    if done.is_empty():
         return pl.DataFrame()
+    rng = np.random.default_rng(seed)
+    intervals = []
+    for _, same_budget in done.group_by(_GROUP[2:], maintain_order=True):
+        intervals += _intervals(same_budget, rng, resamples)
     peaks = [name for name in ROW_SCHEMA if name.endswith("_peak")]
     averaged = [
         name for name, kind in ROW_SCHEMA.items() if kind.is_numeric() and name not in (*_GROUP, *peaks)
     ]
     means = done.group_by(_GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
-    return means.join(pl.DataFrame(rows), on=_GROUP, maintain_order="left")
+    found = pl.DataFrame(intervals, infer_schema_length=None)
+    return means.join(found, on=_GROUP, maintain_order="left")
+
+
+def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:
+    """Bootstrap the mean mass of every policy at one budget, and its distance to the best."""
+    groups = list(same_budget.group_by(_GROUP, maintain_order=True))
+    masses = [dict(zip(group["trace_id"], group["mass_mean"], strict=True)) for _, group in groups]
+    evicting = [i for i, (_, group) in enumerate(groups) if group["n_evictions"].sum() > 0]
+    best = max(evicting, key=lambda i: np.mean(list(masses[i].values())), default=None)
+    rows = []
+    for i, (key, _) in enumerate(groups):
+        low, high = _bootstrap(np.array(list(masses[i].values())), rng, resamples)
+        row = dict(zip(_GROUP, key, strict=True)) | {"n_traces": len(masses[i])}
+        row |= {"mass_low": low, "mass_high": high}
+        row |= dict.fromkeys(("behind", "behind_low", "behind_high"))
+        if best is not None and i in evicting and i != best:
+            shared = masses[i].keys() & masses[best].keys()
+            # Sorted, so that the resampling does not depend on the order of a set.
+            behind = np.array([masses[best][trace] - masses[i][trace] for trace in sorted(shared)])
+            if len(behind):
+                low, high = _bootstrap(behind, rng, resamples)
+                row |= {"behind": float(behind.mean()), "behind_low": low, "behind_high": high}
+        rows.append(row)
+    return rows
+
+
+def _bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> tuple[float, float]:
+    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -198,3 +198,29 @@ def test_summary_averages_over_traces_with_a_bootstrap_interval(make_trace):
         assert row["mass_high"] <= cells["mass_mean"].max()
     assert summarise(table).equals(summary)
     assert len(summarise(table.filter(pl.col("status") == "error"))) == 0
+
+
+def rows_of(policy, masses, n_evictions=5):
+    labels = {"policy": policy, "policy_params": "{}", "budget_asked": 8.0, "budget_unit": "entries"}
+    shared = labels | {"status": "ok", "n_evictions": n_evictions}
+    return [shared | {"trace_id": str(i), "mass_mean": mass} for i, mass in enumerate(masses)]
+
+
+def test_summary_tells_differences_from_noise_trace_by_trace():
+    # Traces differ far more than policies do: only the paired comparison can see that one is behind.
+    level = np.linspace(0.2, 0.9, 12)
+    wobble = np.where(np.arange(12) % 2, 0.01, -0.0099)
+    table = result_table(
+        [
+            *rows_of("fullkv", level + 0.05, n_evictions=0),
+            *rows_of("best", level),
+            *rows_of("close", level + wobble - 0.0001),
+            *rows_of("behind", level - 0.02),
+        ]
+    )
+    summary = {row["policy"]: row for row in summarise(table).iter_rows(named=True)}
+    assert summary["best"]["behind"] is None
+    assert summary["fullkv"]["behind"] is None  # it evicts nothing: no rival at this budget
+    assert summary["behind"]["behind"] == pytest.approx(0.02)
+    assert summary["behind"]["behind_low"] > 0
+    assert summary["close"]["behind_low"] < 0 < summary["close"]["behind_high"]
