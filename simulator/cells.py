@@ -113,7 +113,7 @@ def run_replay(
     known = known_waves(list(waves))
     rows, retained, codes = [], [], []
     for trace in opened:
-        full = FullCache(trace)
+        full = FullCache(trace, jobs)
         for policy in parsed:
             for budget in asked:
                 row = _labels(trace, policy, budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -51,6 +52,12 @@ def group_weights(trace: Trace, layer: int, positions: np.ndarray) -> Iterator[n
 class FullCache:
     """The strongest keys of every decode step, and the best any allocation could retain.
 
+    Parameters
+    ----------
+    trace : Trace
+    jobs : int
+        Threads over layers.
+
     Attributes
     ----------
     strongest : int32 (n_layers, n_query_heads, n_steps)
@@ -59,7 +66,7 @@ class FullCache:
         Decode steps at which the oracle is evaluated: all of them unless the trace is very large.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, jobs: int = 1) -> None:
         shape, n_steps = trace.shape, trace.total_tokens - trace.prompt_tokens
         self._prompt_tokens = trace.prompt_tokens
         self._n_heads = shape.n_layers * shape.n_kv_heads
@@ -68,9 +75,13 @@ class FullCache:
         self.oracle_steps = sampled_steps(n_steps, max(_ORACLE_STEPS, fitting))
         sizes = (self.oracle_steps + trace.prompt_tokens + 1) * self._n_heads
         self._weights = [np.empty(size, np.float32) for size in sizes]
-        for layer in range(shape.n_layers):
+
+        def observe(layer: int) -> None:
             self._find_strongest(trace, layer)
             self._collect_weights(trace, layer)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(observe, range(shape.n_layers)))
         for weights in self._weights:
             weights[::-1].sort()
 

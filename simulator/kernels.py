@@ -63,7 +63,8 @@ def add_attention_mass(products, scale, lse, n_visible, mass):
         mass[row] = total
 
 
-@njit(nogil=True, cache=True)
+# A largest value vectorises only if NaN and the sign of zero may be ignored; products are finite.
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
 def strongest_positions(products, n_visible, positions):
     """Write the column of each row's largest product, ties to the later one.
 
@@ -72,11 +73,11 @@ def strongest_positions(products, n_visible, positions):
     """
     for row in range(products.shape[0]):
         best = products[row, 0]
-        where = 0
-        for j in range(1, n_visible[row]):
-            if products[row, j] >= best:
-                best = products[row, j]
-                where = j
+        for j in range(n_visible[row]):
+            best = max(best, products[row, j])
+        where = n_visible[row] - 1
+        while products[row, where] != best:
+            where -= 1
         positions[row] = where
 
 
