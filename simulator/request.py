@@ -9,7 +9,7 @@ import numpy as np
 from simulator.layer_replay import LayerReplay, Retained
 from simulator.policies.base import LayerRequest, PolicyError
 from simulator.policy import Policy
-from simulator.wave import Wave, refuse_calibration_trace
+from simulator.wave import Wave
 from traces.trace import Trace
 
 
@@ -63,6 +63,8 @@ class Request:
         If the budget does not hold what the policy protects.
     MissingDataError
         If the policy needs a profile that is not known.
+    PolicyError
+        If a layer allocator misses the total.
     """
 
     def __init__(
@@ -77,11 +79,15 @@ class Request:
         keep_retained: bool = False,
     ) -> None:
         policy.require_feasible(entries)
-        waves = waves or {}
         shape = trace.shape
-        if policy.layers.name == "wave":
-            refuse_calibration_trace(waves.get(trace.model), trace)
-        asked = LayerRequest(shape.n_layers, entries, policy.protected, trace.model, waves)
+        asked = LayerRequest(
+            n_layers=shape.n_layers,
+            entries=entries,
+            protected=policy.protected,
+            model=trace.model,
+            trace_id=trace.trace_id,
+            waves=waves or {},
+        )
         budgets, self._layers_binding = policy.layers.allocate(asked)
         if budgets.sum() != shape.n_layers * entries:
             raise PolicyError(

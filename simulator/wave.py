@@ -145,17 +145,3 @@ def known_waves(paths: Sequence[str | Path] = ()) -> dict[str, Wave]:
         wave = read_wave(given)
         waves[wave.model] = wave
     return waves
-
-
-def refuse_calibration_trace(wave: Wave | None, trace: Trace) -> None:
-    """Refuse to judge a wave on a trace it was measured on.
-
-    Raises
-    ------
-    UserError
-    """
-    if wave is not None and trace.trace_id in wave.trace_ids:
-        raise UserError(
-            f"trace {trace.path} was used to calibrate the wave of model '{wave.model}'; "
-            "allowed: other traces of the model, or a wave from other traces with --wave"
-        )

@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.apportion import apportion, robustify
 from simulator.policies.base import LayerAllocator, LayerRequest, refuse_unless
-from traces.errors import MissingDataError
+from traces.errors import MissingDataError, UserError
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class WaveLayers(LayerAllocator):
         ------
         MissingDataError
             If no wave is known for the model, or it is of another shape.
+        UserError
+            If the wave was measured on the very trace it is to be judged on.
         """
         wave = request.waves.get(request.model)
         if wave is None:
@@ -102,6 +104,11 @@ class WaveLayers(LayerAllocator):
             raise MissingDataError(
                 f"no wave for model '{request.model}' (known: {known}); make one from other traces of it "
                 "with: sim calibrate --trace CALIBRATION --out wave.json, then pass --wave wave.json"
+            )
+        if request.trace_id in wave.trace_ids:
+            raise UserError(
+                f"trace {request.trace_id[:12]} was used to calibrate the wave of model '{request.model}'; "
+                "allowed: other traces of the model, or a wave from other traces with --wave"
             )
         demand = np.asarray(wave.demand, np.float64)
         if len(demand) != request.n_layers:
