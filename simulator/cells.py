@@ -24,8 +24,9 @@ from simulator.results import result_table, retained_table
 from simulator.wave import Wave, known_waves
 from traces.check import check_trace
 from traces.errors import UserError
-from traces.store import open_trace
+from traces.store import find_traces, open_trace
 from traces.trace import Trace
+from traces.version import package_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def run_replay(
 
     Parameters
     ----------
-    traces : sequence of paths or opened traces
+    traces : sequence of opened traces, paths, folders of traces or globs
     policies : sequence of names or policies
     budgets : sequence
         Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``.
@@ -104,7 +105,9 @@ def run_replay(
     parsed = [parse_policy(policy) for policy in policies]
     asked = [parse_budget(budget) for budget in budgets]
     # Every trace is opened before the first is replayed, so that a bad one costs no work.
-    opened = [trace if isinstance(trace, Trace) else open_trace(trace) for trace in traces]
+    opened: list[Trace] = []
+    for given in traces:
+        opened += [given] if isinstance(given, Trace) else map(open_trace, find_traces([given]))
     for trace in opened:
         if trace.total_tokens == trace.prompt_tokens:
             raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to replay")
@@ -178,7 +181,7 @@ def code_version() -> str:
         for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith(".py"):
                 digest.update(entry.read_bytes())
-    return f"0.1.0+{digest.hexdigest()[:12]}"
+    return f"{package_version()}+{digest.hexdigest()[:12]}"
 
 
 def _as_list(value: Any) -> list[Any]:

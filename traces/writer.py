@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +19,7 @@ from traces.store import open_trace
 from traces.target import Target
 from traces.tokens import as_token_ids, as_vocabulary
 from traces.trace import Trace
+from traces.version import package_version
 
 
 class TraceWriter:
@@ -283,8 +283,4 @@ class TraceWriter:
 
 
 def _own_versions() -> dict[str, str]:
-    try:
-        package = version("kvbudget")
-    except PackageNotFoundError:
-        package = "not installed"
-    return {"kvbudget": package, "numpy": np.__version__, "python": platform.python_version()}
+    return {"kvbudget": package_version(), "numpy": np.__version__, "python": platform.python_version()}
