@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 from traces.errors import InfeasibleBudgetError, UserError
 from traces.shape import ModelShape
@@ -17,6 +18,8 @@ _BYTES = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
+# Beyond this no cache will go, and sums over layers stay far from overflow.
+_LARGEST = 10**12
 _ALLOWED = "entries per KV head (128), a share of the full cache (5%) or bytes of the whole cache (64MiB)"
 
 
@@ -70,8 +73,8 @@ def parse_budget(text: str | int | Budget) -> Budget:
     """
     if isinstance(text, Budget):
         return text
-    if isinstance(text, int) and not isinstance(text, bool):
-        text = str(text)
+    if isinstance(text, Integral) and not isinstance(text, bool):
+        text = str(int(text))
     if not isinstance(text, str):
         raise UserError(f"budget {text!r} is not a budget; allowed: {_ALLOWED}")
     text = text.strip()
@@ -80,12 +83,15 @@ def parse_budget(text: str | int | Budget) -> Budget:
         raise UserError(f"budget '{text}' is not a budget; allowed: {_ALLOWED}")
     amount, unit = float(match[1]), match[2]
     if unit == "" and "." in match[1]:
+        meant = f"write {amount * 100:g}% to keep that share" if amount <= 1 else "write whole entries"
         raise UserError(
-            f"budget '{text}' is a bare fraction, which some read as kept and some as removed; "
-            f"write {amount * 100:g}% to keep that share"
+            f"budget '{text}' is a bare fraction, which some read as kept and some as removed; {meant}"
         )
     if unit not in ("", "%", *_BYTES):
         raise UserError(f"budget '{text}' has unknown unit '{unit}'; allowed: {_ALLOWED}")
-    if amount <= 0 or (unit == "%" and amount > 100):
-        raise UserError(f"budget '{text}' is out of range; allowed: {_ALLOWED}, above 0, at most 100%")
+    if amount <= 0 or amount > (100 if unit == "%" else _LARGEST):
+        raise UserError(
+            f"budget '{text[:40]}' is out of range; allowed: {_ALLOWED}, "
+            f"above 0, at most 100% or {_LARGEST:.0e}"
+        )
     return Budget(amount, unit or "entries")

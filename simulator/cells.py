@@ -102,6 +102,9 @@ def run_replay(
     on_cell : callable
         Called after every finished cell, for progress.
     """
+    for name, value, least in (("seed", seed, 0), ("jobs", jobs, 1)):
+        if value < least:
+            raise UserError(f"{name} is {value}; allowed: {least} or more")
     parsed = [parse_policy(policy) for policy in policies]
     asked = [parse_budget(budget) for budget in budgets]
     # Every trace is opened before the first is replayed, so that a bad one costs no work.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simulator.contract import checked_budgets, checked_scores
 from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
-from simulator.policies.base import PolicyError
 from simulator.policy import Policy
-from simulator.selection import checked_scores, select_slots
+from simulator.selection import select_slots
 from simulator.view import CacheView
 from traces.numbers import to_float32
 from traces.trace import Trace
@@ -128,12 +128,9 @@ class LayerReplay:
     def reallocate(self) -> None:
         """Divide the layer's budget over its KV heads by the scores of now."""
         self._scores = self._score_heads()
-        self.budgets, binding = self.policy.heads.allocate(self._scores, self.total, self.policy.protected)
-        if self.budgets.sum() != self.total:
-            raise PolicyError(
-                f"head allocator '{self.policy.heads.name}' gave {self.budgets.sum()} entries in layer "
-                f"{self.layer}; allowed: exactly {self.total}"
-            )
+        heads, protected = self.policy.heads, self.policy.protected
+        budgets, binding = heads.allocate(self._scores, self.total, protected)
+        self.budgets = checked_budgets(heads.name, budgets, len(self._scores), self.total, protected)
         self.protection_binding |= binding
         self._last_reallocation = self._n_tokens
 

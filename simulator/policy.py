@@ -116,11 +116,13 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     if isinstance(text, Policy):
         return text
     name, _, tail = text.strip().partition(":")
-    given = dict(_parse_parameter(text, piece) for piece in tail.split(",")) if tail else {}
+    given = _parse_parameters(text, tail) if tail else {}
     parts = _named_parts(name)
-    trigger = given.pop("trigger", "never" if parts["scorer"] is Full else "buffer-full")
-    if trigger not in TRIGGERS:
-        raise UserError(f"policy '{text}': trigger '{trigger}' is unknown; allowed: {', '.join(TRIGGERS)}")
+    is_full = parts["scorer"] is Full
+    trigger = given.pop("trigger", "never" if is_full else "buffer-full")
+    allowed = ["never"] if is_full else list(TRIGGERS)
+    if trigger not in allowed:
+        raise UserError(f"policy '{text}': trigger is '{trigger}'; allowed: {', '.join(allowed)}")
     parts["trigger"] = TRIGGERS[trigger]
 
     names = {role: {item.name for item in fields(part)} for role, part in parts.items()}
@@ -165,6 +167,16 @@ def _named_parts(name: str) -> dict[str, Any]:
     if "scorer" not in parts:
         raise UserError(f"policy '{name}' names no scorer; allowed: {', '.join(SCORERS)}")
     return {"layers": UniformLayers, "heads": UniformHeads} | parts
+
+
+def _parse_parameters(text: str, tail: str) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for piece in tail.split(","):
+        key, value = _parse_parameter(text, piece)
+        if key in given:
+            raise UserError(f"policy '{text}': parameter '{key}' is given twice; allowed: once")
+        given[key] = value
+    return given
 
 
 def _parse_parameter(text: str, piece: str) -> tuple[str, Any]:

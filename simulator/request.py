@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simulator.contract import checked_budgets, require_an_entry_in_every_layer
 from simulator.layer_replay import LayerReplay, Retained
-from simulator.policies.base import LayerRequest, PolicyError
+from simulator.policies.base import LayerRequest
+from simulator.policies.triggers import Never
 from simulator.policy import Policy
 from simulator.wave import Wave
 from traces.trace import Trace
@@ -64,7 +66,7 @@ class Request:
     MissingDataError
         If the policy needs a profile that is not known.
     PolicyError
-        If a layer allocator misses the total.
+        If the layer allocator breaks its contract.
     """
 
     def __init__(
@@ -88,12 +90,12 @@ class Request:
             trace_id=trace.trace_id,
             waves=waves or {},
         )
-        budgets, self._layers_binding = policy.layers.allocate(asked)
-        if budgets.sum() != shape.n_layers * entries:
-            raise PolicyError(
-                f"layer allocator '{policy.layers.name}' gave {budgets.sum()} entries per KV head over "
-                f"{shape.n_layers} layers; allowed: exactly {shape.n_layers * entries}"
-            )
+        divided, self._layers_binding = policy.layers.allocate(asked)
+        total = shape.n_layers * entries
+        # The full cache protects nothing: its budget is never used.
+        protected = 0 if isinstance(policy.trigger, Never) else policy.protected
+        budgets = checked_budgets(policy.layers.name, divided, shape.n_layers, total, protected)
+        require_an_entry_in_every_layer(policy.layers.name, budgets)
         self.trace, self.arrival = trace, arrival
         self.layers = [
             LayerReplay(trace, layer, policy, int(budget), seed=seed, keep_retained=keep_retained)

@@ -1,39 +1,8 @@
-"""Which slots survive: protection, top-k and ties, settled here and nowhere else."""
+"""Which slots survive: top-k and ties, settled here and nowhere else."""
 
 from __future__ import annotations
 
 import numpy as np
-
-from simulator.policies.base import PolicyError, Scorer
-from simulator.view import CacheView
-
-
-def checked_scores(scorer: Scorer, view: CacheView) -> np.ndarray:
-    """Score a view and put protected entries above all others.
-
-    Returns
-    -------
-    float32 (n_entries,); protected entries are plus infinity.
-
-    Raises
-    ------
-    PolicyError
-        If the scorer returns another shape, or a score that is not finite.
-    """
-    scores = np.asarray(scorer.score(view), np.float32)
-    if scores.shape != view.positions.shape:
-        raise PolicyError(
-            f"scorer '{scorer.name}' returned scores of shape {scores.shape}; allowed: {view.positions.shape}"
-        )
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise PolicyError(
-            f"scorer '{scorer.name}' returned {scores[bad]} at slot {bad} of layer {view.layer}, "
-            f"KV head {view.kv_head}; allowed: finite scores"
-        )
-    oldest_recent = view.n_tokens - scorer.recent
-    protected = (view.positions < scorer.sinks) | (view.positions >= oldest_recent)
-    return np.where(protected, np.float32(np.inf), scores)
 
 
 def select_slots(scores: np.ndarray, positions: np.ndarray, n_kept: int, slot_order: str) -> np.ndarray:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from agreement import NEAR, agree, replayed
 
+from simulator.contract import checked_scores
 from simulator.policy import parse_policy
-from simulator.selection import checked_scores, select_slots
+from simulator.selection import select_slots
 from simulator.view import CacheView
 from traces import write_trace
 

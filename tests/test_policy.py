@@ -103,7 +103,7 @@ def test_comma_lists_keep_parameters_with_their_policy():
         ("random:recent=-1", "recent is -1"),
         ("rkv:buffer=0", "buffer is 0; allowed: 1 or more"),
         ("rkv:prompt=keep", "allowed: compress, wait"),
-        ("rkv:trigger=newline", "trigger 'newline' is unknown; allowed: buffer-full, every-n"),
+        ("rkv:trigger=newline", "trigger is 'newline'; allowed: buffer-full, every-n"),
         ("rkv:interval=8", "parameter 'interval' is unknown"),
         ("rkv:trigger=every-n,interval=0", "interval is 0"),
         ("rkv:trigger=every-n,offset=-1", "offset is -1"),

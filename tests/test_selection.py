@@ -11,8 +11,9 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.contract import checked_scores
 from simulator.policies.base import PolicyError, Scorer
-from simulator.selection import checked_scores, select_slots
+from simulator.selection import select_slots
 from simulator.view import CacheView
 
 INFINITY = np.float32(np.inf)
