@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from numbers import Integral
+from fractions import Fraction
+from numbers import Integral, Real
 
 from traces.errors import InfeasibleBudgetError, UserError
 from traces.shape import ModelShape
@@ -39,7 +40,8 @@ class Budget:
     unit: str = "entries"
 
     def __str__(self) -> str:
-        return f"{self.amount:g}" + ("" if self.unit == "entries" else self.unit)
+        amount = int(self.amount) if float(self.amount).is_integer() else self.amount
+        return f"{amount}" + ("" if self.unit == "entries" else self.unit)
 
     def entries(self, shape: ModelShape, total_tokens: int) -> int:
         """Give the whole entries per KV head that the budget buys for one trace.
@@ -48,14 +50,20 @@ class Budget:
         ------
         InfeasibleBudgetError
             If it buys less than one entry per KV head.
+        UserError
+            If it buys more than any cache could hold.
         """
+        # As written: 0.57% of 10,000 is 57, while the nearest float is a little less.
+        amount = Fraction(str(self.amount))
         if self.unit == "entries":
-            entries = int(self.amount)
+            entries = int(amount)
         elif self.unit == "%":
-            entries = int(self.amount * total_tokens / 100)
+            entries = int(amount * total_tokens / 100)
         else:
             heads = shape.n_layers * shape.n_kv_heads
-            entries = int(self.amount * _BYTES[self.unit]) // (heads * shape.bytes_per_entry)
+            entries = int(amount * _BYTES[self.unit] / (heads * shape.bytes_per_entry))
+        if entries > _LARGEST:
+            raise UserError(f"budget {self} buys {entries} entries; allowed: at most {_LARGEST:.0e}")
         if entries < 1:
             raise InfeasibleBudgetError(
                 f"budget {self} buys no entry per KV head of this trace; allowed: {_ALLOWED}"
@@ -73,8 +81,8 @@ def parse_budget(text: str | int | Budget) -> Budget:
     """
     if isinstance(text, Budget):
         return text
-    if isinstance(text, Integral) and not isinstance(text, bool):
-        text = str(int(text))
+    if isinstance(text, Real) and not isinstance(text, bool):
+        text = str(int(text)) if isinstance(text, Integral) else str(float(text))
     if not isinstance(text, str):
         raise UserError(f"budget {text!r} is not a budget; allowed: {_ALLOWED}")
     text = text.strip()

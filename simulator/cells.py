@@ -18,7 +18,7 @@ from simulator.engine import Engine
 from simulator.full_cache import FullCache
 from simulator.layer_replay import Retained
 from simulator.metrics import measure
-from simulator.policy import Policy, parse_policy
+from simulator.policy import Policy, parse_policy, split_list
 from simulator.request import Request
 from simulator.results import result_table, retained_table
 from simulator.wave import Wave, known_waves
@@ -66,7 +66,11 @@ def replay(
     UserError
         For a policy or budget that cannot be read, or a trace that cannot be opened.
     """
-    return run_replay(_as_list(traces), _as_list(policies), _as_list(budgets), **options).table
+    named = [
+        p for text in _as_list(policies) for p in (split_list(text) if isinstance(text, str) else [text])
+    ]
+    asked = [b for text in _as_list(budgets) for b in (text.split(",") if isinstance(text, str) else [text])]
+    return run_replay(_as_list(traces), named, asked, **options).table
 
 
 def run_replay(
@@ -76,7 +80,7 @@ def run_replay(
     *,
     seed: int = 0,
     jobs: int = 1,
-    waves: Iterable[str | Path] = (),
+    waves: str | Path | Iterable[str | Path] = (),
     keep_retained: bool = False,
     check: bool = True,
     on_cell: Callable[[], None] = lambda: None,
@@ -105,8 +109,9 @@ def run_replay(
     for name, value, least in (("seed", seed, 0), ("jobs", jobs, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; allowed: {least} or more")
-    parsed = [parse_policy(policy) for policy in policies]
-    asked = [parse_budget(budget) for budget in budgets]
+    # A policy or budget that is asked twice, in whatever words, is replayed once.
+    parsed = list(dict.fromkeys(parse_policy(policy) for policy in policies))
+    asked = list(dict.fromkeys(parse_budget(budget) for budget in budgets))
     # Every trace is opened before the first is replayed, so that a bad one costs no work.
     opened: list[Trace] = []
     for given in traces:
@@ -116,7 +121,9 @@ def run_replay(
             raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to replay")
         if check:
             check_trace(trace)
-    known = known_waves(list(waves))
+    if not opened or not parsed or not asked:
+        raise UserError("a replay needs at least one trace, one policy and one budget")
+    known = known_waves(_as_list(waves))
     rows, retained, codes = [], [], []
     for trace in opened:
         full = FullCache(trace, jobs)
@@ -178,14 +185,14 @@ def _retained_labels(row: dict[str, Any], budget: Budget) -> dict[str, str]:
 
 @cache
 def code_version() -> str:
-    """Name this build: the version and a digest of the code that results depend on."""
+    """Name this build: the version and a digest of the code and waves that results depend on."""
     digest = hashlib.sha256()
-    for package in ("simulator", "simulator.policies", "traces"):
+    for package in ("simulator", "simulator.policies", "simulator.waves", "traces"):
         for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith(".py"):
+            if entry.name.endswith((".py", ".json")):
                 digest.update(entry.read_bytes())
     return f"{package_version()}+{digest.hexdigest()[:12]}"
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, (str, int, Path, Trace, Policy, Budget)) else list(value)
+    return [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)

@@ -42,17 +42,19 @@ def replay(
     seed: Annotated[int, typer.Option(help="For policies that draw at random.")] = 0,
     jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what it took.")] = False,
 ) -> None:
     """Replay policies x budgets over recorded traces and print one table."""
     from simulator.cells import run_replay
-    from simulator.output import choose_format, write_parquet, write_rows
+    from simulator.output import choose_format, require_place, write_parquet, write_rows
     from simulator.policy import parse_policy, split_list
     from traces.errors import UserError
     from traces.store import find_traces
 
     chosen = choose_format(format, output)
-    if retained is not None:
-        choose_format("parquet", retained)
+    require_place(retained, "--retained")
+    if output is not None and output == retained:
+        raise UserError(f"-o and --retained are both {output}; allowed: two files")
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
     overrides = {} if buffer is None else {"buffer": buffer}
@@ -74,9 +76,14 @@ def replay(
     write_rows(result.table, output, chosen)
     if retained is not None:
         write_parquet(result.retained, retained)
+    if verbose:
+        seconds = result.table["seconds"].sum()
+        version = result.table["code_version"][0]
+        print(f"sim: {len(result.table)} cells, {seconds:.1f} s in all, code {version}", file=sys.stderr)
     failed = result.table.filter(result.table["status"] != "ok")
-    for message in dict.fromkeys(failed["error"]):
-        print(f"sim: {message}", file=sys.stderr)
+    for row in failed.unique("error", keep="first", maintain_order=True).iter_rows(named=True):
+        asked = f"{row['budget_asked']:g} {row['budget_unit']}"
+        print(f"sim: {row['trace']}, {row['policy']} at {asked}: {row['error']}", file=sys.stderr)
     if result.exit_code:
         print(f"sim: {len(failed)} of {len(result.table)} cells failed", file=sys.stderr)
         raise typer.Exit(result.exit_code)
@@ -87,20 +94,21 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where to write the wave (JSON).")],
     rho: Annotated[float, typer.Option(help="Attention mass to hold.")] = 0.93,
     steps: Annotated[int, typer.Option(help="Decode steps sampled per trace.")] = 64,
+    check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
 ) -> None:
     """Measure a model's Reasoning Wave: the entries each layer needs, for the wave allocator."""
+    from simulator.output import require_place
     from simulator.wave import calibrate as measure
     from traces.errors import UserError
     from traces.store import find_traces, open_trace
 
     if steps < 1:
         raise UserError(f"--steps is {steps}; allowed: 1 or more")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: folder {out.parent} is missing; allowed: an existing folder")
-    wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps)
+    require_place(out, "--out")
+    wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps, check=check)
     wave.write(out)
     print(f"wave of {wave.model} from {len(wave.trace_ids)} traces, {wave.n_steps} decode steps")
-    print(f"entries per KV head that hold {rho:.0%} of the attention:")
+    print(f"entries per KV head that hold {rho:g} of the attention:")
     widest = max(wave.demand)
     for layer, demand in enumerate(wave.demand):
         heads = " ".join(f"{value:6.1f}" for value in wave.head_demand[layer])
@@ -168,7 +176,9 @@ def _threads(jobs: int) -> int:
 
     if jobs < 0:
         raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
-    return jobs or len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return jobs or len(os.sched_getaffinity(0))
+    return jobs or os.cpu_count() or 1
 
 
 @contextmanager

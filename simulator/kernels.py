@@ -95,34 +95,33 @@ def max_pool(values, kernel_size, pooled):
 
 
 @njit(nogil=True, cache=True)
-def mean_similarity(similarity, threshold, first_on_no_match, means):
-    """Average each key's similarity to all keys, after sparing the newest duplicate of every key.
+def add_similarity(similarity, first, threshold, first_on_no_match, sums):
+    """Add up each key's similarity to a block of keys, sparing the newest duplicate of every block key.
 
-    Row i removes its contribution to the last column whose similarity exceeds ``threshold``. A row without
+    A row removes its contribution to the last column whose similarity exceeds ``threshold``. A row without
     one removes nothing, or, with ``first_on_no_match``, its contribution to column 0 (as the published
     R-KV code does).
 
     Parameters
     ----------
-    similarity : float32 (n, n)
-        Cosine similarities; the diagonal is ignored.
+    similarity : float32 (n_rows, n)
+        Cosine similarities of keys ``first`` onwards to all keys; a key's own is ignored.
+    first : int
     threshold : float
     first_on_no_match : bool
-    means : float64 (n,)
-        Written: column sums divided by n.
+    sums : float64 (n,)
+        Updated in place.
     """
-    n = similarity.shape[0]
-    means[:] = 0.0
-    for i in range(n):
+    n_rows, n = similarity.shape
+    for i in range(n_rows):
+        own = first + i
         last = -1
         for j in range(n - 1, -1, -1):
-            if j != i and similarity[i, j] > threshold:
+            if j != own and similarity[i, j] > threshold:
                 last = j
                 break
         if last < 0 and first_on_no_match:
             last = 0
         for j in range(n):
-            if j != i and j != last:
-                means[j] += similarity[i, j]
-    for j in range(n):
-        means[j] /= n
+            if j != own and j != last:
+                sums[j] += similarity[i, j]

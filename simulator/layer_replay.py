@@ -10,6 +10,7 @@ import numpy as np
 from simulator.contract import checked_budgets, checked_scores
 from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
+from simulator.policies.triggers import Never
 from simulator.policy import Policy
 from simulator.selection import select_slots
 from simulator.view import CacheView
@@ -57,7 +58,10 @@ class LayerReplay:
         self.trace, self.layer, self.policy, self.seed = trace, layer, policy, seed
         self.total = entries * shape.n_kv_heads
         self.budgets = np.full(shape.n_kv_heads, entries, np.int64)
-        self.ledger = Ledger(shape.n_kv_heads, shape.head_dim, trace.total_tokens)
+        # Without evictions nothing is scored and every mass is 1: no key will ever be read.
+        self._reads_keys = not isinstance(policy.trigger, Never)
+        width = shape.head_dim if self._reads_keys else 0
+        self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens)
         self.mass = np.ones((shape.n_query_heads, n_steps), np.float32)
         self.held = np.zeros(n_steps, np.int64)
         self.retained: list[Retained] = []
@@ -74,7 +78,7 @@ class LayerReplay:
     def prefill(self) -> None:
         """Take in the prompt; its own attention sees all of it."""
         self._n_tokens = self.trace.prompt_tokens
-        self.ledger.append(0, self._read("keys", 0, self._n_tokens))
+        self._append(0, self._n_tokens)
 
     def next_compression(self) -> int | None:
         """Give the token count of the next compression, or None for never."""
@@ -105,7 +109,7 @@ class LayerReplay:
         n_tokens, step = stop - start, start - self.trace.prompt_tokens
         before = self.ledger.n_entries
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
-        self.ledger.append(start, self._read("keys", start, stop))
+        self._append(start, stop)
         self._n_tokens = stop
         # A head that never evicted holds the full cache, whose mass is 1 by definition.
         partial = [h for h in range(shape.n_kv_heads) if self.ledger.lengths[h] < stop]
@@ -154,6 +158,12 @@ class LayerReplay:
                     Retained(self.layer, kv_head, self._n_compressions, self._n_tokens, kept)
                 )
         self._n_compressions += 1
+
+    def _append(self, start: int, stop: int) -> None:
+        if self._reads_keys:
+            self.ledger.append(start, self._read("keys", start, stop))
+        else:
+            self.ledger.append(start, np.empty((len(self.budgets), stop - start, 0), np.float32))
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         return to_float32(self._stored[name][:, start:stop], self.trace.shape.dtype)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,27 @@ from rich.console import Console
 from rich.table import Table
 
 from simulator.results import summarise
+from traces.atomic import write_file
 from traces.errors import UserError
 
 FORMATS = ("table", "csv", "json", "parquet")
 _SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
+
+
+def require_place(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before any work is done.
+
+    Raises
+    ------
+    UserError
+        If its folder is missing or it is a folder itself.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: folder {path.parent} is missing; allowed: an existing folder")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: a folder is there; allowed: a file")
 
 
 def choose_format(asked: str | None, path: Path | None) -> str:
@@ -28,12 +43,11 @@ def choose_format(asked: str | None, path: Path | None) -> str:
     Raises
     ------
     UserError
-        For an unknown format or suffix, parquet without a file, or a file in a folder that is missing.
+        For an unknown format or suffix, or parquet without a file.
     """
+    require_place(path, "-o")
     if asked is not None and asked not in FORMATS:
         raise UserError(f"--format is '{asked}'; allowed: {', '.join(FORMATS)}")
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"-o {path}: folder {path.parent} is missing; allowed: an existing folder")
     if asked is None and path is not None:
         if path.suffix not in _SUFFIXES:
             raise UserError(f"-o {path}: suffix tells no format; allowed: {', '.join(_SUFFIXES)} or --format")
@@ -55,12 +69,12 @@ def write_rows(table: pl.DataFrame, path: Path | None, chosen: str) -> None:
         write_parquet(table, path)
     else:
         text = _rendered(table) if chosen == "table" else _text(table, chosen)
-        _write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
     """Write a table as Parquet; a reader never sees half a file."""
-    _write_atomically(path, table.write_parquet)
+    write_file(path, table.write_parquet)
 
 
 def print_results(table: pl.DataFrame, console: Console) -> None:
@@ -68,7 +82,7 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     summary = summarise(table)
     if summary.is_empty():
         return
-    several = max(summary["n_traces"]) > 1
+    several = table["trace_id"].n_unique() > 1
     shared = _shared_parameters(summary.to_dicts())
     units = dict.fromkeys(zip(summary["budget_asked"], summary["budget_unit"], strict=True))
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
@@ -96,15 +110,22 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     steps = int(done.unique("trace_id")["n_steps"].sum())
     named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
     told = "".join(f", {name} {value}" for name, value in shared.items())
-    return (
-        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;\n"
-        "mass is the full cache's attention on what was retained, oracle the most that memory could hold."
-        + ("\nIntervals are bootstrapped over traces; noise: the paired interval holds 0." if several else "")
-    )
+    lines = [
+        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;",
+        "mass is the full cache's attention on what was retained, oracle the most that memory could hold.",
+    ]
+    if several:
+        lines.append("Intervals are bootstrapped over traces; noise: the paired interval holds 0.")
+        if len(done) < len(table):
+            lines.append(
+                "Some cells failed: a budget's rows average the traces that all its policies replayed."
+            )
+    return "\n".join(lines)
 
 
 def _cells(row: dict[str, Any], several: bool) -> list[str]:
-    interval = [f"{(row['mass_high'] - row['mass_low']) / 2:.4f}"] if several else []
+    halfwidth = (row["mass_high"] - row["mass_low"]) / 2
+    interval = [f"{halfwidth:.4f}" if row["n_traces"] > 1 else ""] if several else []
     return [
         f"{row['entries_mean']:.1f}",
         f"{row['entries_peak']:.1f}",
@@ -123,24 +144,27 @@ def _cells(row: dict[str, Any], several: bool) -> list[str]:
 
 def _behind(row: dict[str, Any]) -> str:
     if row["behind"] is None:
-        return "best" if row["n_evictions"] else ""
-    is_noise = row["behind_low"] <= 0 <= row["behind_high"]
-    return f"{row['behind']:.4f} noise" if is_noise else f"{row['behind']:.4f}"
+        return "best" if row["is_best"] else ""
+    # Policies are compared at equal memory: say where that does not hold.
+    memory = f" {row['memory_to_best']:+.0%} mem" if abs(row["memory_to_best"]) > 0.01 else ""
+    noise = " noise" if row["behind_low"] <= 0 <= row["behind_high"] else ""
+    return f"{row['behind']:.4f}{noise}{memory}"
 
 
 def _changed_parameters(row: dict[str, Any]) -> dict[str, Any]:
     from simulator.policy import parse_policy
 
-    defaults = parse_policy(row["policy"]).parameters
     given = json.loads(row["policy_params"])
-    return {name: value for name, value in given.items() if defaults.get(name) != value}
+    usual = parse_policy(row["policy"]).parameters["trigger"]
+    defaults = parse_policy(f"{row['policy']}:trigger={given['trigger']}").parameters | {"trigger": usual}
+    return {name: value for name, value in given.items() if defaults[name] != value}
 
 
 def _shared_parameters(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Find the changed parameters on which all policies that have them agree: the caption tells those."""
-    given = [json.loads(row["policy_params"]) for row in rows]
-    candidates = {name for row in rows for name in _changed_parameters(row)}
-    values = {name: [params[name] for params in given if name in params] for name in sorted(candidates)}
+    """Find changed parameters on which several policies agree and none differs: the caption tells those."""
+    given = [json.loads(params) for _, params in {(row["policy"], row["policy_params"]) for row in rows}]
+    candidates = sorted({name for row in rows for name in _changed_parameters(row)})
+    values = {name: [params[name] for params in given if name in params] for name in candidates}
     return {
         name: found[0]
         for name, found in values.items()
@@ -174,12 +198,3 @@ def _text(table: pl.DataFrame, chosen: str) -> str:
         return table.write_csv()
     rows = table.to_dicts()
     return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -115,8 +115,8 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     """
     if isinstance(text, Policy):
         return text
-    name, _, tail = text.strip().partition(":")
-    given = _parse_parameters(text, tail) if tail else {}
+    name, colon, tail = text.strip().partition(":")
+    given = _parse_parameters(text, tail) if colon else {}
     parts = _named_parts(name)
     is_full = parts["scorer"] is Full
     trigger = given.pop("trigger", "never" if is_full else "buffer-full")

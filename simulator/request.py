@@ -87,6 +87,7 @@ class Request:
             entries=entries,
             protected=policy.protected,
             model=trace.model,
+            model_revision=trace.manifest.model_revision,
             trace_id=trace.trace_id,
             waves=waves or {},
         )

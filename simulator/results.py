@@ -90,15 +90,19 @@ def retained_table(
 def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:
     """Average results over traces, with 95% bootstrap intervals over traces.
 
+    Where some cells failed, a budget is averaged over the traces on which all its policies succeeded
+    (policies that never did are left out), so that rows of one budget always speak of the same traces.
+
     Returns
     -------
     One row per policy, parameters and budget, in the order they were asked: the means of the numeric
     columns, the maximum of the peaks, ``n_traces``, the interval ``mass_low`` to ``mass_high`` of the mean
-    mass, and ``behind``, ``behind_low`` and ``behind_high``: how far the policy lies behind the best evicting
-    policy of the same budget, trace by trace. An interval that holds 0 is noise. The three are null for the
-    best itself and for policies that evicted nothing.
+    mass, ``is_best`` for the evicting policy of the largest mean mass at its budget, and for the other
+    evicting ones ``memory_to_best`` (relative difference of the mean bytes) and ``behind``,
+    ``behind_low``, ``behind_high``: how far they lie behind the best, trace by trace. An interval that holds
+    0 is noise.
     """
-    done = table.filter(pl.col("status") == "ok")
+    done = _comparable(table)
     if done.is_empty():
         return pl.DataFrame()
     rng = np.random.default_rng(seed)
@@ -111,28 +115,40 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     ]
     means = done.group_by(_GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
     found = pl.DataFrame(intervals, infer_schema_length=None)
-    return means.join(found, on=_GROUP, maintain_order="left")
+    asked = table.select(_GROUP).unique(maintain_order=True)
+    joined = asked.join(means, on=_GROUP, how="inner", maintain_order="left")
+    return joined.join(found, on=_GROUP, maintain_order="left")
+
+
+def _comparable(table: pl.DataFrame) -> pl.DataFrame:
+    """Keep, for each budget, the traces on which every policy that ever succeeds at it did."""
+    done = table.filter(pl.col("status") == "ok")
+    per_budget = done.group_by(_GROUP[2:]).agg(pl.struct(_GROUP[:2]).n_unique().alias("n_policies"))
+    per_trace = done.group_by(*_GROUP[2:], "trace_id").agg(pl.struct(_GROUP[:2]).n_unique().alias("n_done"))
+    whole = per_trace.join(per_budget, on=_GROUP[2:]).filter(pl.col("n_done") == pl.col("n_policies"))
+    return done.join(whole, on=[*_GROUP[2:], "trace_id"], how="semi", maintain_order="left")
 
 
 def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:
     """Bootstrap the mean mass of every policy at one budget, and its distance to the best."""
-    groups = list(same_budget.group_by(_GROUP, maintain_order=True))
-    masses = [dict(zip(group["trace_id"], group["mass_mean"], strict=True)) for _, group in groups]
+    groups = [
+        (key, group.sort("trace_id")) for key, group in same_budget.group_by(_GROUP, maintain_order=True)
+    ]
+    masses = [group["mass_mean"].to_numpy() for _, group in groups]
+    held = [float(group["bytes_mean"].to_numpy().mean()) for _, group in groups]
     evicting = [i for i, (_, group) in enumerate(groups) if group["n_evictions"].sum() > 0]
-    best = max(evicting, key=lambda i: np.mean(list(masses[i].values())), default=None)
+    best = max(evicting, key=lambda i: masses[i].mean(), default=None)
     rows = []
     for i, (key, _) in enumerate(groups):
-        low, high = _bootstrap(np.array(list(masses[i].values())), rng, resamples)
+        low, high = _bootstrap(masses[i], rng, resamples)
         row = dict(zip(_GROUP, key, strict=True)) | {"n_traces": len(masses[i])}
-        row |= {"mass_low": low, "mass_high": high}
-        row |= dict.fromkeys(("behind", "behind_low", "behind_high"))
+        row |= {"mass_low": low, "mass_high": high, "is_best": i == best}
+        row |= dict.fromkeys(("memory_to_best", "behind", "behind_low", "behind_high"))
         if best is not None and i in evicting and i != best:
-            shared = masses[i].keys() & masses[best].keys()
-            # Sorted, so that the resampling does not depend on the order of a set.
-            behind = np.array([masses[best][trace] - masses[i][trace] for trace in sorted(shared)])
-            if len(behind):
-                low, high = _bootstrap(behind, rng, resamples)
-                row |= {"behind": float(behind.mean()), "behind_low": low, "behind_high": high}
+            behind = masses[best] - masses[i]
+            low, high = _bootstrap(behind, rng, resamples)
+            row |= {"behind": float(behind.mean()), "behind_low": low, "behind_high": high}
+            row["memory_to_best"] = held[i] / held[best] - 1
         rows.append(row)
     return rows
 

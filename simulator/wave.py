@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from simulator.full_cache import group_weights, sampled_steps
+from traces.atomic import write_file
+from traces.check import check_trace
 from traces.errors import MissingDataError, UserError
 from traces.trace import Trace
 
@@ -48,14 +50,13 @@ class Wave:
 
     def write(self, path: str | Path) -> None:
         """Write the wave as JSON, atomically."""
-        path = Path(path)
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+        write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def calibrate(traces: Sequence[Trace], rho: float = 0.93, steps_per_trace: int = 64) -> Wave:
+def calibrate(
+    traces: Sequence[Trace], rho: float = 0.93, steps_per_trace: int = 64, *, check: bool = True
+) -> Wave:
     """Measure the demand of every layer: the fewest entries that hold attention mass ``rho``.
 
     Weights are averaged over the GQA group of each KV head; the demand of a KV head at a step is the
@@ -65,7 +66,10 @@ def calibrate(traces: Sequence[Trace], rho: float = 0.93, steps_per_trace: int =
     Raises
     ------
     UserError
-        If there is no trace, the traces are of different models, or ``rho`` is not between 0 and 1.
+        If there is no trace, one has no decode step, they are of different models, or ``rho`` is not between
+        0 and 1.
+    TraceError
+        If ``check`` finds a trace damaged.
 
     References
     ----------
@@ -79,6 +83,11 @@ def calibrate(traces: Sequence[Trace], rho: float = 0.93, steps_per_trace: int =
     models = sorted({trace.model for trace in traces})
     if len(models) > 1 or len({trace.shape for trace in traces}) > 1:
         raise UserError(f"calibration traces are of several models: {', '.join(models)}; allowed: one")
+    for trace in traces:
+        if trace.total_tokens == trace.prompt_tokens:
+            raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to measure")
+        if check:
+            check_trace(trace)
     shape = traces[0].shape
     demand = np.zeros((shape.n_layers, shape.n_kv_heads))
     n_steps = 0
@@ -115,15 +124,21 @@ def read_wave(path: str | Path) -> Wave:
         If the file is missing or is no wave of this version.
     """
     try:
-        stored: dict[str, Any] = json.loads(Path(path).read_text())
+        stored: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         if stored.pop("format") != FORMAT:
             raise KeyError("format")
         if (version := stored.pop("version")) != VERSION:
             raise MissingDataError(f"wave {path}: version {version} found, this build reads {VERSION}")
         stored["demand"] = tuple(float(value) for value in stored["demand"])
-        stored["head_demand"] = tuple(tuple(row) for row in stored["head_demand"])
+        stored["head_demand"] = tuple(tuple(map(float, row)) for row in stored["head_demand"])
         stored["trace_ids"] = tuple(stored["trace_ids"])
-        return Wave(**stored)
+        wave = Wave(**stored)
+        demands = [*wave.demand, *(value for row in wave.head_demand for value in row)]
+        if not demands or not all(math.isfinite(value) and value > 0 for value in demands):
+            raise MissingDataError(
+                f"wave {path}: a demand is missing or out of range; allowed: above 0, finite"
+            )
+        return wave
     except OSError as error:
         raise MissingDataError(f"wave {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -141,7 +141,7 @@ def layer_request(n_layers, entries, protected, demand=None):
     waves = {}
     if demand is not None:
         waves["m"] = Wave("m", "", 0.93, tuple(demand), tuple((value,) for value in demand), (), 1)
-    return LayerRequest(n_layers, entries, protected, "m", "", waves)
+    return LayerRequest(n_layers, entries, protected, "m", "", "", waves)
 
 
 @given(st.integers(1, 40), st.integers(0, 12), st.integers(1, 300), st.sampled_from([1.0, 2.5, 20.0]))

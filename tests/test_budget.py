@@ -101,3 +101,13 @@ def test_budget_is_a_frozen_value():
     assert Budget(5, "%") == Budget(5, "%")
     with pytest.raises(AttributeError):
         Budget(5).amount = 6
+
+
+@pytest.mark.parametrize(("text", "tokens", "entries"), [("0.57%", 10_000, 57), ("1.13%", 10_000, 113)])
+def test_shares_are_as_written_not_as_the_nearest_float(text, tokens, entries):
+    assert parse_budget(text).entries(ModelShape(1, 1, 1, 8, "float16"), tokens) == entries
+
+
+def test_budgets_that_differ_are_written_differently():
+    texts = ["1000001B", "1000002B", "1234567", "0.5%", "64MiB"]
+    assert [str(parse_budget(text)) for text in texts] == texts

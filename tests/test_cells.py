@@ -218,9 +218,38 @@ def test_summary_tells_differences_from_noise_trace_by_trace():
             *rows_of("behind", level - 0.02),
         ]
     )
+    table = table.with_columns(bytes_mean=pl.lit(100))
     summary = {row["policy"]: row for row in summarise(table).iter_rows(named=True)}
     assert summary["best"]["behind"] is None
     assert summary["fullkv"]["behind"] is None  # it evicts nothing: no rival at this budget
     assert summary["behind"]["behind"] == pytest.approx(0.02)
     assert summary["behind"]["behind_low"] > 0
     assert summary["close"]["behind_low"] < 0 < summary["close"]["behind_high"]
+
+
+def test_summary_compares_policies_on_the_same_traces_only(make_trace):
+    # At 16% the longer trace gives rkv the 9 entries it needs, the shorter one does not.
+    traces = [make_trace(n_tokens=50), make_trace(n_tokens=90)]
+    table = run_replay(traces, ["rkv:buffer=5", "streamingllm:buffer=5"], ["11%", "30%"]).table
+    assert table["status"].to_list().count("error") == 1
+    summary = summarise(table)
+    asked = ["rkv", "rkv", "streamingllm", "streamingllm"]
+    assert summary["policy"].to_list() == asked  # in the order asked, whatever failed first
+    small = summary.filter(budget_asked=11.0)
+    assert small["n_traces"].to_list() == [1, 1]
+    longer = table.filter(trace_id=traces[1].trace_id, budget_asked=11.0)
+    assert small["mass_mean"].to_list() == longer["mass_mean"].to_list()
+    assert summary.filter(budget_asked=30.0)["n_traces"].to_list() == [2, 2]
+
+
+def test_the_api_reads_lists_as_the_command_does(make_trace, tmp_path):
+    make_trace()
+    table = replay(str(tmp_path), "rkv:window=4,buffer=5,snapkv", "12,20")
+    assert table["policy"].to_list() == ["rkv", "rkv", "snapkv", "snapkv"]
+    again = replay(tmp_path, ["rkv", "rkv:buffer=128"], [np.int64(12), "12"])
+    assert len(again) == 1  # the same cell in other words
+    for nothing in ({"traces": []}, {"policies": []}, {"budgets": []}):
+        with pytest.raises(UserError, match="at least one"):
+            replay(**{"traces": tmp_path, "policies": "rkv", "budgets": 12} | nothing)
+    with pytest.raises(UserError, match="10%"):
+        replay(tmp_path, "rkv", 0.1)

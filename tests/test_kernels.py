@@ -7,7 +7,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.kernels import add_attention_mass, max_pool, mean_similarity
+from simulator.kernels import add_attention_mass, add_similarity, max_pool
 
 
 def masses(logits, lse=0.0, scale=1.0):
@@ -52,14 +52,15 @@ def test_max_pool_takes_the_best_neighbour(values, kernel_size):
     assert pooled.tolist() == expected
 
 
-def test_mean_similarity_by_hand():
+def test_add_similarity_by_hand():
     similarity = np.array(
         [[9, 0.6, 0.7, 0.1], [0.6, 9, 0.5, 0.2], [0.7, 0.5, 9, 0.3], [0.1, 0.2, 0.3, 9]], np.float32
     )
-    means = np.empty(4)
-    # Rows spare: 0 its entry 2, 1 its entry 0, 2 its entry 0; 0.5 does not exceed 0.5. Row 3 spares nothing.
-    mean_similarity(similarity, np.float32(0.5), False, means)
-    np.testing.assert_allclose(means, [0.1 / 4, 1.3 / 4, 0.8 / 4, 0.6 / 4], rtol=1e-6)
-    # Or its entry 0, as the published code does.
-    mean_similarity(similarity, np.float32(0.5), True, means)
-    np.testing.assert_allclose(means, [0, 1.3 / 4, 0.8 / 4, 0.6 / 4], rtol=1e-6, atol=1e-12)
+    # Rows spare: 0 its entry 2, 1 its entry 0, 2 its entry 0; 0.5 does not exceed 0.5. Row 3 spares nothing,
+    # or its entry 0, as the published code does.
+    for spare_column0, expected in ((False, [0.1, 1.3, 0.8, 0.6]), (True, [0, 1.3, 0.8, 0.6])):
+        sums = np.zeros(4)
+        for first in (0, 3):  # in two blocks
+            block = similarity[first : first + 3]
+            add_similarity(block, first, np.float32(0.5), spare_column0, sums)
+        np.testing.assert_allclose(sums, expected, rtol=1e-6, atol=1e-7)

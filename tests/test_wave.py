@@ -17,7 +17,7 @@ from test_full_cache import dense_weights
 from simulator.cells import run_replay
 from simulator.full_cache import sampled_steps
 from simulator.wave import calibrate, entries_to_hold, known_waves, read_wave
-from traces.errors import MissingDataError, UserError
+from traces.errors import MissingDataError, TraceError, UserError
 
 
 def shortest_prefix(weights, rho):
@@ -133,3 +133,32 @@ def test_a_wave_does_not_judge_its_own_trace(make_trace, tmp_path):
     assert result.exit_code == 1
     assert result.table["status"].to_list() == ["error", "ok", "ok", "ok"]
     assert "was used to calibrate" in result.table["error"][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0, -3, float("inf")])
+def test_a_wave_with_an_impossible_demand_is_refused(value, make_trace, tmp_path):
+    wave = calibrate([make_trace()])
+    replace(wave, demand=(value, *wave.demand[1:])).write(tmp_path / "w.json")
+    with pytest.raises(MissingDataError, match="allowed: above 0"):
+        read_wave(tmp_path / "w.json")
+
+
+def test_calibration_refuses_what_it_cannot_measure(make_trace):
+    with pytest.raises(UserError, match="no decode step"):
+        calibrate([make_trace(n_tokens=20, prompt_tokens=20)])
+    damaged = make_trace()
+    layer = damaged.path / "layer_001.safetensors"
+    content = bytearray(layer.read_bytes())
+    content[-1] ^= 1
+    layer.write_bytes(content)
+    with pytest.raises(TraceError, match="layer_001"):
+        calibrate([damaged])
+
+
+def test_a_wave_of_another_revision_is_refused(make_trace, tmp_path):
+    calibration = make_trace(model="m", model_revision="a")
+    calibrate([calibration]).write(tmp_path / "w.json")
+    judged = {revision: make_trace(model="m", model_revision=revision) for revision in ("a", "b", "")}
+    for revision, trace in judged.items():
+        result = run_replay([trace], ["reasonalloc"], [20], waves=tmp_path / "w.json")
+        assert result.exit_code == (4 if revision == "b" else 0)

@@ -45,9 +45,12 @@ def main() -> None:
         # Usage errors come from whichever click typer was built with; they all know their message.
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(2)
         sys.exit(_say(error.format_message(), getattr(error, "exit_code", 2)))
     if code == Interrupted.exit_code:
-        _say("interrupted; nothing was written: run the same command again", code)
+        _say("interrupted: run the same command again", code)
     sys.exit(code or 0)
 
 

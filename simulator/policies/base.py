@@ -79,8 +79,8 @@ class LayerRequest:
         Mean budget, in entries per KV head.
     protected : int
         Entries no KV head can do without.
-    model, trace_id : str
-        The model's name, for profiles measured per model, and the trace to be judged.
+    model, model_revision, trace_id : str
+        The model, for profiles measured per model, and the trace to be judged.
     waves : dict
         Known demand profiles by model name.
     """
@@ -89,6 +89,7 @@ class LayerRequest:
     entries: int
     protected: int
     model: str
+    model_revision: str
     trace_id: str
     waves: dict[str, Wave]
 

@@ -94,7 +94,7 @@ class WaveLayers(LayerAllocator):
         Raises
         ------
         MissingDataError
-            If no wave is known for the model, or it is of another shape.
+            If no wave is known for the model, or it is of another shape or revision.
         UserError
             If the wave was measured on the very trace it is to be judged on.
         """
@@ -104,6 +104,11 @@ class WaveLayers(LayerAllocator):
             raise MissingDataError(
                 f"no wave for model '{request.model}' (known: {known}); make one from other traces of it "
                 "with: sim calibrate --trace CALIBRATION --out wave.json, then pass --wave wave.json"
+            )
+        if wave.model_revision and request.model_revision not in ("", wave.model_revision):
+            raise MissingDataError(
+                f"the wave of model '{request.model}' is of revision {wave.model_revision}, the trace of "
+                f"{request.model_revision}; allowed: the same"
             )
         if request.trace_id in wave.trace_ids:
             raise UserError(

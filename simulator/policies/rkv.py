@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.kernels import mean_similarity
+from simulator.kernels import add_similarity
 from simulator.policies.base import refuse_unless
 from simulator.policies.snapkv import SnapKV
 from simulator.view import CacheView
 
+# Rows of similarities held at once: a long prompt has too many for all of them.
+_BLOCK_ROWS = 1024
 NO_MATCH = ("skip", "column0")
 # Added to the norm, as the published code does; it keeps a zero key finite.
 _NORM_EPSILON = np.float32(1e-8)
@@ -71,7 +73,10 @@ def redundancy(keys: np.ndarray, threshold: float, spare_column0: bool) -> np.nd
     """Give each key's share of repetition, float32 (n_entries,), summing to 1."""
     norms = np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float32))
     unit = keys / (norms + _NORM_EPSILON)[:, None]
-    means = np.empty(len(keys), np.float64)
-    mean_similarity(unit @ unit.T, np.float32(threshold), spare_column0, means)
+    means = np.zeros(len(keys), np.float64)
+    for first in range(0, len(keys), _BLOCK_ROWS):
+        block = unit[first : first + _BLOCK_ROWS] @ unit.T
+        add_similarity(block, first, np.float32(threshold), spare_column0, means)
+    means /= len(keys)
     weights = np.exp(means - means.max())
     return (weights / weights.sum()).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Demand profiles that ship with the package, one JSON file per model."""
