@@ -11,7 +11,7 @@ from simulator.layer_replay import LayerReplay, Retained
 from simulator.policies.base import LayerRequest
 from simulator.policies.triggers import Never
 from simulator.policy import Policy
-from simulator.wave import Wave
+from simulator.wave import Wave, known_waves
 from traces.trace import Trace
 
 
@@ -54,8 +54,8 @@ class Request:
         Mean budget in entries per KV head.
     arrival : int
     seed : int
-    waves : dict
-        Known demand profiles by model name.
+    waves : dict, optional
+        Known demand profiles by model name; those that ship with the package by default.
     keep_retained : bool
         Keep who is retained after every compression.
 
@@ -89,7 +89,7 @@ class Request:
             model=trace.model,
             model_revision=trace.manifest.model_revision,
             trace_id=trace.trace_id,
-            waves=waves or {},
+            waves=known_waves() if waves is None else waves,
         )
         divided, self._layers_binding = policy.layers.allocate(asked)
         total = shape.n_layers * entries
