@@ -40,7 +40,7 @@ def test_the_example_policy_runs_composed(make_trace, tmp_path, monkeypatch):
     source = tmp_path / "key_norm_from_readme.py"
     source.write_text(block_with("class KeyNorm"))
     monkeypatch.syspath_prepend(tmp_path)
-    from key_norm_from_readme import KeyNorm  # type: ignore[import-not-found]
+    from key_norm_from_readme import KeyNorm
 
     monkeypatch.setitem(policies.SCORERS, KeyNorm.name, KeyNorm)
     trace = make_trace(n_layers=1, n_kv_heads=1, group_size=1, n_tokens=40, prompt_tokens=30)

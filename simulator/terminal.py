@@ -1,0 +1,160 @@
+"""How results look on a terminal: one table, grouped by budget, as wide as the terminal allows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import polars as pl
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from simulator.results import summarise
+
+# Column name to header, in order.
+_HEADERS = {
+    "budget": "\nbudget",
+    "policy": "\npolicy",
+    "entries": "entries\nmean",
+    "entries_peak": "\npeak",
+    "memory": "memory\nmean",
+    "memory_peak": "\npeak",
+    "mass": "\nmass",
+    "interval": "\n±95%",
+    "p05": "\np05",
+    "worst_head": "worst\nhead",
+    "miss_rate": "miss\nrate",
+    "oracle": "\noracle",
+    "gap": "\ngap",
+    "behind": "behind\nbest",
+}
+_BETWEEN_TRACES = ("interval", "behind")
+# What a narrow terminal leaves out, first to last.
+_EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries", "p05", "gap")
+
+
+def print_results(table: pl.DataFrame, console: Console) -> None:
+    """Print results grouped by budget: one row per policy, averaged over traces if there are several."""
+    summary = summarise(table)
+    if summary.is_empty():
+        return
+    several = table["trace_id"].n_unique() > 1
+    rows = summary.to_dicts()
+    shared = _shared_parameters(rows)
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        label = f"{row['budget_asked']:g}" + ("" if row["budget_unit"] == "entries" else row["budget_unit"])
+        groups.setdefault(label, []).append(_cells(row, shared))
+    columns = [name for name in _HEADERS if several or name not in _BETWEEN_TRACES]
+    shown = _layout(groups, columns)
+    left_out = []
+    unbounded = console.options.update(max_width=10_000)
+    for name in _EXPENDABLE:
+        if Measurement.get(console, unbounded, shown).maximum <= console.width:
+            break
+        columns.remove(name)
+        left_out.append(name.replace("_", " "))
+        shown = _layout(groups, columns)
+    console.print(_caption(table, several, shared), highlight=False, soft_wrap=True)
+    if left_out:
+        names = ", ".join(left_out)
+        note = f"The terminal is too narrow for {names}; --format csv has all columns."
+        console.print(note, highlight=False, soft_wrap=True)
+    console.print(shown)
+
+
+def _layout(groups: dict[str, list[dict[str, str]]], columns: list[str]) -> Table:
+    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    for name in columns:
+        shown.add_column(_HEADERS[name], justify="left" if name == "policy" else "right", no_wrap=True)
+    for label, rows in groups.items():
+        for number, cells in enumerate(rows):
+            texts = cells | {"budget": label if number == 0 else ""}
+            shown.add_row(*(texts[name] for name in columns), end_section=number == len(rows) - 1)
+    return shown
+
+
+def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
+    models = ", ".join(sorted(set(table["model"])))
+    done = table.filter(pl.col("status") == "ok")
+    steps = int(done.unique("trace_id")["n_steps"].sum())
+    named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
+    told = "".join(f", {name} {value}" for name, value in shared.items())
+    lines = [
+        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;",
+        "mass is the full cache's attention on what was retained, oracle the most that memory could hold.",
+    ]
+    if several:
+        lines.append("Intervals are bootstrapped over traces; noise: the paired interval holds 0.")
+        if len(done) < len(table):
+            lines.append(
+                "Some cells failed: a budget's rows average the traces that all its policies replayed."
+            )
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
+    halfwidth = (row["mass_high"] - row["mass_low"]) / 2
+    return {
+        "policy": _policy_label(row, shared),
+        "entries": f"{row['entries_mean']:.1f}",
+        "entries_peak": f"{row['entries_peak']:.1f}",
+        "memory": format_bytes(row["bytes_mean"]),
+        "memory_peak": format_bytes(row["bytes_peak"]),
+        "mass": f"{row['mass_mean']:.4f}",
+        "interval": f"{halfwidth:.4f}" if row["n_traces"] > 1 else "",
+        "p05": f"{row['mass_p05']:.4f}",
+        "worst_head": f"{row['mass_min_head']:.4f}",
+        "miss_rate": f"{row['miss_rate']:.4f}",
+        "oracle": f"{row['oracle_mass']:.4f}",
+        # A full cache may come out a rounding error above its bound.
+        "gap": f"{max(0.0, row['gap']):.4f}",
+        "behind": _behind(row),
+    }
+
+
+def _behind(row: dict[str, Any]) -> str:
+    if row["behind"] is None:
+        return "best" if row["is_best"] else ""
+    # Policies are compared at equal memory: say where that does not hold.
+    memory = f" {row['memory_to_best']:+.0%} mem" if abs(row["memory_to_best"]) > 0.01 else ""
+    noise = " noise" if row["behind_low"] <= 0 <= row["behind_high"] else ""
+    return f"{row['behind']:.4f}{noise}{memory}"
+
+
+def _changed_parameters(row: dict[str, Any]) -> dict[str, Any]:
+    from simulator.policy import parse_policy
+
+    given = json.loads(row["policy_params"])
+    usual = parse_policy(row["policy"]).parameters["trigger"]
+    defaults = parse_policy(f"{row['policy']}:trigger={given['trigger']}").parameters | {"trigger": usual}
+    return {name: value for name, value in given.items() if defaults[name] != value}
+
+
+def _shared_parameters(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Find changed parameters on which several policies agree and none differs: the caption tells those."""
+    given = [json.loads(params) for _, params in {(row["policy"], row["policy_params"]) for row in rows}]
+    candidates = sorted({name for row in rows for name in _changed_parameters(row)})
+    values = {name: [params[name] for params in given if name in params] for name in candidates}
+    return {
+        name: found[0]
+        for name, found in values.items()
+        if len(found) > 1 and all(value == found[0] for value in found)
+    }
+
+
+def _policy_label(row: dict[str, Any], shared: dict[str, Any]) -> str:
+    own = {name: value for name, value in _changed_parameters(row).items() if name not in shared}
+    listed = ",".join(f"{name}={value}" for name, value in own.items())
+    return f"{row['policy']}:{listed}" if listed else str(row["policy"])
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

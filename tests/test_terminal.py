@@ -1,0 +1,47 @@
+"""The table on terminals of different widths."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from simulator.cells import run_replay
+from simulator.terminal import format_bytes, print_results
+
+
+def printed(table, width):
+    text = StringIO()
+    print_results(table, Console(width=width, file=text))
+    return text.getvalue()
+
+
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(make_trace):
+    table = run_replay([make_trace(), make_trace()], ["rkv:buffer=4", "fullkv"], [12, 20]).table
+    wide, narrow = printed(table, 200), printed(table, 70)
+    assert "too narrow" not in wide
+    assert "oracle " in wide
+    assert "too narrow for entries peak, oracle" in narrow
+    body = [line for line in narrow.splitlines() if "rkv" in line]
+    assert len(body) == 2
+    assert all("…" not in line and len(line) <= 70 for line in body)
+    assert all(
+        f"{mass:.4f}" in narrow for mass in table.group_by("policy", "budget_asked").mean()["mass_mean"]
+    )
+
+
+def test_parameters_that_all_share_stand_in_the_caption(make_trace):
+    policies = ["rkv:buffer=4", "snapkv:buffer=4,window=3", "fullkv"]
+    text = printed(run_replay([make_trace()], policies, [12]).table, 200)
+    assert "buffer 4" in text.splitlines()[0]
+    assert "snapkv:window=3 " in text
+    assert "rkv " in text
+    only_one = printed(run_replay([make_trace()], policies[:1], [12, 20]).table, 200)
+    assert only_one.count("rkv:buffer=4 ") == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (2**40, "1.0 TiB")],
+)
+def test_bytes_are_written_in_binary_units(count, text):
+    assert format_bytes(count) == text
