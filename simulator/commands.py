@@ -23,12 +23,23 @@ TraceOption = Annotated[
 def replay(
     trace: TraceOption,
     policy: Annotated[
-        list[str], typer.Option("--policy", "-p", help="Comma list such as rkv+wave,reasonalloc:delta=64.")
-    ] = [DEFAULT_POLICIES],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Comma list such as rkv+wave,reasonalloc:delta=64.",
+            show_default=DEFAULT_POLICIES,
+        ),
+    ] = None,
     budget: Annotated[
-        list[str],
-        typer.Option("--budget", "-b", help="Comma list: 128 entries, 5% of the full cache, 64MiB."),
-    ] = [DEFAULT_BUDGETS],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Comma list: 128 entries, 5% of the full cache, 64MiB.",
+            show_default=DEFAULT_BUDGETS,
+        ),
+    ] = None,
     buffer: Annotated[
         int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
     ] = None,
@@ -58,8 +69,10 @@ def replay(
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
     overrides = {} if buffer is None else {"buffer": buffer}
-    policies = [parse_policy(name, **overrides) for text in policy for name in split_list(text)]
-    budgets = [item for text in budget for item in text.split(",")]
+    policies = [
+        parse_policy(name, **overrides) for text in policy or [DEFAULT_POLICIES] for name in split_list(text)
+    ]
+    budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
     paths = find_traces(trace)
     with _progress(len(paths) * len(policies) * len(budgets), quiet) as advance:
         result = run_replay(

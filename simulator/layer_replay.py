@@ -10,7 +10,6 @@ import numpy as np
 from simulator.contract import checked_budgets, checked_scores
 from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
-from simulator.policies.triggers import Never
 from simulator.policy import Policy
 from simulator.selection import select_slots
 from simulator.view import CacheView
@@ -59,8 +58,7 @@ class LayerReplay:
         self.total = entries * shape.n_kv_heads
         self.budgets = np.full(shape.n_kv_heads, entries, np.int64)
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
-        self._reads_keys = not isinstance(policy.trigger, Never)
-        width = shape.head_dim if self._reads_keys else 0
+        width = shape.head_dim if policy.evicts else 0
         self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens)
         self.mass = np.ones((shape.n_query_heads, n_steps), np.float32)
         self.held = np.zeros(n_steps, np.int64)
@@ -160,7 +158,7 @@ class LayerReplay:
         self._n_compressions += 1
 
     def _append(self, start: int, stop: int) -> None:
-        if self._reads_keys:
+        if self.policy.evicts:
             self.ledger.append(start, self._read("keys", start, stop))
         else:
             self.ledger.append(start, np.empty((len(self.budgets), stop - start, 0), np.float32))
@@ -193,7 +191,7 @@ class LayerReplay:
 
 
 def lend_unused(budgets: np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Hand budget that short heads cannot use to the others, one entry at a time to the neediest.
+    """Hand budget that short heads cannot use to the others, in equal shares, the neediest first.
 
     Parameters
     ----------

@@ -47,9 +47,14 @@ class Policy:
     redistribute: bool = False
 
     @property
+    def evicts(self) -> bool:
+        """Whether anything can ever be evicted."""
+        return not isinstance(self.trigger, Never)
+
+    @property
     def protected(self) -> int:
-        """Entries of a KV head that are never evicted."""
-        return self.scorer.sinks + self.scorer.recent
+        """Entries a KV head's budget has to hold whatever their scores; none if nothing is ever evicted."""
+        return self.scorer.sinks + self.scorer.recent if self.evicts else 0
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -72,7 +77,7 @@ class Policy:
         ------
         InfeasibleBudgetError
         """
-        if not isinstance(self.trigger, Never) and entries <= self.protected:
+        if self.evicts and entries <= self.protected:
             raise InfeasibleBudgetError(
                 f"budget {entries} entries per KV head is too small for policy '{self.name}', which protects "
                 f"{self.scorer.sinks} sinks and {self.scorer.recent} recent entries; "

@@ -9,9 +9,9 @@ import numpy as np
 from simulator.contract import checked_budgets, require_an_entry_in_every_layer
 from simulator.layer_replay import LayerReplay, Retained
 from simulator.policies.base import LayerRequest
-from simulator.policies.triggers import Never
 from simulator.policy import Policy
 from simulator.wave import Wave, known_waves
+from traces.errors import UserError
 from traces.trace import Trace
 
 
@@ -61,6 +61,8 @@ class Request:
 
     Raises
     ------
+    UserError
+        If it arrives before tick 0.
     InfeasibleBudgetError
         If the budget does not hold what the policy protects.
     MissingDataError
@@ -80,6 +82,8 @@ class Request:
         waves: dict[str, Wave] | None = None,
         keep_retained: bool = False,
     ) -> None:
+        if arrival < 0:
+            raise UserError(f"arrival is {arrival}; allowed: 0 or more")
         policy.require_feasible(entries)
         shape = trace.shape
         asked = LayerRequest(
@@ -93,9 +97,7 @@ class Request:
         )
         divided, self._layers_binding = policy.layers.allocate(asked)
         total = shape.n_layers * entries
-        # The full cache protects nothing: its budget is never used.
-        protected = 0 if isinstance(policy.trigger, Never) else policy.protected
-        budgets = checked_budgets(policy.layers.name, divided, shape.n_layers, total, protected)
+        budgets = checked_budgets(policy.layers.name, divided, shape.n_layers, total, policy.protected)
         require_an_entry_in_every_layer(policy.layers.name, budgets)
         self.trace, self.arrival = trace, arrival
         self.layers = [

@@ -80,7 +80,7 @@ def calibrate(
         raise UserError("calibration needs at least one trace; none was given")
     if not 0 < rho < 1:
         raise UserError(f"rho is {rho}; allowed: between 0 and 1")
-    models = sorted({trace.model for trace in traces})
+    models = sorted({f"{trace.model} {trace.manifest.model_revision}".strip() for trace in traces})
     if len(models) > 1 or len({trace.shape for trace in traces}) > 1:
         raise UserError(f"calibration traces are of several models: {', '.join(models)}; allowed: one")
     for trace in traces:

@@ -17,6 +17,7 @@ from simulator.ledger import NEVER
 from simulator.policies.base import HeadAllocator, LayerAllocator, PolicyError
 from simulator.policy import parse_policy
 from simulator.request import Request
+from traces.errors import UserError
 
 POLICIES = [
     "fullkv",
@@ -246,3 +247,8 @@ def test_allocators_that_miss_the_total_are_refused(make_trace):
     request = Request(trace, replace(policy, heads=Lopsided()), 14)
     with pytest.raises(PolicyError, match=r"'lopsided' gave 56 .* exactly 28"):
         Engine([request]).run()
+
+
+def test_a_request_cannot_arrive_before_the_clock_starts(make_trace):
+    with pytest.raises(UserError, match="arrival is -1"):
+        Request(make_trace(), parse_policy("rkv"), 12, arrival=-1)

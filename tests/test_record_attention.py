@@ -44,8 +44,11 @@ def naive_attention(queries, keys, values, scale):
 
 def random_heads(n_query_heads, n_kv_heads, n_tokens, n_entries, dtype):
     generator = torch.Generator().manual_seed(n_tokens + n_entries)
-    # Transposed views, as models hand them over.
-    draw = lambda n, heads: torch.randn(n, heads, 8, generator=generator).to(dtype).transpose(0, 1)  # noqa: E731
+
+    def draw(n, heads):
+        # Transposed views, as models hand them over.
+        return torch.randn(n, heads, 8, generator=generator).to(dtype).transpose(0, 1)
+
     return draw(n_tokens, n_query_heads) * 3, draw(n_entries, n_kv_heads), draw(n_entries, n_kv_heads)
 
 

@@ -162,3 +162,9 @@ def test_a_wave_of_another_revision_is_refused(make_trace, tmp_path):
     for revision, trace in judged.items():
         result = run_replay([trace], ["reasonalloc"], [20], waves=tmp_path / "w.json")
         assert result.exit_code == (4 if revision == "b" else 0)
+
+
+def test_calibration_refuses_to_mix_revisions(make_trace):
+    traces = [make_trace(model="m", model_revision=revision) for revision in ("a", "b")]
+    with pytest.raises(UserError, match="m a, m b; allowed: one"):
+        calibrate(traces)
