@@ -3,30 +3,42 @@ PYTHON ?= python3
 # The build of torch to test with; another one serves as well (2.6 or newer).
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+REASONER := kvbudget-reasoner-v2
+CARD := validate/reasoner/weights
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test results wave lint format clean
+.PHONY: help demo test traces results wave card lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
 demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torch, no network after the install)
-	$(BIN)/sim replay --trace sample --buffer 16
+	$(BIN)/sim replay --trace sample --buffer 32
 
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest
 
-results: .venv/.full ## record 24 held-out problems, replay all policies on them: the table of the README
+traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (390 MB in runs/)
 	mkdir -p runs
-	$(BIN)/python -m validate.reasoner.tasks --count 24 --seed 2 > runs/heldout.jsonl
+	$(BIN)/python -m validate.reasoner.tasks --count 72 --seed 2 > runs/heldout.jsonl
 	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout
-	$(BIN)/sim replay --trace runs/heldout --buffer 16 --budget 10%,20%,30%,50%
+
+results: traces ## replay all policies on those traces: the table of the README
+	$(BIN)/sim replay --trace runs/heldout --buffer 32
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs
-	$(BIN)/python -m validate.reasoner.tasks --count 8 --seed 3 > runs/calibration.jsonl
+	$(BIN)/python -m validate.reasoner.tasks --count 6 --seed 3 > runs/calibration.jsonl
 	$(BIN)/sim record --model reference --prompts runs/calibration.jsonl --out runs/calibration
-	$(BIN)/sim calibrate --trace runs/calibration --out simulator/waves/kvbudget-reasoner-v1.json
+	$(BIN)/sim calibrate --trace runs/calibration --out simulator/waves/$(REASONER).json
+
+card: traces ## measure everything on the reference model's card again: accuracy, budgets, demand, heads (an hour)
+	$(BIN)/python -m validate.reasoner.evaluate --json $(CARD)/accuracy-float32.json
+	$(BIN)/python -m validate.reasoner.evaluate --dtype bfloat16 --json $(CARD)/accuracy-bfloat16.json
+	$(BIN)/python -m validate.reasoner.budgets --out runs/budgets.jsonl
+	cp runs/budgets.jsonl $(CARD)/budgets.jsonl
+	$(BIN)/python -m validate.reasoner.profile --traces runs/heldout --out $(CARD)/profile.json
+	$(BIN)/python -m validate.reasoner.charts --budgets $(CARD)/budgets.jsonl --profile $(CARD)/profile.json --out $(CARD)
 
 lint: .venv/.full ## ruff, mypy, import rules
 	$(BIN)/ruff check .

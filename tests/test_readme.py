@@ -56,7 +56,7 @@ def test_the_example_policy_runs_composed(make_trace, tmp_path, monkeypatch):
 def test_the_sample_table_is_what_the_command_prints(capsys, monkeypatch):
     from validate import cli
 
-    command = "sim replay --trace sample --buffer 16 --budget 20%"
+    command = "sim replay --trace sample --buffer 32 --budget 20%"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as ended:
         cli.main()

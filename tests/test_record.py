@@ -21,7 +21,7 @@ from traces.shape import ModelShape
 from traces.store import open_trace
 from validate.attention import RECORDER_ATTRIBUTE, LayerCall
 from validate.reasoner.tasks import make_problem
-from validate.reasoner.tokenizer import build_tokenizer
+from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from validate.record import record_decode, record_rescore
 from validate.recorder import TraceRecorder
 from validate.vocabulary import vocabulary_of
@@ -266,11 +266,11 @@ def test_manifest_names_model_and_task(tmp_path):
 
 @pytest.mark.parametrize("correct", [True, False])
 def test_answer_of_the_reasoners_families_is_graded(tmp_path, correct):
-    tokenizer, problem = build_tokenizer(), make_problem("program", 3, 1, 0)
+    tokenizer, problem = build_tokenizer(), make_problem("program", 1, 0, size=4, length=60)
     completion = tokenizer(problem.completion, add_special_tokens=False).input_ids
     answer = problem.answer if correct else "no"
     trace = record_rescore(
-        tiny_model(),
+        tiny_model(vocab_size=VOCABULARY_SIZE),
         tokenizer(problem.prompt).input_ids,
         [*completion, tokenizer.eos_token_id],
         tmp_path / "a.kvtrace",

@@ -14,11 +14,11 @@ from traces.check import check_trace
 from traces.errors import Interrupted, NoDeviceError, UserError
 from traces.store import open_trace
 from validate.reasoner.tasks import make_problem
-from validate.reasoner.tokenizer import build_tokenizer
+from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 from validate.record_command import record, table_lines
 from validate.record_rows import Row
 
-PROBLEMS = [make_problem("walk", 4, 1, index) for index in range(2)]
+PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range(2)]
 ROWS = [
     {"id": "walk/1", "family": "walk", "prompt": PROBLEMS[0].prompt, "answer": PROBLEMS[0].answer}
     | {"completion": PROBLEMS[0].completion},
@@ -30,7 +30,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(folder)
+    tiny_model(vocab_size=VOCABULARY_SIZE).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -222,7 +222,7 @@ def test_rescoring_without_completions_is_refused(run, tmp_path):
 
 
 def test_a_model_that_cannot_be_recorded_is_refused_once(run, tmp_path):
-    tiny_model("gemma2").save_pretrained(tmp_path / "gemma2")
+    tiny_model("gemma2", vocab_size=VOCABULARY_SIZE).save_pretrained(tmp_path / "gemma2")
     build_tokenizer().save_pretrained(tmp_path / "gemma2")
     with pytest.raises(UserError, match="soft-capped"):
         run(model=tmp_path / "gemma2")

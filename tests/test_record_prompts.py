@@ -141,9 +141,9 @@ def test_chat_template_writes_its_own_special_tokens():
 
 def test_without_a_template_the_tokenizer_adds_its_own():
     tokenizer = build_tokenizer()
-    assert encode_prompt(tokenizer, "walk to")[0] == tokenizer.bos_token_id
-    assert tokenizer.bos_token_id not in encode_completion(tokenizer, "walk to")
-    assert len(encode_completion(tokenizer, "walk to")) == 2
+    assert encode_prompt(tokenizer, "walk so")[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in encode_completion(tokenizer, "walk so")
+    assert len(encode_completion(tokenizer, "walk so")) == 2
 
 
 def test_answers_are_graded_for_known_families_only():

@@ -22,7 +22,7 @@ from traces.errors import NoDeviceError, UserError
 from traces.shape import ModelShape
 
 REFERENCE = "reference"
-REFERENCE_NAME = "kvbudget-reasoner-v1"
+REFERENCE_NAME = "kvbudget-reasoner-v2"
 REFERENCE_FOLDER = Path(__file__).parent / "reasoner" / "weights"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")

@@ -1,12 +1,18 @@
 """Problems with a chain of thought and a checkable answer: the training data and the accuracy benchmark.
 
-Two families ask different things of a KV cache:
+Three families ask different things of a KV cache:
 
-- *walk*: the prompt is a shuffled table of ``key : next digit ;`` and a list of start/end pairs. The chain
-  restates each pair, copies every entry it visits and keeps a running sum modulo 10. The prompt is read
-  again and again, at places that cannot be foreseen.
-- *program*: the prompt is a list of definitions ``x = y op z ;`` modulo 10. The chain evaluates them in
-  order and writes the value next to every name it uses. Values are wanted again at any distance.
+- *walk*: the prompt is a shuffled map of two rings with dead ends. The chain walks in legs and abandons dead
+  ends. The map is read again throughout, in parts that cannot be foreseen.
+- *program*: the prompt is a loop of instructions ``x := x + y`` modulo 10. The chain runs it, writing the
+  value next to every name it uses. Values are wanted again at any distance, and only the newest counts.
+- *machine*: a queue machine. Each step pops a name, looks up its rule, appends the result and writes the
+  whole queue again: the working set moves with the chain and everything older is litter.
+
+Every chain is cut into legs, whose goals the prompt lists; each leg ends in a result, and the answer is all
+results. Like real chains of thought these are redundant: goals are restated, and at a level of ``care`` above
+0 lines are derived a second time (``check``) and confirmed (``ok``) or corrected (``fix``), and results are
+repeated (``recap``).
 """
 
 from __future__ import annotations
@@ -14,14 +20,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-NAMES = tuple(consonant + vowel for consonant in "bdfgjklmnprstvwz" for vowel in "aeiu")
+NAMES = tuple(consonant + vowel for consonant in "bdfgklmn" for vowel in "aeiu")
+# What a name with a capital leads to is another entry than what the name itself leads to.
+CAPITALS = tuple(name.capitalize() for name in NAMES)
 DIGITS = tuple("0123456789")
-OPERATORS = ("+", "-", "*")
-MAX_SIZE = len(NAMES)
+# Lines left in a leg: a chain counts down.
+LINES = tuple(f"#{i}" for i in range(64))
+LEFT = tuple(f"L{i}" for i in range(1, 22))
+RIGHT = tuple(f"R{i}" for i in range(1, 22))
+# A leg: what it is about, how many lines it has, and what came of it.
+LEGS = tuple(f"M{i}" for i in range(1, 10))
+COUNTS = tuple(f"C{i}" for i in range(1, 10))
+RESULTS = tuple(f"T{i}" for i in range(1, 10))
+CARE = ("care0", "care1", "care2")
+
+MIN_SIZE, MAX_SIZE = 4, 20
+MIN_LENGTH, MAX_LENGTH = 40, 1500
+# What a problem is drawn from when nothing else is asked for.
+SIZES, LENGTHS, LEG_COUNTS = (4, 12), (560, 900), (1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,8 @@ class Problem:
         Tokens separated by blanks; the completion is the chain of thought and ends in ``answer ...``.
     answer : str
         What has to follow the last ``answer`` of a completion.
+    slips : tuple of int
+        Which words of the completion are wrong on purpose, to be put right by the check that follows.
     """
 
     id: str
@@ -41,84 +64,252 @@ class Problem:
     prompt: str
     completion: str
     answer: str
+    slips: tuple[int, ...] = ()
 
 
-def make_walk(rng: np.random.Generator, size: int, pairs: int = 4, max_hops: int = 10) -> Problem:
-    """Make a walk over one cycle of ``size`` keys; each pair is 2 to ``max_hops`` hops apart."""
-    cycle = [NAMES[i] for i in rng.permutation(MAX_SIZE)[:size]]
-    digit = {key: int(rng.integers(10)) for key in cycle}
-    following = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-    table = " ".join(f"{cycle[i]} : {following[cycle[i]]} {digit[cycle[i]]} ;" for i in rng.permutation(size))
+class Chain:
+    """The words of a chain of thought, with the habits that all families share.
 
-    questions, chain, sums = [], [], []
-    for _ in range(pairs):
-        start = int(rng.integers(size))
-        hops = int(rng.integers(2, min(max_hops, size - 1) + 1))
-        key, end = cycle[start], cycle[(start + hops) % size]
-        questions.append(f"{key} to {end}")
-        chain.append(f"{key} to {end} ;")
-        total = 0
-        while key != end:
-            total = (total + digit[key]) % 10
-            chain.append(f"{key} : {following[key]} {digit[key]} = {total} ;")
-            key = following[key]
-        chain.append(f"gives {total} .")
-        sums.append(str(total))
-    answer = " ".join(sums)
-    prompt = f"walk {table} ask {' , '.join(questions)} think"
-    return Problem("", "walk", prompt, f"{' '.join(chain)} answer {answer}", answer)
+    Parameters
+    ----------
+    care : int
+        0: never look back. 1: check every fifth line, recap every tenth. 2: check every second line, recap
+        every tenth.
+    slip_rate : float
+        Share of the checked lines that are wrong at first.
+    """
+
+    def __init__(self, rng: np.random.Generator, care: int, slip_rate: float) -> None:
+        self.rng, self.care, self.slip_rate = rng, care, slip_rate
+        self.words: list[str] = []
+        self.slips: list[int] = []
+        self.results: list[str] = []
+
+    def write(self, *words: str) -> None:
+        """Append words."""
+        self.words += words
+
+    def checks(self, line: int) -> bool:
+        """Tell whether a line is derived twice."""
+        return self.care > 0 and line % (5, 2)[self.care - 1] == 0
+
+    def recaps(self, line: int) -> bool:
+        """Tell whether results are repeated after a line."""
+        return self.care > 0 and line % 10 == 0
+
+    def derive(self, line: int, key: tuple[str, ...], value: str, wrong: tuple[str, ...]) -> None:
+        """Write key and value; on lines that are checked, write them twice, the first time maybe wrong."""
+        if not self.checks(line):
+            self.write(*key, value)
+            return
+        slipped = bool(self.rng.random() < self.slip_rate)
+        if slipped:
+            self.slips.append(len(self.words) + len(key))
+        first = value
+        while slipped and first == value:
+            first = wrong[int(self.rng.integers(len(wrong)))]
+        self.write(*key, first, "check", *key, value, "fix" if slipped else "ok")
+
+    def open_leg(self, topic: str) -> None:
+        """Copy a leg's entry from the prompt, up to its count, which opens the first line."""
+        leg = len(self.results) // 2
+        self.write("leg", LEGS[leg], topic, COUNTS[leg])
+
+    def close_leg(self, goal: tuple[str, ...], result: str) -> None:
+        """Restate the goal, if it is not at hand, and mark the result."""
+        mark = RESULTS[len(self.results) // 2]
+        self.write(LINES[0], *(("goal", *goal) if goal else ()), "mark", mark, result, ".")
+        self.results += [mark, result]
+
+    def finish(self) -> str:
+        """Find no further leg, recall all results, and give them as the answer."""
+        self.write("leg", LEGS[len(self.results) // 2], "end", "answer", *self.results)
+        return " ".join(self.results)
 
 
-def make_program(rng: np.random.Generator, size: int, literal_share: float = 0.25) -> Problem:
-    """Make ``size`` definitions whose operands are earlier names or, at ``literal_share``, digits."""
-    names = [NAMES[i] for i in rng.permutation(MAX_SIZE)[:size]]
-    values: dict[str, int] = {}
-    lines, chain = [], []
-    for name in names:
-        written, traced, numbers = [], [], []
-        for _ in range(2):
-            if not values or rng.random() < literal_share:
-                number = int(rng.integers(10))
-                written.append(str(number))
-                traced.append(str(number))
+def split_into_legs(rng: np.random.Generator, lines: int, legs: int | None = None) -> list[int]:
+    """Split a chain into 1 to 8 legs of 2 to 60 lines; into ``legs`` as far as that allows."""
+    longest, most = 60, len(RESULTS) - 1
+    wanted = round(lines / rng.uniform(8, 40)) if legs is None else legs
+    count = int(np.clip(wanted, -(-lines // 45), max(1, min(most, lines // 4))))
+    while True:
+        cuts = np.sort(rng.permutation(np.arange(1, lines))[: count - 1])
+        sizes = np.diff([0, *cuts, lines]).tolist()
+        if min(sizes) >= min(2, lines) and max(sizes) <= longest:
+            return sizes
+
+
+def _pick(rng: np.random.Generator, pool: tuple[str, ...], count: int) -> list[str]:
+    return [pool[i] for i in rng.permutation(len(pool))[:count]]
+
+
+def _leg_table(topics: list[str], sizes: list[int]) -> list[str]:
+    """Write what the prompt says of the legs."""
+    words = ["legs"]
+    for leg, (topic, size) in enumerate(zip(topics, sizes, strict=True)):
+        words += [LEGS[leg], topic, COUNTS[leg], LINES[size]]
+    return [*words, LEGS[len(sizes)], "end"]
+
+
+def make_walk(
+    rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
+) -> tuple[list[str], Chain, str]:
+    """Make a tour over two rings of ``size`` places together; every fourth place has a dead end first."""
+    sizes = split_into_legs(rng, max(6, round(length / (7.2, 8.4, 10.0)[care])), legs)
+    dead_ends = size // 4
+    names = _pick(rng, NAMES, size + dead_ends)
+    split = int(rng.integers(max(2, size // 3), size // 2 + 1))
+    onward: dict[str, str] = {}
+    for ring in (names[:split], names[split:size]):
+        onward |= dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    exits = dict(onward)
+    dead = names[size:]
+    entries = [f"{name} dead ;" for name in dead]
+    for place, end in zip(_pick(rng, tuple(onward), dead_ends), dead, strict=True):
+        exits[place] = end
+        entries.append(f"{place.capitalize()} {onward[place]} ;")
+    entries += [f"{place} {exits[place]} ;" for place in onward]
+    starts = [names[int(rng.integers(size))] for _ in sizes]
+    prompt = ["walk", *(entries[i] for i in rng.permutation(len(entries))), *_leg_table(starts, sizes)]
+
+    chain, places = Chain(rng, care, slip_rate), tuple(names[:size])
+    for place, lines in zip(starts, sizes, strict=True):
+        chain.open_leg(place)
+        for left in range(lines, 0, -1):
+            chain.write(LINES[left], "so", "from")
+            if exits[place] in dead:
+                chain.write(place, exits[place], "dead")
+                chain.derive(left, (place.capitalize(),), onward[place], places)
             else:
-                operand = names[int(rng.integers(len(values)))]
-                number = values[operand]
-                written.append(operand)
-                traced.append(f"{operand} {number}")
-            numbers.append(number)
-        operator = OPERATORS[int(rng.integers(3))]
-        left, right = numbers
-        values[name] = {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
-        lines.append(f"{name} = {written[0]} {operator} {written[1]} ;")
-        chain.append(f"{name} = {traced[0]} {operator} {traced[1]} : {name} {values[name]} ;")
-    asked = names[int(rng.integers(size))]
-    answer = str(values[asked])
-    prompt = f"program {' '.join(lines)} ask {asked} think"
-    # Naming what was asked before answering turns the last step into a lookup like all others.
-    completion = f"{' '.join(chain)} gives {asked} {answer} . answer {answer}"
-    return Problem("", "program", prompt, completion, answer)
+                chain.derive(left, (place,), onward[place], places)
+            place = onward[place]
+            chain.write(".")
+            if chain.recaps(left):
+                chain.write("recap", *chain.results, place, ".")
+        chain.close_leg((), place)
+    return prompt, chain, chain.finish()
 
 
-FAMILIES = {"walk": make_walk, "program": make_program}
+def make_program(
+    rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
+) -> tuple[list[str], Chain, str]:
+    """Make a loop of ``size`` instructions over about ``size / 2`` variables."""
+    sizes = split_into_legs(rng, max(4, round(length / (13.0, 14.6, 16.2)[care])), legs)
+    variables = _pick(rng, NAMES, max(3, size // 2 + 1))
+    value = {name: int(rng.integers(10)) for name in variables}
+    code = [tuple(_pick(rng, tuple(variables), 2)) for _ in range(size)]
+    asked = [code[int(rng.integers(size))][0] for _ in sizes]
+    prompt = ["program", *(f"{name} {value[name]}" for name in variables), ";"]
+    prompt += [f"{LEFT[i]} {left} {RIGHT[i]} {right} ;" for i, (left, right) in enumerate(code)]
+    prompt += [LEFT[size], "loop", *_leg_table(asked, sizes)]
+
+    chain, at = Chain(rng, care, slip_rate), 0
+    for goal, lines in zip(asked, sizes, strict=True):
+        chain.open_leg(goal)
+        for left in range(lines, 0, -1):
+            chain.write(LINES[left])
+            if at == size:
+                chain.write(LEFT[size], "loop")
+                at = 0
+            first, second = code[at]
+            result = (value[first] + value[second]) % 10
+            chain.write(LEFT[at], first, str(value[first]), RIGHT[at], second, str(value[second]))
+            chain.derive(left, ("sum",), str(result), DIGITS)
+            value[first] = result
+            chain.write("set", first, str(result), ".")
+            if chain.recaps(left):
+                chain.write("recap", *chain.results, goal, str(value[goal]), ".")
+            at += 1
+        chain.close_leg((LEGS[len(chain.results) // 2], goal, str(value[goal])), str(value[goal]))
+    return prompt, chain, chain.finish()
 
 
-def make_problem(family: str, size: int, seed: int, index: int) -> Problem:
-    """Make problem ``index`` of a stream that is fixed by (family, size, seed).
+def make_machine(
+    rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
+) -> tuple[list[str], Chain, str]:
+    """Make a queue machine of ``size`` rules (one cycle through all names) and a queue of 3 to 6 names."""
+    width = int(rng.integers(3, min(6, size - 1) + 1))
+    sizes = split_into_legs(rng, max(4, round(length / (width + (5.4, 7.0, 8.2)[care]))), legs)
+    names = _pick(rng, NAMES, size)
+    rule = dict(zip(names, names[1:] + names[:1], strict=True))
+    queue = _pick(rng, tuple(names), width)
+    rules = [f"{names[i].capitalize()} {rule[names[i]]} ;" for i in rng.permutation(size)]
+    prompt = ["machine", *rules, *_leg_table(["front"] * len(sizes), sizes), "queue", ":", *queue, "."]
+
+    chain = Chain(rng, care, slip_rate)
+    for lines in sizes:
+        chain.open_leg("front")
+        for left in range(lines, 0, -1):
+            front, queue = queue[0], [*queue[1:], rule[queue[0]]]
+            chain.write(LINES[left])
+            chain.derive(left, (front.capitalize(),), rule[front], tuple(names))
+            chain.write(":", *queue, ".")
+            if chain.recaps(left):
+                chain.write("recap", *chain.results, ":", *queue, ".")
+        chain.close_leg((), queue[0])
+    return prompt, chain, chain.finish()
+
+
+FAMILIES: dict[
+    str, Callable[[np.random.Generator, int, int, int, int | None, float], tuple[list[str], Chain, str]]
+] = {
+    "walk": make_walk,
+    "program": make_program,
+    "machine": make_machine,
+}
+
+
+def make_problem(
+    family: str,
+    seed: int,
+    index: int,
+    size: int | tuple[int, int] = SIZES,
+    length: int | tuple[int, int] = LENGTHS,
+    care: int | None = None,
+    legs: int | tuple[int, int] | None = LEG_COUNTS,
+    slip_rate: float = 0.0,
+) -> Problem:
+    """Make problem ``index`` of a stream that is fixed by all arguments.
+
+    Parameters
+    ----------
+    size : int or (int, int)
+        Difficulty: places, instructions or rules; a pair is a range to draw from, ends included.
+    length : int or (int, int)
+        Tokens that the chain of thought has, about.
+    care : int, optional
+        Redundancy, 0 to 2 (see `Chain`); drawn when None.
+    legs : int or (int, int), optional
+        Goals, as far as the length allows (2 to 60 lines each); one for every 8 to 40 lines when None.
+    slip_rate : float
+        Share of the checked lines that are wrong at first; the prompt does not depend on it.
 
     Raises
     ------
     ValueError
-        For an unknown family or a size outside 3 to 64.
+        For an unknown family or a parameter out of range.
     """
     if family not in FAMILIES:
         raise ValueError(f"family '{family}' is unknown; allowed: {', '.join(FAMILIES)}")
-    if not 3 <= size <= MAX_SIZE:
-        raise ValueError(f"size {size} is out of range; allowed: 3 to {MAX_SIZE}")
-    rng = np.random.default_rng([seed, index, size, list(FAMILIES).index(family)])
-    problem = FAMILIES[family](rng, size)
-    fields = asdict(problem) | {"id": f"{family}-n{size}-s{seed}-{index:04d}"}
-    return Problem(**fields)
+    if not 0 <= slip_rate <= 1:
+        raise ValueError(f"slip_rate {slip_rate} is out of range; allowed: 0 to 1")
+    rng = np.random.default_rng([seed, index, list(FAMILIES).index(family)])
+    size = _drawn(rng, "size", size, MIN_SIZE, MAX_SIZE)
+    length = _drawn(rng, "length", length, MIN_LENGTH, MAX_LENGTH)
+    care = _drawn(rng, "care", (0, len(CARE) - 1) if care is None else care, 0, len(CARE) - 1)
+    if legs is not None:
+        legs = _drawn(rng, "legs", legs, 1, len(RESULTS) - 1)
+    prompt, chain, answer = FAMILIES[family](rng, size, length, care, legs, slip_rate)
+    identity = f"{family}-n{size}-c{care}-s{seed}-{index:04d}"
+    text = " ".join([*prompt, CARE[care], "think"])
+    return Problem(identity, family, text, " ".join(chain.words), answer, tuple(chain.slips))
+
+
+def _drawn(rng: np.random.Generator, name: str, wanted: int | tuple[int, int], low: int, high: int) -> int:
+    first, last = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    if not low <= first <= last <= high:
+        raise ValueError(f"{name} {wanted} is out of range; allowed: {low} to {high}")
+    return int(rng.integers(first, last + 1))
 
 
 def answer_of(text: str) -> str | None:
@@ -127,12 +318,32 @@ def answer_of(text: str) -> str | None:
     return tail.strip() if found else None
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """Read ``8`` or ``8-16``."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write problems as JSONL, one per line, to standard output."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--family", choices=[*FAMILIES, "mixed"], default="mixed")
     parser.add_argument(
-        "--size", type=int, default=16, help="entries of the table or definitions (default 16)"
+        "--size", type=parse_range, default=SIZES, metavar="N[-M]", help="difficulty (default 4-12)"
+    )
+    parser.add_argument(
+        "--length",
+        type=parse_range,
+        default=LENGTHS,
+        metavar="N[-M]",
+        help="tokens of a chain (default 560-900)",
+    )
+    parser.add_argument("--care", type=int, help="redundancy, 0 to 2 (default: drawn)")
+    parser.add_argument(
+        "--legs", type=parse_range, default=LEG_COUNTS, metavar="N[-M]", help="goals (default 1-3)"
+    )
+    parser.add_argument(
+        "--slip-rate", type=float, default=0.0, help="checked lines wrong at first (default 0)"
     )
     parser.add_argument("--count", type=int, default=16, help="number of problems (default 16)")
     parser.add_argument(
@@ -142,7 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     families = list(FAMILIES) if options.family == "mixed" else [options.family]
     try:
         for index in range(options.count):
-            problem = make_problem(families[index % len(families)], options.size, options.seed, index)
+            family = families[index % len(families)]
+            asked = (options.size, options.length, options.care, options.legs, options.slip_rate)
+            problem = make_problem(family, options.seed, index, *asked)
             sys.stdout.write(json.dumps(asdict(problem)) + "\n")
     except ValueError as error:
         parser.error(str(error))
