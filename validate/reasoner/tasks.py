@@ -308,7 +308,8 @@ def make_problem(
 def _drawn(rng: np.random.Generator, name: str, wanted: int | tuple[int, int], low: int, high: int) -> int:
     first, last = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     if not low <= first <= last <= high:
-        raise ValueError(f"{name} {wanted} is out of range; allowed: {low} to {high}")
+        found = first if first == last else f"{first}-{last}"
+        raise ValueError(f"{name} {found} is out of range; allowed: {low} to {high}")
     return int(rng.integers(first, last + 1))
 
 
