@@ -1,1 +1,1 @@
-"""The reference reasoner: a small Llama that thinks step by step, its two task families and its training."""
+"""The reference reasoner: a small Llama that thinks step by step; its tasks, training and measurements."""
