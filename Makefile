@@ -5,9 +5,12 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 REASONER := kvbudget-reasoner-v2
 CARD := validate/reasoner/weights
+POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
+BUDGETS := 20%,30%,15%,40%,10%,50%
+PROBLEMS ?= 768
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results wave card lint format clean
+.PHONY: help demo test traces results validate wave card lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -25,6 +28,12 @@ traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of
 
 results: traces ## replay all policies on those traces: the table of the README
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
+
+validate: traces ## decode 768 problems with eviction, 9 policies x 6 budgets; judge the simulator by it (4 hours, resumes)
+	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/simulated.parquet
+	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --dtype float32 --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
+	  --out runs/live --simulated runs/simulated.parquet --calibration runs/live/calibration.json --report runs/report.html
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs

@@ -170,6 +170,7 @@ def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
     return {
         "trace_id": trace.trace_id,
         "trace": trace.path.name,
+        "family": trace.manifest.task.get("family"),
         "model": trace.model,
         "policy": policy.name,
         "policy_params": policy.parameters_json,

@@ -62,6 +62,8 @@ class FullCache:
     ----------
     strongest : int32 (n_layers, n_query_heads, n_steps)
         Position of the key with the largest weight, ties to the later one.
+    largest : float32 (n_layers, n_query_heads, n_steps)
+        That weight.
     oracle_steps : int64 (n_sampled,)
         Decode steps at which the oracle is evaluated: all of them unless the trace is very large.
     """
@@ -71,6 +73,7 @@ class FullCache:
         self._prompt_tokens = trace.prompt_tokens
         self._n_heads = shape.n_layers * shape.n_kv_heads
         self.strongest = np.empty((shape.n_layers, shape.n_query_heads, n_steps), np.int32)
+        self.largest = np.empty(self.strongest.shape, np.float32)
         fitting = _ORACLE_ELEMENTS // (self._n_heads * trace.total_tokens)
         self.oracle_steps = sampled_steps(n_steps, max(_ORACLE_STEPS, fitting))
         sizes = (self.oracle_steps + trace.prompt_tokens + 1) * self._n_heads
@@ -111,6 +114,7 @@ class FullCache:
     def _find_strongest(self, trace: Trace, layer: int) -> None:
         shape, first, last = trace.shape, trace.prompt_tokens, trace.total_tokens
         keys = trace.keys(layer, 0, last)
+        lse, scale = trace.stored(layer, "lse"), np.float32(trace.scale)
         n_rows = max(1, _BLOCK_ELEMENTS // (shape.group_size * last))
         for start in range(first, last, n_rows):
             stop = min(start + n_rows, last)
@@ -123,6 +127,8 @@ class FullCache:
                 strongest_positions(products, n_visible, found)
                 where = slice(start - first, stop - first)
                 self.strongest[layer, group, where] = found.reshape(shape.group_size, -1)
+                logits = products[np.arange(len(products)), found].reshape(shape.group_size, -1) * scale
+                self.largest[layer, group, where] = np.exp(logits - lse[group, start:stop])
 
     def _collect_weights(self, trace: Trace, layer: int) -> None:
         positions = self.oracle_steps + self._prompt_tokens

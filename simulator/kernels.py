@@ -23,7 +23,8 @@ _LOWEST = np.float32(-126.0)
 
 
 @njit(inline="always")
-def _exp(x):
+def exp(x):
+    """Give e**x in float32, for x up to 88; below -87 the smallest normal number."""
     # np.exp does not vectorise here; a polynomial on the fractional power of two does, 20 times faster.
     y = max(x * _LOG2E, _LOWEST)
     whole = np.floor(y + _HALF)
@@ -59,7 +60,7 @@ def add_attention_mass(products, scale, lse, n_visible, mass):
         shift = lse[row]
         for j in range(n_visible[row]):
             # Subtract before scaling to base 2: the difference is small where the weight is large.
-            total += _exp(products[row, j] * scale - shift)
+            total += exp(products[row, j] * scale - shift)
         mass[row] = total
 
 

@@ -28,6 +28,12 @@ class Metrics:
         Share of (step, layer, query head) whose strongest key under the full cache was evicted before.
     low_mass_rate : float
         Share of (step, layer, query head) that retain less than half of the mass.
+    lost_lookup_rate : float
+        Share of (step, layer, query head) whose strongest key holds more than half of the full cache's
+        attention and was evicted before: the head looks one entry up, and it is gone.
+    lost_lookup_rms : float
+        Root mean square over steps of the share of (layer, query head) that lose a lookup at that step: what
+        one head cannot find others may, but not if all lose it at once.
     oracle_mass, gap : float
         The bound of ``FullCache.oracle_mass`` at this memory, and how far the policy stays below it at the
         same steps.
@@ -44,6 +50,8 @@ class Metrics:
     mass_min_head: float
     miss_rate: float
     low_mass_rate: float
+    lost_lookup_rate: float
+    lost_lookup_rms: float
     oracle_mass: float
     gap: float
     n_steps: int
@@ -58,6 +66,8 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
     per_head = mass.reshape(shape.n_layers, shape.n_kv_heads, -1).mean(axis=2, dtype=np.float64)
     at_steps = mass[:, :, full.oracle_steps].mean(axis=(0, 1), dtype=np.float64)
     oracle = full.oracle_mass(held)
+    missed = _missed(trace, outcome, full)
+    lost_per_step = (missed & (full.largest > 0.5)).mean(axis=(0, 1))
     return Metrics(
         entries_mean=float(held.mean()) / n_heads,
         entries_peak=float(held.max()) / n_heads,
@@ -66,8 +76,10 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
         mass_mean=float(mass.mean(dtype=np.float64)),
         mass_p05=float(np.quantile(mass, 0.05)),
         mass_min_head=float(per_head.min()),
-        miss_rate=float(_missed(trace, outcome, full).mean()),
+        miss_rate=float(missed.mean()),
         low_mass_rate=float((mass < 0.5).mean()),
+        lost_lookup_rate=float(lost_per_step.mean()),
+        lost_lookup_rms=float(np.sqrt(np.square(lost_per_step).mean())),
         oracle_mass=float(oracle.mean()),
         gap=float((oracle - at_steps).mean()),
         n_steps=mass.shape[2],

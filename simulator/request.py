@@ -84,7 +84,6 @@ class Request:
     ) -> None:
         if arrival < 0:
             raise UserError(f"arrival is {arrival}; allowed: 0 or more")
-        policy.require_feasible(entries)
         shape = trace.shape
         asked = LayerRequest(
             n_layers=shape.n_layers,
@@ -95,10 +94,7 @@ class Request:
             trace_id=trace.trace_id,
             waves=known_waves() if waves is None else waves,
         )
-        divided, self._layers_binding = policy.layers.allocate(asked)
-        total = shape.n_layers * entries
-        budgets = checked_budgets(policy.layers.name, divided, shape.n_layers, total, policy.protected)
-        require_an_entry_in_every_layer(policy.layers.name, budgets)
+        budgets, self._layers_binding = divide_over_layers(policy, asked)
         self.trace, self.arrival = trace, arrival
         self.layers = [
             LayerReplay(trace, layer, policy, int(budget), seed=seed, keep_retained=keep_retained)
@@ -125,6 +121,34 @@ class Request:
             held=np.sum([layer.held for layer in self.layers], axis=0),
             evicted_at=np.stack([layer.ledger.evicted_at for layer in self.layers]),
             n_evicted=sum(layer.n_evicted for layer in self.layers),
-            protection_binding=self._layers_binding or any(layer.protection_binding for layer in self.layers),
+            protection_binding=self._layers_binding
+            or any(layer.compressor.protection_binding for layer in self.layers),
             retained=[kept for layer in self.layers for kept in layer.retained],
         )
+
+
+def divide_over_layers(policy: Policy, request: LayerRequest) -> tuple[np.ndarray, bool]:
+    """Give every layer its budget.
+
+    Returns
+    -------
+    budgets : int64 (n_layers,)
+        Entries per KV head.
+    binding : bool
+        Whether the protected entries were a binding lower bound.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget does not hold what the policy protects.
+    MissingDataError
+        If the policy needs a profile that is not known.
+    PolicyError
+        If the layer allocator breaks its contract.
+    """
+    policy.require_feasible(request.entries)
+    divided, binding = policy.layers.allocate(request)
+    name, total = policy.layers.name, request.n_layers * request.entries
+    budgets = checked_budgets(name, divided, request.n_layers, total, policy.protected)
+    require_an_entry_in_every_layer(name, budgets)
+    return budgets, binding

@@ -35,8 +35,11 @@ ROW_SCHEMA: dict[str, Any] = {
     "error": pl.String,
     # Beyond the agreed columns:
     "trace": pl.String,
+    "family": pl.String,
     "budget_entries": pl.Int64,
     "low_mass_rate": pl.Float64,
+    "lost_lookup_rate": pl.Float64,
+    "lost_lookup_rms": pl.Float64,
     "protection_binding": pl.Boolean,
 }
 

@@ -26,6 +26,7 @@ _HEADERS = {
     "p05": "\np05",
     "worst_head": "worst\nhead",
     "miss_rate": "miss\nrate",
+    "lost_lookups": "lost\nlookups",
     "oracle": "\noracle",
     "gap": "\ngap",
     "behind": "behind\nbest",
@@ -84,7 +85,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     told = "".join(f", {name} {value}" for name, value in shared.items())
     lines = [
         f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;",
-        "mass is the full cache's attention on what was retained, oracle the most that memory could hold.",
+        "mass is the full cache's attention on what was retained, oracle the most that memory could hold;",
+        "a lookup is lost if one key holds more than half of a head's attention and is gone.",
     ]
     if several:
         lines.append("Intervals are bootstrapped over traces; noise: the paired interval holds 0.")
@@ -108,6 +110,7 @@ def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
         "p05": f"{row['mass_p05']:.4f}",
         "worst_head": f"{row['mass_min_head']:.4f}",
         "miss_rate": f"{row['miss_rate']:.4f}",
+        "lost_lookups": f"{row['lost_lookup_rate']:.4f}",
         "oracle": f"{row['oracle_mass']:.4f}",
         # A full cache may come out a rounding error above its bound.
         "gap": f"{max(0.0, row['gap']):.4f}",
@@ -154,7 +157,8 @@ def _policy_label(row: dict[str, Any], shared: dict[str, Any]) -> str:
 def format_bytes(count: float) -> str:
     """Write a number of bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        # Four digits are read worse than the next unit.
+        if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"

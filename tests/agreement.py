@@ -46,7 +46,7 @@ def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outc
 
     def watched(layer_replay: LayerReplay) -> None:
         reallocate(layer_replay)
-        budgets[request.layers.index(layer_replay)].append(layer_replay.budgets.tolist())
+        budgets[request.layers.index(layer_replay)].append(layer_replay.compressor.budgets.tolist())
 
     with patch.object(LayerReplay, "reallocate", watched):
         (outcome,) = Engine([request], jobs).run()

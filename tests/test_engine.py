@@ -11,8 +11,8 @@ from cases import MODERATE, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.compression import lend_unused
 from simulator.engine import Engine, memory_over_time
-from simulator.layer_replay import lend_unused
 from simulator.ledger import NEVER
 from simulator.policies.base import HeadAllocator, LayerAllocator, PolicyError
 from simulator.policy import parse_policy
@@ -120,8 +120,9 @@ def test_protected_entries_survive_and_counts_are_exact(shared_folder, case, see
         layer_totals[key] = layer_totals.get(key, 0) + len(positions)
     waves = {trace.model: make_wave(trace, case.demand)}
     layers = Request(trace, policy, case.entries, waves=waves).layers
-    assert sum(layer.total for layer in layers) == len(layers) * trace.shape.n_kv_heads * case.entries
-    assert all(n_entries <= layers[layer].total for (layer, _), n_entries in layer_totals.items())
+    totals = [layer.compressor.total for layer in layers]
+    assert sum(totals) == len(layers) * trace.shape.n_kv_heads * case.entries
+    assert all(n_entries <= totals[layer] for (layer, _), n_entries in layer_totals.items())
     assert (outcome.mass <= 1 + 1e-6).all()
     assert (outcome.mass >= 0).all()
 
@@ -221,7 +222,7 @@ def test_redistribution_leaves_no_budget_unused(policy, make_trace):
         totals[key] = totals.get(key, 0) + len(kept.positions)
     assert totals
     for (layer, _, n_tokens), n_entries in totals.items():
-        assert n_entries == min(request.layers[layer].total, 4 * n_tokens)
+        assert n_entries == min(request.layers[layer].compressor.total, 4 * n_tokens)
     assert lending.held.mean() >= hoarding.held.mean()
 
 

@@ -22,7 +22,7 @@ from simulator.request import Request
     "policy", ["fullkv", "snapkv:buffer=5", "rkv+utility:buffer=5,delta=10", "random:buffer=3"]
 )
 def test_a_row_is_what_the_twin_measures(policy, make_trace):
-    trace = make_trace(group_size=3)
+    trace = make_trace(group_size=3, scale=1.0)
     row = run_replay([trace], [policy], [14], seed=2).table.row(0, named=True)
     run = naive.simulate(trace, policy, 14, seed=2)
     weights = dense_weights(trace)
@@ -39,6 +39,11 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
     assert row["mass_min_head"] == pytest.approx(kv_heads.min(), **near)
     assert row["miss_rate"] == pytest.approx(run.missed.mean(), abs=1e-12)
     assert row["low_mass_rate"] == pytest.approx((run.mass < 0.5).mean(), abs=1e-12)
+    largest = [[[max(step) for step in head[20:]] for head in layer] for layer in weights]
+    lost = run.missed & (np.array(largest) > 0.5)
+    assert row["lost_lookup_rate"] == pytest.approx(lost.mean(), abs=1e-12)
+    per_step = lost.mean(axis=(0, 1))
+    assert row["lost_lookup_rms"] == pytest.approx(np.sqrt((per_step**2).mean()), abs=1e-12)
     assert row["oracle_mass"] == pytest.approx(oracle.mean(), **near)
     assert row["gap"] == pytest.approx(oracle.mean() - run.mass.mean(), **near)
     assert row["n_steps"] == 40
@@ -46,6 +51,7 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
     if policy != "fullkv":
         assert 0 < row["miss_rate"] < 1
         assert 0 < row["low_mass_rate"] < 1
+        assert 0 < row["lost_lookup_rate"] < row["miss_rate"]
 
 
 @given(cases())

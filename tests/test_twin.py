@@ -10,7 +10,7 @@ from agreement import agree, replayed
 from cases import MODERATE, cases, draw_arrays
 from hypothesis import given, settings
 
-from simulator import layer_replay
+from simulator import compression, layer_replay
 from simulator.policies.random import Random
 from simulator.policies.rkv import RKV
 from simulator.policies.snapkv import SnapKV
@@ -100,7 +100,7 @@ def _earlier_tie(scores, positions, n_kept, slot_order):
 
 def test_twin_notices_ties_that_go_to_the_earlier_position(make_trace, monkeypatch):
     trace = make_trace()
-    monkeypatch.setattr(layer_replay, "select_slots", _earlier_tie)
+    monkeypatch.setattr(compression, "select_slots", _earlier_tie)
     assert agree(trace, "snapkv:buffer=8", 17).adopted["exact tie"]  # where none is right, see above
 
 

@@ -79,8 +79,8 @@ def record_attention(
     UserError
         For attention that is not one sequence's plain causal softmax over the whole cache.
     """
-    found = _unrecordable_feature(module, settings) or _unrecordable_input(
-        query, key, value, attention_mask, dropout, settings.get("sliding_window")
+    found = unsupported_feature(module, settings, key.shape[2], dropout) or _unrecordable_input(
+        query, key, value, attention_mask
     )
     if found:
         raise UserError(
@@ -103,32 +103,30 @@ def record_attention(
     return output.transpose(0, 1)[None].contiguous(), None
 
 
-def _unrecordable_feature(module: torch.nn.Module, settings: dict[str, object]) -> str | None:
-    """Name what a model adds to its attention that queries, keys and log-sum-exp cannot express."""
+def unsupported_feature(
+    module: torch.nn.Module, settings: dict[str, object], n_tokens: int, dropout: float
+) -> str | None:
+    """Name what makes a call more than a causal softmax of ``scale * q.k`` over ``n_tokens``, if anything."""
     causal = settings.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         return "attention that is not causal"
+    if dropout:
+        return f"attention dropout of {dropout}"
+    window = settings.get("sliding_window")
+    if window and n_tokens > window:
+        return f"a sliding window of {window} entries, in force at {n_tokens} tokens"
     given = {"sinks": getattr(module, "sinks", None)} | settings
     return next((words for name, words in UNRECORDABLE.items() if given.get(name) is not None), None)
 
 
 def _unrecordable_input(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    window: int | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> str | None:
     """Name what keeps a call from being one sequence of grouped heads over its whole cache."""
     if attention_mask is not None:
         return "an attention mask of its own"
-    if dropout:
-        return f"attention dropout of {dropout}"
     if query.shape[0] != 1:
         return f"a batch of {query.shape[0]} sequences"
-    if window and key.shape[2] > window:
-        return f"a sliding window of {window} entries, in force at {key.shape[2]} tokens"
     if key.shape != value.shape or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
         shapes = [tuple(tensor.shape[1:]) for tensor in (query, key, value)]
         return "queries {}, keys {} and values {}, which are not grouped heads of one width".format(*shapes)
@@ -177,31 +175,55 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     RuntimeError
         When the model is being recorded already.
     """
-    layers = attention_layers(model)
-    if any(hasattr(layer, RECORDER_ATTRIBUTE) for layer in layers):
-        raise RuntimeError("this model is being recorded already")
     AttentionInterface.register(IMPLEMENTATION, record_attention)
+    with replaced_attention(model, IMPLEMENTATION, RECORDER_ATTRIBUTE, recorder):
+        yield
+
+
+@contextmanager
+def replaced_attention(
+    model: PreTrainedModel, implementation: str, attribute: str, companion: object
+) -> Iterator[None]:
+    """Let a model in evaluation mode attend through a registered function; on leaving, all is as it was.
+
+    Parameters
+    ----------
+    implementation : str
+        Name under which the function is registered.
+    attribute : str
+        Of every attention module; the function finds ``companion`` there.
+
+    Raises
+    ------
+    UserError
+        When the model's attention cannot be replaced.
+    RuntimeError
+        When it is replaced in this way already.
+    """
+    layers = attention_layers(model)
+    if any(hasattr(layer, attribute) for layer in layers):
+        raise RuntimeError(f"this model attends through {implementation} already")
     # Parents first: setting a configuration also sets those inside it.
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [config._attn_implementation for config in configs]
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        model.set_attn_implementation(IMPLEMENTATION)
-        if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(implementation)
+        if model.config.get_text_config()._attn_implementation != implementation:
             raise UserError(
                 f"model type '{model.config.model_type}' does not let its attention be replaced; "
-                "it cannot be recorded"
+                "it can neither be recorded nor evict"
             )
         for layer in layers:
-            setattr(layer, RECORDER_ATTRIBUTE, recorder)
+            setattr(layer, attribute, companion)
         yield
     finally:
         for layer in layers:
-            if hasattr(layer, RECORDER_ATTRIBUTE):
-                delattr(layer, RECORDER_ATTRIBUTE)
-        for config, implementation in zip(configs, implementations, strict=True):
-            config._attn_implementation = implementation
+            if hasattr(layer, attribute):
+                delattr(layer, attribute)
+        for config, before in zip(configs, implementations, strict=True):
+            config._attn_implementation = before
         for module, was_training in training:
             module.training = was_training
 

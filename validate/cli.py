@@ -11,6 +11,7 @@ from simulator.commands import calibrate, policies_app, replay
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from validate.record_command import record
+from validate.validate_command import validate
 
 app = typer.Typer(
     name="sim",
@@ -24,6 +25,7 @@ app.add_typer(trace_app, name="trace")
 app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
+app.command()(validate)
 
 
 def main() -> None:

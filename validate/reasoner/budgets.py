@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from simulator.policy import Policy, parse_policy, split_list
-from simulator.wave import known_waves
 from traces.errors import UserError
+from validate.eviction.decode import decode
 from validate.models import LoadedModel, load_model
 from validate.reasoner.evaluate import wilson_interval
-from validate.reasoner.evicting import decode_evicting
 from validate.reasoner.tasks import (
     FAMILIES,
     LEG_COUNTS,
@@ -49,17 +48,17 @@ def measure(loaded: LoadedModel, policy: Policy, percent: float, problems: list[
     prompts = [loaded.tokenizer(problem.prompt).input_ids for problem in problems]
     chains = [len(problem.completion.split()) + 1 for problem in problems]
     totals = [len(prompt) + chain for prompt, chain in zip(prompts, chains, strict=True)]
-    completions = decode_evicting(
+    completions = decode(
         loaded.model,
         prompts,
         policy,
         [max(1, int(total * percent / 100)) for total in totals],
         [int(chain * LONGEST) for chain in chains],
-        eos=loaded.tokenizer.eos_token_id,
+        stop_ids=[loaded.tokenizer.eos_token_id],
         name=loaded.name,
-        waves=known_waves(),
+        revision=loaded.revision,
     )
-    answers = [answer_of(loaded.tokenizer.decode(tokens)) for tokens in completions]
+    answers = [answer_of(loaded.tokenizer.decode(completion.token_ids)) for completion in completions]
     right = sum(found == problem.answer for found, problem in zip(answers, problems, strict=True))
     low, high = wilson_interval(right, len(problems))
     return {
@@ -69,7 +68,7 @@ def measure(loaded: LoadedModel, policy: Policy, percent: float, problems: list[
         "low": low,
         "high": high,
         "never_answered": sum(answer is None for answer in answers),
-        "mean_tokens": sum(map(len, completions)) / len(problems),
+        "mean_tokens": sum(len(completion.token_ids) for completion in completions) / len(problems),
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -1,0 +1,1 @@
+"""Decoding under a KV budget: evicted entries are gone, and their memory is free."""

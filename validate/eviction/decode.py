@@ -1,0 +1,186 @@
+"""Decode a batch of prompts under a KV budget, each sequence to its own end."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from simulator.policy import Policy
+from simulator.wave import Wave
+from traces.errors import UserError
+from validate.eviction.cache import EvictingCache, evicting
+from validate.models import model_shape
+from validate.sampling import Sampling
+
+# Sequences that have ended are dropped once they are this share of the batch.
+_DROP_AT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one sequence wrote under eviction, and the memory it took.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        New tokens, without the token that ended it.
+    ended : bool
+        Whether it ended by itself rather than at its limit.
+    bytes_peak : int
+        Keys and values held during attention, at most, over all decode steps.
+    bytes_mean : float
+        Their mean over decode steps.
+    """
+
+    token_ids: list[int]
+    ended: bool
+    bytes_peak: int
+    bytes_mean: float
+
+
+class _Row:
+    """One sequence while it is decoded."""
+
+    def __init__(self, limit: int, sampling: Sampling) -> None:
+        self.limit, self.sampling, self.generator = limit, sampling, sampling.generator()
+        self.token_ids: list[int] = []
+        self.ended = False
+        self.peak = self.total = self.n_steps = 0
+
+    @property
+    def is_running(self) -> bool:
+        return not self.ended and len(self.token_ids) < self.limit
+
+    def hold(self, n_entries: int) -> None:
+        self.peak = max(self.peak, n_entries)
+        self.total, self.n_steps = self.total + n_entries, self.n_steps + 1
+
+    def take(self, token: int, stop_ids: set[int]) -> None:
+        if token in stop_ids:
+            self.ended = True
+        else:
+            self.token_ids.append(token)
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    entries: int | Sequence[int],
+    max_new_tokens: int | Sequence[int],
+    *,
+    stop_ids: Iterable[int],
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
+    name: str = "",
+    revision: str = "",
+    waves: dict[str, Wave] | None = None,
+    seeds: Sequence[int] | None = None,
+    on_step: Callable[[EvictingCache], None] = lambda cache: None,
+) -> list[Completion]:
+    """Decode under eviction; every sequence has its own budget, limit, sampling and end.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    prompts : sequences of token ids, each at least one
+    policy : Policy
+    entries : int or int per prompt
+        Mean budget in entries per KV head.
+    max_new_tokens : int or int per prompt
+        At least 1.
+    stop_ids : iterable of int
+        Tokens that end a text.
+    sampling : Sampling or Sampling per prompt
+        Greedy by default; every sequence draws from a generator of its own.
+    name, revision, waves, seeds
+        As `EvictingCache`.
+    on_step : callable
+        Shown the cache after the prompts and after every decode step.
+
+    Raises
+    ------
+    UserError
+        For settings out of range and for a model that cannot evict.
+    InfeasibleBudgetError, MissingDataError, PolicyError
+        As `EvictingCache`.
+    """
+    n = len(prompts)
+    limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    samplings = [sampling] * n if isinstance(sampling, Sampling) else list(sampling)
+    for what, given in (("max_new_tokens", limits), ("sampling", samplings)):
+        if len(given) != n:
+            raise UserError(f"{what} is given {len(given)} times; allowed: once, or for each of {n} prompts")
+    if not n or min(map(len, prompts)) < 1 or min(limits) < 1:
+        raise UserError("a prompt has 0 tokens, or max_new_tokens is 0; allowed: 1 or more")
+    stops = set(stop_ids)
+    rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
+    cache = EvictingCache(model, policy, entries, name=name, revision=revision, waves=waves, seeds=seeds)
+    with evicting(model, cache):
+        run = _Run(model, cache, prompts)
+        running = list(range(n))
+        while True:
+            for row, logits in zip(running, run.logits, strict=True):
+                if rows[row].is_running:
+                    rows[row].take(rows[row].sampling.choose(logits, rows[row].generator), stops)
+            on_step(cache)
+            alive = [at for at, row in enumerate(running) if rows[row].is_running]
+            if not alive:
+                break
+            if len(alive) <= (1 - _DROP_AT) * len(running):
+                running = [running[at] for at in alive]
+                run.keep_rows(np.array(alive))
+            run.step([(rows[row].token_ids or [0])[-1] for row in running])
+            for row, held in zip(running, cache.held.tolist(), strict=True):
+                if rows[row].is_running:
+                    rows[row].hold(held)
+    per_entry = model_shape(model.config, model.dtype).bytes_per_entry
+    return [
+        Completion(
+            row.token_ids, row.ended, row.peak * per_entry, row.total * per_entry / max(1, row.n_steps)
+        )
+        for row in rows
+    ]
+
+
+class _Run:
+    """The model's side of a decode: what it is fed, and the logits it gives."""
+
+    def __init__(
+        self, model: PreTrainedModel, cache: EvictingCache, prompts: Sequence[Sequence[int]]
+    ) -> None:
+        self._model, self._cache = model, cache
+        # Logits of whole prompts would be the largest tensor of all; only the last row is used.
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._settings = {"use_cache": True, "past_key_values": cache} | (
+            {"logits_to_keep": 1} if keeps else {}
+        )
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(self._lengths.max())
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        column = torch.arange(longest)[None] - (longest - self._lengths)[:, None]
+        self._forward(ids, column.clamp(min=0), attention_mask=(column >= 0).to(model.device))
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Feed one token per row."""
+        self._forward(torch.tensor(tokens)[:, None], self._lengths[:, None])
+        self._lengths = self._lengths + 1
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Drop all other rows."""
+        index = torch.from_numpy(rows)
+        self._lengths = self._lengths[index]
+        self._cache.batch_select_indices(index)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, **mask: torch.Tensor) -> None:
+        device = self._model.device
+        given = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+        output = self._model(**given, **mask, **self._settings)
+        self.logits = output.logits[:, -1].float().cpu()

@@ -1,0 +1,275 @@
+"""The two levels between a replay and a live run: the trace's tokens go through the model once more.
+
+*Shadow*: the model attends to its full cache, the policy decides and nothing is lost. Who it retains must be
+who the simulator retains. *Forced*: entries are really evicted, and only the tokens are the trace's. How far
+the retained mass moves away from the simulated one is the price of a replay's open loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from simulator.engine import Engine
+from simulator.layer_replay import Retained
+from simulator.policy import Policy
+from simulator.request import Outcome, Request
+from simulator.wave import Wave
+from traces.errors import UserError
+from traces.trace import Trace
+from validate.causal import causal_attention
+from validate.eviction.cache import EvictingCache, evicting
+from validate.eviction.layer import EvictingLayer, to_array
+from validate.recorder import observed_shape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shadow:
+    """What the policy decided beside a full-cache run, and what the simulator decided.
+
+    Attributes
+    ----------
+    found, expected : list of Retained
+        After every compression, by layer, compression and KV head.
+    keys_equal : bool
+        Whether the run's keys are the trace's, bit for bit. On another machine or build of torch they need
+        not be, and a near tie may then fall the other way.
+    """
+
+    found: list[Retained]
+    expected: list[Retained]
+    keys_equal: bool
+
+    @property
+    def mismatches(self) -> list[tuple[Retained | None, Retained | None]]:
+        """Pairs (found, expected) that differ; None where one side has no such compression."""
+        sides = [
+            {(r.layer, r.compression, r.kv_head): r for r in side} for side in (self.found, self.expected)
+        ]
+        differing = []
+        for key in sorted(sides[0].keys() | sides[1].keys()):
+            mine, theirs = sides[0].get(key), sides[1].get(key)
+            same = mine is not None and theirs is not None and mine.n_tokens == theirs.n_tokens
+            if not same or not np.array_equal(mine.positions, theirs.positions):
+                differing.append((mine, theirs))
+        return differing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forced:
+    """Retained mass with entries really gone, beside the simulated one.
+
+    Attributes
+    ----------
+    forced, simulated : float32 (n_layers, n_query_heads, n_steps)
+        Share of the attention over the whole history that falls on what is retained: with the queries and
+        keys of the evicting model, and with the trace's.
+    agrees : bool (n_steps - 1,)
+        Whether the evicting model would have written the trace's next token; the last step, which has
+        none, is left out.
+    """
+
+    forced: np.ndarray
+    simulated: np.ndarray
+    agrees: np.ndarray
+
+    @property
+    def drift(self) -> np.ndarray:
+        """Forced less simulated mass, mean over query heads; float64 (n_layers, n_steps)."""
+        return (self.forced - self.simulated).mean(axis=1, dtype=np.float64)
+
+
+class _WatchedLayer(EvictingLayer):
+    """A layer of one sequence that also keeps what it evicts, and notes who was retained when."""
+
+    def prefill(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.retained: list[Retained] = []
+        self.mass: list[np.ndarray] = []
+        self.all_keys, self.all_values = key[0], value[0]
+        return super().prefill(query, key, value, scale)
+
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.all_keys = torch.cat([self.all_keys, key[0]], 1)
+        self.all_values = torch.cat([self.all_values, value[0]], 1)
+        return super().step(query, key, value)
+
+    def _decide(self, row, keys, positions):
+        compression = self.compressors[row].n_compressions
+        survivors = super()._decide(row, keys, positions)
+        for kv_head, (held, slots) in enumerate(zip(positions, survivors, strict=True)):
+            kept = held if slots is None else held[slots]
+            where = (self.layer, kv_head, compression, int(self.n_tokens[row]))
+            self.retained.append(Retained(*where, np.array(kept)))
+        return survivors
+
+
+class _ShadowLayer(_WatchedLayer):
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        n_tokens = int(self.n_tokens[0])
+        output, _ = causal_attention(
+            query[0, :, None], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
+        )
+        return output[None, :, 0]
+
+
+class _ForcedLayer(_WatchedLayer):
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        n_tokens, n_kv_heads = int(self.n_tokens[0]), len(self.all_keys)
+        grouped = query[0].reshape(n_kv_heads, -1, query.shape[-1]).float()
+        logits = (grouped * self.scale) @ self.all_keys[:, :n_tokens].float().transpose(1, 2)
+        weights = logits.softmax(-1)
+        mass = [
+            weights[kv_head][:, self.pool.positions[self.pool.segment(0, kv_head)]].sum(-1)
+            for kv_head in range(n_kv_heads)
+        ]
+        self.mass.append(to_array(torch.cat(mass)))
+        return super().attend(query)
+
+
+def run_shadow(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    *,
+    seed: int = 0,
+    waves: dict[str, Wave] | None = None,
+) -> Shadow:
+    """Let a policy decide beside a full-cache run of a trace's tokens, and compare with its replay.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The trace's own.
+    trace : Trace
+    policy : Policy
+    entries : int
+        Mean budget in entries per KV head.
+    seed : int
+        For policies that draw at random.
+    waves : dict, optional
+
+    Raises
+    ------
+    UserError
+        If the trace cannot have come from this model.
+    """
+    _require_own_trace(model, trace)
+    expected = _replay(trace, policy, entries, seed, waves)
+    # As in a recording, token by token: passes over several tokens round differently.
+    cache, _ = _run(model, trace, policy, entries, seed, waves, _ShadowLayer, 1)
+    keys_equal = all(
+        np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in cache.evicting_layers
+    )
+    found = [kept for layer in cache.evicting_layers for kept in layer.retained]
+    # A replay ends with the last token and does not compress after it.
+    found = [kept for kept in found if kept.n_tokens < trace.total_tokens]
+    return Shadow(found, expected.retained, keys_equal)
+
+
+def run_forced(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    *,
+    seed: int = 0,
+    waves: dict[str, Wave] | None = None,
+) -> Forced:
+    """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`."""
+    _require_own_trace(model, trace)
+    simulated = _replay(trace, policy, entries, seed, waves)
+    n_steps = trace.total_tokens - trace.prompt_tokens
+    # Each layer takes the tokens one by one, so one pass over all of them is the same as many.
+    cache, logits = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_steps)
+    forced = np.stack([np.stack(layer.mass, axis=1) for layer in cache.evicting_layers])
+    chosen = logits[:-1].argmax(-1).cpu().numpy()
+    return Forced(forced, simulated.mass, chosen == trace.token_ids[trace.prompt_tokens + 1 :])
+
+
+def level_row(result: Shadow | Forced) -> dict[str, object]:
+    """Reduce a run to the numbers of a row."""
+    if isinstance(result, Shadow):
+        return {
+            "decisions": len(result.expected),
+            "mismatches": len(result.mismatches),
+            "keys_equal": result.keys_equal,
+        }
+    per_layer = {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(result.drift)}
+    return {
+        "simulated_mass": float(result.simulated.mean(dtype=np.float64)),
+        "forced_mass": float(result.forced.mean(dtype=np.float64)),
+        "drift": float(result.drift.mean()),
+        "agreement": float(result.agrees.mean()) if len(result.agrees) else None,
+    } | per_layer
+
+
+def forced_steps(result: Forced) -> dict[str, np.ndarray]:
+    """Give columns of one row per layer and decode step, means over query heads."""
+    n_layers, _, n_steps = result.forced.shape
+    return {
+        "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
+        "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
+        "simulated_mass": result.simulated.mean(axis=1).reshape(-1),
+        "forced_mass": result.forced.mean(axis=1).reshape(-1),
+    }
+
+
+def _replay(trace: Trace, policy: Policy, entries: int, seed: int, waves: dict[str, Wave] | None) -> Outcome:
+    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
+    (outcome,) = Engine([request]).run()
+    return outcome
+
+
+def _require_own_trace(model: PreTrainedModel, trace: Trace) -> None:
+    own, (found, _, _) = trace.shape, observed_shape(model)
+    n_known, largest = model.get_input_embeddings().num_embeddings, int(max(trace.token_ids))
+    if own != found or largest >= n_known:
+        both = (
+            f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
+            f"{shape.head_dim} {shape.dtype}"
+            for shape in (own, found)
+        )
+        raise UserError(
+            f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
+            f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
+        )
+    if trace.total_tokens == trace.prompt_tokens:
+        raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
+
+
+@torch.inference_mode()
+def _run(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    seed: int,
+    waves: dict[str, Wave] | None,
+    layer_type: type[EvictingLayer],
+    n_together: int,
+) -> tuple[EvictingCache, torch.Tensor]:
+    """Feed a trace's tokens; give the cache, and the logits of every decode step."""
+    cache = EvictingCache(
+        model,
+        policy,
+        entries,
+        name=trace.model,
+        revision=trace.manifest.model_revision,
+        waves=waves,
+        seeds=[seed],
+        layer_type=layer_type,
+    )
+    ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
+    logits = []
+    with evicting(model, cache):
+        model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
+        for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
+            new = ids[:, first : first + n_together]
+            logits.append(model(input_ids=new, past_key_values=cache).logits[0].float())
+    return cache, torch.cat(logits)

@@ -1,0 +1,1 @@
+"""Accuracy under real eviction: policies x budgets over problems with known answers."""

@@ -1,0 +1,184 @@
+"""Decode one batch of problems under one policy and budget, and say what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from simulator.budget import Budget
+from simulator.policy import Policy
+from simulator.wave import Wave
+from validate.eviction.decode import Completion, decode
+from validate.live.grading import first_divergence, grade, loop_period
+from validate.models import LoadedModel, model_shape, stop_token_ids
+from validate.prompts import Prompt, encode_prompt
+from validate.sampling import Sampling
+
+ROW_SCHEMA: dict[str, Any] = {
+    "problem": pl.String,
+    "family": pl.String,
+    "sample": pl.Int32,
+    "policy": pl.String,
+    "policy_params": pl.String,
+    "budget_asked": pl.Float64,
+    "budget_unit": pl.String,
+    "budget_entries": pl.Int32,
+    "right": pl.Boolean,
+    "answer": pl.String,
+    "expected": pl.String,
+    "ended": pl.Boolean,
+    "prompt_tokens": pl.Int32,
+    "n_tokens": pl.Int32,
+    "loop_period": pl.Int32,
+    "diverged_at": pl.Int32,
+    "bytes_peak": pl.Int64,
+    "bytes_mean": pl.Float64,
+    "token_ids": pl.List(pl.Int32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the full cache wrote for one problem and sample: its tokens, and whether it ended by itself."""
+
+    token_ids: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """How problems are decoded.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+        Of the full-cache run.
+    stretch : float
+        Under eviction a text may be so many times as long as its full-cache run: a derailed one may go on
+        for ever.
+    samples : int
+        Texts per problem; more than one need a temperature.
+    sampling : Sampling
+    use_chat_template : bool
+    seed : int
+        Of the policies that draw at random; each problem has its own stream.
+    """
+
+    max_new_tokens: int = 1024
+    stretch: float = 1.1
+    samples: int = 1
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    use_chat_template: bool = True
+    seed: int = 0
+
+
+def complete(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    budget: Budget | None,
+    settings: LiveSettings,
+    *,
+    first: int = 0,
+    baselines: dict[tuple[str, int], Baseline] | None = None,
+    waves: dict[str, Wave] | None = None,
+) -> pl.DataFrame:
+    """Decode problems under a policy, or without ``budget`` with the full cache.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    prompts : sequence of Prompt
+        With answers; decoded as one batch, ``settings.samples`` times each.
+    first : int
+        Number of the first prompt among all, for its random streams.
+    baselines : dict
+        Full-cache runs by problem and sample; needed with a budget, since shares and lengths are theirs.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per problem and sample, columns of ``ROW_SCHEMA``.
+    """
+    shape = model_shape(loaded.model.config, loaded.model.dtype)
+    keys = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
+    ids = {
+        prompt.id: encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
+        for prompt in prompts
+    }
+    encoded = [ids[prompt.id] for prompt, _ in keys]
+    if budget is None:
+        entries, limits = [1] * len(keys), [settings.max_new_tokens] * len(keys)
+    else:
+        known = [(baselines or {})[prompt.id, sample] for prompt, sample in keys]
+        # The token that ends a text is part of its history, as in a trace.
+        totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(encoded, known, strict=True)]
+        entries = [budget.entries(shape, total) for total in totals]
+        limits = [max(1, int((len(b.token_ids) + b.ended) * settings.stretch)) for b in known]
+    number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
+    streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
+    sampling = settings.sampling
+    completions = decode(
+        loaded.model,
+        encoded,
+        policy,
+        entries,
+        limits,
+        stop_ids=stop_token_ids(loaded.model, loaded.tokenizer),
+        sampling=[
+            Sampling(sampling.do_sample, sampling.temperature, sampling.top_p, sampling.seed + stream)
+            for stream in streams
+        ],
+        name=loaded.name,
+        revision=loaded.revision,
+        waves=waves,
+        seeds=[settings.seed + stream for stream in streams],
+    )
+    rows = []
+    for (prompt, sample), own, n_entries, done in zip(keys, encoded, entries, completions, strict=True):
+        text = loaded.tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        graded = grade(text, prompt.family, prompt.answer or "")
+        baseline = (baselines or {}).get((prompt.id, sample))
+        rows.append(
+            {
+                "problem": prompt.id,
+                "family": prompt.family or "",
+                "sample": sample,
+                "policy": policy.name,
+                "policy_params": policy.parameters_json,
+                "budget_asked": None if budget is None else budget.amount,
+                "budget_unit": None if budget is None else budget.unit,
+                "budget_entries": None if budget is None else n_entries,
+                "right": graded.right,
+                "answer": graded.answer,
+                "expected": prompt.answer,
+                "ended": done.ended,
+                "prompt_tokens": len(own),
+                "n_tokens": len(done.token_ids),
+                "loop_period": loop_period(done.token_ids),
+                "diverged_at": baseline and _divergence(done, baseline),
+                "bytes_peak": done.bytes_peak,
+                "bytes_mean": done.bytes_mean,
+                "token_ids": done.token_ids,
+            }
+        )
+    return pl.DataFrame(rows, schema=ROW_SCHEMA)
+
+
+def _divergence(done: Completion, baseline: Baseline) -> int | None:
+    step = first_divergence(done.token_ids, baseline.token_ids)
+    # Where one text was cut off, the other goes on; that is no difference.
+    was_cut = any(step == len(own.token_ids) and not own.ended for own in (done, baseline))
+    return None if was_cut else step
+
+
+def baselines_of(table: pl.DataFrame) -> dict[tuple[str, int], Baseline]:
+    """Read full-cache runs back from their rows."""
+    columns = ("problem", "sample", "token_ids", "ended")
+    return {
+        (problem, sample): Baseline(token_ids, ended)
+        for problem, sample, token_ids, ended in table.select(columns).iter_rows()
+    }

@@ -1,0 +1,300 @@
+"""Policies x budgets x problems under real eviction: in parallel, one file per finished batch, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from simulator.budget import Budget
+from simulator.cells import code_version
+from simulator.output import write_parquet
+from simulator.policy import Policy, parse_policy
+from simulator.wave import known_waves
+from traces.atomic import write_file
+from traces.errors import UserError
+
+FULL = parse_policy("fullkv")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some problems under one policy and budget; no budget for the full cache."""
+
+    policy: Policy
+    budget: Budget | None
+    first: int
+    count: int
+
+    @property
+    def file_name(self) -> str:
+        """Give a name that no other batch of the matrix has."""
+        budget = "full" if self.budget is None else str(self.budget)
+        digest = hashlib.sha256(f"{self.policy.name} {self.policy.parameters_json} {budget}".encode())
+        policy = "".join(c if c.isalnum() or c in "-+" else "-" for c in self.policy.name)
+        return f"{policy}-{budget.replace('%', 'pct')}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSettings:
+    """What all batches of a matrix share; a folder holds results of one of these.
+
+    Attributes
+    ----------
+    model, dtype, device, revision
+        As `load_model`.
+    prompts : str
+        JSONL file with answers.
+    limit : int or None
+        Take only the first problems.
+    batch : int
+        Problems decoded together.
+    waves : tuple of str
+        Demand profiles beside those that ship with the package.
+    live : dict
+        Fields of `LiveSettings`, sampling as a dict.
+    """
+
+    model: str = "reference"
+    dtype: str = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    prompts: str = ""
+    limit: int | None = None
+    batch: int = 128
+    waves: tuple[str, ...] = ()
+    live: dict[str, Any] = field(default_factory=dict)
+
+
+class Matrix:
+    """Batches of one matrix, done and to be done, in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there. Each batch is a Parquet file in ``batches/``.
+    settings : MatrixSettings
+    n_problems : int
+
+    Raises
+    ------
+    UserError
+        If the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: MatrixSettings, n_problems: int) -> None:
+        self.folder, self.settings, self.n_problems = folder, settings, n_problems
+        (folder / "batches").mkdir(parents=True, exist_ok=True)
+        self._require_same_settings()
+
+    def batches(self, cells: Sequence[tuple[Policy, Budget]]) -> list[Batch]:
+        """List all batches: problems outermost, so that a part of the matrix is a smaller matrix."""
+        found = []
+        for first in range(0, self.n_problems, self.settings.batch):
+            count = min(self.settings.batch, self.n_problems - first)
+            found.append(Batch(FULL, None, first, count))
+            found += [Batch(policy, budget, first, count) for policy, budget in cells if policy.evicts]
+        return found
+
+    def path(self, batch: Batch) -> Path:
+        """Give the file of a batch's rows."""
+        return self.folder / "batches" / batch.file_name
+
+    def is_done(self, batch: Batch) -> bool:
+        """Say whether all its rows are there: a limit may have grown since and the last batch with it."""
+        path = self.path(batch)
+        if not path.exists():
+            return False
+        return pl.scan_parquet(path).select(pl.len()).collect().item() >= self._n_rows(batch)
+
+    def run(
+        self, batches: Sequence[Batch], jobs: int, on_batch: Callable[[Batch, str | None], None]
+    ) -> dict[str, UserError]:
+        """Decode every batch that is not done yet.
+
+        Parameters
+        ----------
+        batches : sequence of Batch
+        jobs : int
+            Processes; each holds the model.
+        on_batch : callable
+            Told of every batch that is done, with an error's text if it failed.
+
+        Returns
+        -------
+        dict, errors by batch file; such batches are tried again next time.
+        """
+        errors: dict[str, UserError] = {}
+        waiting = []
+        for batch in batches:
+            if self.is_done(batch):
+                on_batch(batch, None)
+            else:
+                waiting.append(batch)
+        if not waiting:
+            return errors
+        # torch does not survive a fork once it has started threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            min(jobs, len(waiting)), context, initializer=_start_worker, initargs=(self.settings,)
+        ) as pool:
+            running: dict[Future[None], Batch] = {}
+            try:
+                for batch in self._ready(waiting, running, errors, on_batch):
+                    if batch is not None:
+                        running[pool.submit(_run_batch, self.folder, batch)] = batch
+                    if batch is None or len(running) >= 2 * jobs:
+                        done, _ = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            self._settle(future, running.pop(future), errors, on_batch)
+                for future in list(running):
+                    self._settle(future, running.pop(future), errors, on_batch)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+        return errors
+
+    def _ready(
+        self,
+        waiting: list[Batch],
+        running: dict[Future[None], Batch],
+        errors: dict[str, UserError],
+        on_batch: Callable[[Batch, str | None], None],
+    ) -> Iterator[Batch | None]:
+        """Yield batches in order, each once its full-cache runs are there; None when all must wait."""
+        waiting = list(waiting)
+        while waiting:
+            ready = None
+            for batch in waiting:
+                baseline = Batch(FULL, None, batch.first, batch.count)
+                if batch.budget is None or self.is_done(baseline):
+                    ready = batch
+                    break
+                if baseline.file_name in errors:
+                    # Of the same kind, and told of once.
+                    errors[batch.file_name] = errors[baseline.file_name]
+                    on_batch(batch, f"its full-cache runs failed: {errors[baseline.file_name]}")
+                    ready = batch
+                    break
+            if ready is None:
+                if not running:
+                    return
+                yield None
+                continue
+            waiting.remove(ready)
+            if ready.file_name not in errors:
+                yield ready
+
+    def _settle(
+        self,
+        future: Future[None],
+        batch: Batch,
+        errors: dict[str, UserError],
+        on_batch: Callable[[Batch, str | None], None],
+    ) -> None:
+        try:
+            future.result()
+            on_batch(batch, None)
+        except UserError as error:
+            errors[batch.file_name] = error
+            on_batch(batch, str(error))
+
+    def table(self, batches: Sequence[Batch]) -> pl.DataFrame:
+        """Join the rows of all batches that are done."""
+        done = [batch for batch in batches if self.is_done(batch)]
+        rows = [pl.read_parquet(self.path(batch)).head(self._n_rows(batch)) for batch in done]
+        return pl.concat(rows) if rows else pl.DataFrame()
+
+    def _n_rows(self, batch: Batch) -> int:
+        return batch.count * self.settings.live.get("samples", 1)
+
+    def _require_same_settings(self) -> None:
+        place = self.folder / "settings.json"
+        asked = asdict(self.settings) | {"prompts_sha256": _digest(Path(self.settings.prompts))}
+        # How many problems are taken only adds batches; where the file stands does not matter.
+        for name in ("limit", "prompts"):
+            del asked[name]
+        asked = json.loads(json.dumps(asked))
+        if place.exists():
+            try:
+                found = dict(json.loads(place.read_text()))
+            except (ValueError, TypeError):
+                raise UserError(f"{place} is damaged; allowed: another folder") from None
+            differing = sorted(name for name in asked if asked[name] != found.get(name))
+            if differing:
+                name = differing[0]
+                raise UserError(
+                    f"{self.folder} holds results of other settings: its {name} is {found.get(name)!r}, "
+                    f"asked {asked[name]!r}; allowed: another folder"
+                )
+        else:
+            text = json.dumps(asked, indent=1) + "\n"
+            write_file(place, lambda temporary: temporary.write_text(text))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(settings: MatrixSettings) -> None:
+    """Load the model once per process, with one thread: processes share the cores."""
+    import torch
+    from transformers.utils import logging
+
+    from validate.live.completions import LiveSettings
+    from validate.models import load_model
+    from validate.prompts import read_prompts
+    from validate.sampling import Sampling
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    live = dict(settings.live)
+    live["sampling"] = Sampling(**live.get("sampling", {}))
+    _worker["settings"] = LiveSettings(**live)
+    try:
+        _worker["waves"] = known_waves(list(settings.waves))
+        _worker["prompts"] = read_prompts(settings.prompts, settings.limit)
+        _worker["loaded"] = load_model(settings.model, settings.dtype, settings.device, settings.revision)
+    except UserError as error:
+        # A process that cannot start would take all others with it; each of its batches says why instead.
+        _worker["error"] = error
+
+
+def _run_batch(folder: Path, batch: Batch) -> None:
+    """Decode one batch and write its rows."""
+    from validate.live.completions import baselines_of, complete
+
+    if "error" in _worker:
+        raise _worker["error"]
+    started = time.perf_counter()
+    baselines = None
+    if batch.budget is not None:
+        full = Batch(FULL, None, batch.first, batch.count)
+        baselines = baselines_of(pl.read_parquet(folder / "batches" / full.file_name))
+    rows = complete(
+        _worker["loaded"],
+        _worker["prompts"][batch.first : batch.first + batch.count],
+        batch.policy,
+        batch.budget,
+        _worker["settings"],
+        first=batch.first,
+        baselines=baselines,
+        waves=_worker["waves"],
+    )
+    seconds = (time.perf_counter() - started) / max(1, len(rows))
+    rows = rows.with_columns(seconds=pl.lit(seconds), code_version=pl.lit(code_version()))
+    write_parquet(rows, folder / "batches" / batch.file_name)

@@ -1,0 +1,124 @@
+"""How accuracy, fidelity and the levels look on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polars as pl
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from simulator.terminal import format_bytes
+from traces.atomic import write_file
+
+
+def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None) -> None:
+    """Print accuracy per family and budget, one row per policy, or write it as text."""
+    tables = []
+    for (family,), rows in accuracy.group_by("family", maintain_order=True):
+        table = _table(f"{family or 'problems'}: {rows['n_problems'].max()} problems")
+        for name in (
+            "budget",
+            "policy",
+            "accuracy",
+            "95%",
+            "answered",
+            "looping",
+            "tokens",
+            "diverges at",
+            "peak",
+        ):
+            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        last = None
+        for row in rows.sort("budget_asked", nulls_last=False, maintain_order=True).iter_rows(named=True):
+            budget = budget_label(row["budget_asked"], row["budget_unit"])
+            diverged = row["diverged_at"]
+            table.add_row(
+                "" if budget == last else budget,
+                row["policy"],
+                f"{row['accuracy']:.3f}",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+                f"{row['answered']:.3f}",
+                f"{row['looping']:.3f}",
+                f"{row['tokens']:.0f}",
+                "-" if diverged is None else f"{diverged:.0f}",
+                format_bytes(row["bytes_peak"]),
+            )
+            last = budget
+        tables.append(table)
+    _show(tables, output)
+
+
+def print_fidelity(fidelity: pl.DataFrame) -> None:
+    """Print how well each metric of the simulator predicts live accuracy."""
+    tables = []
+    for (family,), rows in fidelity.group_by("family", maintain_order=True):
+        first = rows.row(0, named=True)
+        table = _table(
+            f"{family or 'problems'}: what predicts accuracy, {first['n_cells']} cells of "
+            f"{first['n_problems']} problems, {first['n_traces']} traces"
+        )
+        for name in ("metric", "Spearman", "95%", "within a budget", "95%", "regret", "at most"):
+            table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+        for row in rows.sort("spearman_within", descending=True).iter_rows(named=True):
+            table.add_row(
+                row["metric"],
+                f"{row['spearman']:.3f}",
+                f"{row['spearman_low']:.3f} to {row['spearman_high']:.3f}",
+                f"{row['spearman_within']:.3f}",
+                f"{row['spearman_within_low']:.3f} to {row['spearman_within_high']:.3f}",
+                f"{row['regret']:.3f}",
+                f"{row['regret_most']:.3f}",
+            )
+        tables.append(table)
+    _show(tables, None)
+
+
+def print_levels(table: pl.DataFrame, output: Path | None) -> None:
+    """Print rows of the shadow or forced level, or write them as text."""
+    shown = _table(None)
+    for name in table.columns:
+        side = "left" if table[name].dtype == pl.String else "right"
+        header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
+        shown.add_column(header, justify=side, no_wrap=True)
+    for row in table.iter_rows():
+        shown.add_row(*map(_level_text, row))
+    _show([shown], output)
+
+
+def _level_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value).removesuffix(".kvtrace")
+
+
+def budget_label(amount: float | None, unit: str | None) -> str:
+    """Write a budget as it was asked for; the full cache has none."""
+    if amount is None:
+        return "full"
+    return f"{amount:g}" + ("" if unit == "entries" else unit or "")
+
+
+def _table(title: str | None) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+        title_style="bold",
+    )
+
+
+def _show(tables: list[Table], output: Path | None) -> None:
+    if output is None:
+        Console(width=None if sys.stdout.isatty() else 160).print(*tables)
+        return
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            Console(file=file, width=200).print(*tables)
+
+    write_file(output, write)

@@ -1,0 +1,433 @@
+"""The ``sim validate`` verb: policies with real eviction, and how well the simulator predicts them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from traces.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from simulator.budget import Budget
+    from simulator.policy import Policy
+    from validate.live.matrix import Batch
+
+DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
+DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
+LEVELS = ("live", "shadow", "forced")
+
+
+def validate(
+    level: Annotated[
+        str, typer.Option(help="live: problems with answers. shadow, forced: the tokens of --trace.")
+    ] = "live",
+    prompts: Annotated[
+        Path | None, typer.Option(help="live: JSONL with prompt (or problem, question) and answer.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="live: folder for the results; an interrupted run goes on there.")
+    ] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option("--trace", "-t", help="shadow, forced: trace, folder or glob; repeats."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="'reference', a folder with a saved model, or a hub id.")
+    ] = "reference",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, float16 or bfloat16.", show_default="auto")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="Comma list.", show_default=DEFAULT_POLICIES)
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "-b", help="Comma list.", show_default=DEFAULT_BUDGETS)
+    ] = None,
+    configs: Annotated[
+        Path | None,
+        typer.Option(help='Instead of both: JSON list of {"policy": "rkv:alpha=0.2", "budget": "20%"}.'),
+    ] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
+    ] = None,
+    wave: Annotated[list[Path] | None, typer.Option(help="Wave made by sim calibrate; repeats.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only the first N problems.")] = None,
+    samples: Annotated[int, typer.Option(help="Texts per problem; more than one need --temperature.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this nucleus only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of a full-cache text.")] = 1400,
+    no_chat: Annotated[
+        bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Problems decoded together.")] = 128,
+    simulated: Annotated[
+        Path | None,
+        typer.Option(help="Rows of sim replay (Parquet): how well do they predict these answers?"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="With --simulated: write expected accuracy by the best metric (JSON)."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write charts and tables to this HTML file.")] = None,
+    steps: Annotated[
+        Path | None, typer.Option(help="forced: write mass per layer and step to this file (Parquet).")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="table, csv, json or parquet.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and of policies that draw at random.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes; 0 uses all cores (one on a GPU).")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Decode with real eviction: answers (live), or drift from the simulator (forced) and equality (shadow).
+
+    A live run decodes every problem with the full cache first; shares of a budget are shares of that run.
+    """
+    from simulator.output import choose_format, require_place
+
+    if level not in LEVELS:
+        raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
+    chosen = choose_format(format, output)
+    for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
+        require_place(place, option)
+    cells = _asked_cells(policy, budget, configs, buffer)
+    if level != "live":
+        live_only = {"--prompts": prompts, "--out": out, "--simulated": simulated, "--report": report}
+        for name, given in live_only.items():
+            if given is not None:
+                raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
+        if steps is not None and level != "forced":
+            raise UserError(f"--steps goes with --level forced; found: {level}")
+        _compare_with_traces(
+            level, trace, model, revision, dtype, device, cells, wave, seed, chosen, output, steps
+        )
+        return
+    if prompts is None or out is None:
+        raise UserError("--level live needs --prompts FILE.jsonl and --out FOLDER")
+    if trace:
+        raise UserError("--trace goes with --level shadow or forced; --level live takes --prompts")
+    if steps is not None:
+        raise UserError("--steps goes with --level forced; found: live")
+    if calibration is not None and simulated is None:
+        raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
+    settings = _matrix_settings(
+        prompts, model, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
+        max_new_tokens, no_chat, seed,
+    )  # fmt: skip
+    replayed = None if simulated is None else _read_simulated(simulated)
+    rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
+    _tell(rows, model, out, replayed, calibration, report, chosen, output)
+    _report_failed(list(failed.values()), "batches")
+
+
+def _report_failed(failed: list[UserError], what: str) -> None:
+    """Say each reason once and exit with 1, if there is any."""
+    for text in dict.fromkeys(map(str, failed)):
+        print(f"sim: {text}", file=sys.stderr)
+    if failed:
+        print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _asked_cells(
+    policy: list[str] | None, budget: list[str] | None, configs: Path | None, buffer: int | None
+) -> list[tuple[Policy, Budget]]:
+    """Read what is to be run: the product of policies and budgets, or the pairs of a file."""
+    from simulator.budget import parse_budget
+    from simulator.policy import parse_policy, split_list
+
+    overrides = {} if buffer is None else {"buffer": buffer}
+    if configs is None:
+        policies = [
+            parse_policy(name, **overrides)
+            for text in policy or [DEFAULT_POLICIES]
+            for name in split_list(text)
+        ]
+        budgets = [parse_budget(item) for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+        return list(dict.fromkeys((own, each) for each in budgets for own in policies))
+    if policy or budget:
+        raise UserError("--configs stands instead of --policy and --budget; give one or the other")
+    try:
+        rows = json.loads(configs.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--configs {configs} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--configs {configs} is not JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"--configs {configs} holds no list of configurations")
+    cells = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not {"policy", "budget"} <= row.keys():
+            raise UserError(
+                f'--configs {configs}, entry {number}: allowed: {{"policy": "rkv", "budget": "20%"}}'
+            )
+        cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
+    return list(dict.fromkeys(cells))
+
+
+def _processes(jobs: int, device: str) -> int:
+    import os
+
+    if jobs < 0:
+        raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
+    if jobs or device != "cpu":
+        return jobs or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _matrix_settings(
+    prompts: Path,
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    device: str,
+    limit: int | None,
+    batch: int,
+    wave: list[Path] | None,
+    samples: int,
+    temperature: float | None,
+    top_p: float | None,
+    max_new_tokens: int,
+    no_chat: bool,
+    seed: int,
+) -> Any:
+    from dataclasses import asdict
+
+    from validate.live.matrix import MatrixSettings
+    from validate.models import resolve_device
+    from validate.sampling import Sampling
+
+    for name, value in (("samples", samples), ("batch", batch), ("max-new-tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    if temperature is None and (top_p is not None or samples > 1):
+        what = "--top-p" if top_p is not None else f"--samples {samples}"
+        raise UserError(f"{what} is given without --temperature: greedy texts are all the same")
+    sampling = Sampling(
+        temperature is not None,
+        1.0 if temperature is None else temperature,
+        1.0 if top_p is None else top_p,
+        seed,
+    )
+    return MatrixSettings(
+        model=model,
+        # Tokens under eviction equal those of another implementation in float32 only.
+        dtype=dtype or "auto",
+        device=str(resolve_device(device)),
+        revision=revision,
+        prompts=str(prompts),
+        limit=limit,
+        batch=batch,
+        waves=tuple(str(path) for path in wave or ()),
+        live={
+            "max_new_tokens": max_new_tokens,
+            "samples": samples,
+            "sampling": asdict(sampling),
+            "use_chat_template": not no_chat,
+            "seed": seed,
+        },
+    )
+
+
+def _read_simulated(path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    from validate.live.accuracy import CELL
+    from validate.live.fidelity import METRICS
+
+    try:
+        rows = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
+    needed = ("trace_id", "family", "model", "status", *CELL)
+    missing = [name for name in needed if name not in rows.columns]
+    if not METRICS.keys() & set(rows.columns):
+        missing += METRICS
+    if missing:
+        raise UserError(
+            f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
+            "allowed: what sim replay -o FILE.parquet writes"
+        )
+    return rows
+
+
+def _run_matrix(
+    settings: Any,
+    prompts: Path,
+    limit: int | None,
+    out: Path,
+    cells: list[tuple[Policy, Budget]],
+    jobs: int,
+    quiet: bool,
+) -> tuple[pl.DataFrame, dict[str, UserError]]:
+    from validate.live.grading import require_grader
+    from validate.live.matrix import Matrix
+    from validate.prompts import read_prompts
+
+    problems = read_prompts(prompts, limit)
+    for problem in problems:
+        if problem.answer is None:
+            raise UserError(f"{prompts}, line {problem.line}: no answer; --level live grades answers")
+    require_grader(problem.family for problem in problems)
+    matrix = Matrix(out, settings, len(problems))
+    batches = matrix.batches(cells)
+    done = 0
+    try:
+        with _progress(len(batches), quiet) as advance:
+
+            def on_batch(batch: Batch, error: str | None) -> None:
+                nonlocal done
+                done += error is None
+                advance()
+
+            failed = matrix.run(batches, jobs, on_batch)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted with {done} of {len(batches)} batches done: the same command again goes on with "
+            "the others"
+        ) from None
+    rows = matrix.table(batches)
+    if rows.is_empty():
+        raise next(iter(failed.values()))
+    return rows, failed
+
+
+def _tell(
+    rows: pl.DataFrame,
+    model: str,
+    out: Path,
+    replayed: pl.DataFrame | None,
+    calibration: Path | None,
+    report: Path | None,
+    chosen: str,
+    output: Path | None,
+) -> None:
+    """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
+    from simulator.calibration import write_calibrations
+    from simulator.output import write_rows
+    from validate.live.accuracy import accuracy_table
+    from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
+    from validate.live.terminal import print_accuracy, print_fidelity
+
+    accuracy = accuracy_table(rows)
+    write_rows(accuracy, out / "accuracy.csv", "csv")
+    if chosen == "table":
+        print_accuracy(accuracy, output)
+    else:
+        write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
+    cells = fidelity = None
+    if replayed is not None:
+        cells = matched_cells(replayed, rows)
+        fidelity = fidelity_table(cells)
+        write_rows(fidelity, out / "fidelity.csv", "csv")
+        if chosen == "table" or output is not None:
+            print_fidelity(fidelity)
+        if calibration is not None:
+            metric, models = best_metric(fidelity), sorted(set(replayed["model"]))
+            name = models[0] if len(models) == 1 else model
+            curves = [fit_calibration(own, metric, model=name, family=f) for f, own in cells.items()]
+            write_calibrations(curves, calibration)
+    if report is not None:
+        from validate.live.report import write_report
+
+        for name, svg in write_report(report, rows, accuracy, cells, fidelity).items():
+            _write_text(svg, out / f"{name}.svg")
+
+
+def _compare_with_traces(
+    level: str,
+    trace: list[str] | None,
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    device: str,
+    cells: list[tuple[Policy, Budget]],
+    wave: list[Path] | None,
+    seed: int,
+    chosen: str,
+    output: Path | None,
+    steps: Path | None,
+) -> None:
+    """Run the shadow or the forced level over traces and print one row per cell."""
+    import polars as pl
+    from transformers.utils import logging
+
+    from simulator.output import write_parquet
+    from simulator.wave import known_waves
+    from traces.store import find_traces, open_trace
+    from validate.levels import forced_steps, level_row, run_forced, run_shadow
+    from validate.live.terminal import print_levels
+    from validate.models import load_model
+
+    if not trace:
+        raise UserError(f"--level {level} needs --trace")
+    opened = [open_trace(path) for path in find_traces(trace)]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
+    waves = known_waves(list(wave or []))
+    rows, per_step, failed = [], [], []
+    for own in opened:
+        for policy, budget in cells:
+            labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
+            run = run_shadow if level == "shadow" else run_forced
+            try:
+                entries = budget.entries(own.shape, own.total_tokens)
+                result = run(loaded.model, own, policy, entries, seed=seed, waves=waves)
+            except UserError as error:
+                failed.append(error)
+                continue
+            rows.append(labels | level_row(result))
+            if steps is not None:
+                columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+                per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
+    if not rows:
+        raise failed[0]
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    if steps is not None:
+        write_parquet(pl.concat(per_step), steps)
+    if output is not None and chosen == "parquet":
+        write_parquet(table, output)
+    elif chosen == "csv":
+        _write_text(table.write_csv(), output)
+    elif chosen == "json":
+        _write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
+    else:
+        print_levels(table, output)
+    _report_failed(failed, "cells")
+    if level == "shadow" and table["mismatches"].sum():
+        raise typer.Exit(1)
+
+
+def _write_text(text: str, output: Path | None) -> None:
+    from traces.atomic import write_file
+
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    if quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("batches", total=total)
+        yield lambda: progress.advance(task)
