@@ -7,7 +7,7 @@ REASONER := kvbudget-reasoner-v2
 CARD := validate/reasoner/weights
 POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
 BUDGETS := 20%,30%,15%,40%,10%,50%
-PROBLEMS ?= 768
+PROBLEMS ?= 384
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test traces results validate wave card lint format clean
@@ -29,11 +29,12 @@ traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of
 results: traces ## replay all policies on those traces: the table of the README
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
 
-validate: traces ## decode 768 problems with eviction, 9 policies x 6 budgets; judge the simulator by it (4 hours, resumes)
+validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (2 hours, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/simulated.parquet
-	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --dtype float32 --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
-	  --out runs/live --simulated runs/simulated.parquet --calibration runs/live/calibration.json --report runs/report.html
+	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
+	  --out runs/live --simulated runs/simulated.parquet --calibration simulator/calibrations/$(REASONER).json --report runs/report.html
+	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs
@@ -41,13 +42,11 @@ wave: .venv/.full ## measure the reference model's wave again, on problems that 
 	$(BIN)/sim record --model reference --prompts runs/calibration.jsonl --out runs/calibration
 	$(BIN)/sim calibrate --trace runs/calibration --out simulator/waves/$(REASONER).json
 
-card: traces ## measure everything on the reference model's card again: accuracy, budgets, demand, heads (an hour)
+card: traces ## measure everything on the reference model's card again: accuracy, demand, heads (10 minutes)
 	$(BIN)/python -m validate.reasoner.evaluate --json $(CARD)/accuracy-float32.json
 	$(BIN)/python -m validate.reasoner.evaluate --dtype bfloat16 --json $(CARD)/accuracy-bfloat16.json
-	$(BIN)/python -m validate.reasoner.budgets --out runs/budgets.jsonl
-	cp runs/budgets.jsonl $(CARD)/budgets.jsonl
 	$(BIN)/python -m validate.reasoner.profile --traces runs/heldout --out $(CARD)/profile.json
-	$(BIN)/python -m validate.reasoner.charts --budgets $(CARD)/budgets.jsonl --profile $(CARD)/profile.json --out $(CARD)
+	$(BIN)/python -m validate.reasoner.charts --profile $(CARD)/profile.json --out $(CARD)
 
 lint: .venv/.full ## ruff, mypy, import rules
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ def block_with(words):
 
 
 def test_every_python_block_is_tested():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_the_api_examples_run(tmp_path, monkeypatch, rng):
@@ -34,6 +34,16 @@ def test_the_api_examples_run(tmp_path, monkeypatch, rng):
     alone = [outcome.held for outcome in names["outcomes"]]
     assert held[0] == alone[0][0]
     assert held[60] == alone[0][60] + alone[1][0]
+
+
+def test_the_evicting_example_holds_what_it_says(capsys):
+    from validate.reasoner.tasks import make_problem
+
+    names = {"prompt": make_problem("walk", 1, 0).prompt}
+    exec(block_with("EvictingCache"), names)
+    per_entry = 2 * 32 * 4  # a key and a value of 32 float32 numbers
+    assert capsys.readouterr().out.split() == [str(8 * 4 * (128 + 32) * per_entry)]
+    assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] + 200
 
 
 def test_the_example_policy_runs_composed(make_trace, tmp_path, monkeypatch):

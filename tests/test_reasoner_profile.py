@@ -215,43 +215,25 @@ def test_stability_tells_families_and_problems_apart():
     assert stability["variation"]["other"] is None
 
 
-def budget_rows():
-    for family in ("walk", "machine"):
-        for policy, budget in (("fullkv", 100.0), ("snapkv", 10.0), ("snapkv", 20.0), ("random", 10.0)):
-            share = budget / 100
-            yield {
-                "family": family,
-                "policy": policy,
-                "budget_percent": budget,
-                "problems": 8,
-                "accuracy": share,
-                "low": share / 2,
-                "high": (1 + share) / 2,
-            }
-
-
-def test_commands_write_the_profile_and_three_pictures(make_run, tmp_path, monkeypatch):
+def test_commands_write_the_profile_and_two_pictures(make_run, tmp_path, monkeypatch):
     for name in ("SPECIFIC_MASS", "TIMES_UNIFORM"):
         monkeypatch.setattr(heads, name, 0.01)  # random heads have names, too
     for family in ("walk", "program"):
         for index in range(2):
             make_run(family, index, n=20)
-    out, budgets = tmp_path / "profile.json", tmp_path / "budgets.jsonl"
+    out = tmp_path / "profile.json"
     profile.main(["--traces", str(tmp_path), "--out", str(out), "--steps", "6"])
     stored = json.loads(out.read_text(), parse_constant=pytest.fail)
     assert list(stored["demand"]) == ["walk", "program"]
     assert stored["demand"]["walk"]["steps"] == 12
     assert stored["maps"]["family"] == "walk"
     assert stored["maps"]["heads"]
-    budgets.write_text("".join(json.dumps(row) + "\n" for row in budget_rows()))
-    charts.main(["--budgets", str(budgets), "--profile", str(out), "--out", str(tmp_path / "svg")])
+    charts.main(["--profile", str(out), "--out", str(tmp_path / "svg")])
     words = {}
-    for name in ("accuracy-against-budget", "demand-profile", "attention-maps"):
+    for name in ("demand-profile", "attention-maps"):
         path = tmp_path / "svg" / f"{name}.svg"
         assert path.stat().st_size < 400_000
         words[name] = " ".join(ElementTree.parse(path).getroot().itertext())
-    assert "snapkv" in words["accuracy-against-budget"]
-    assert "full cache 100%" in words["accuracy-against-budget"]
     assert "program" in words["demand-profile"]
     assert stored["maps"]["heads"][0]["name"] in words["attention-maps"]
 
@@ -266,11 +248,6 @@ def test_what_cannot_be_profiled_or_drawn_is_refused(make_trace, make_run, tmp_p
     with pytest.raises(SystemExit, match="3"):
         profile.main(["--traces", str(tmp_path / "none"), "--out", str(tmp_path / "a.json")])
     assert "no trace found" in capsys.readouterr().err
-    rows = list(budget_rows())
-    with pytest.raises(UserError, match=r"walk, snapkv at 10% has several rows"):
-        charts.accuracy_chart([*rows, rows[1]])
-    with pytest.raises(UserError, match="no row of an evicting policy"):
-        charts.accuracy_chart(rows[:1])
     with pytest.raises(UserError, match="no head has a name"):
         charts.map_chart({"maps": {"heads": []}})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from functools import partial
 
 import polars as pl
 import pytest
+import torch
 from spies import NAME
 from tiny_models import tiny_model
 
@@ -82,6 +84,8 @@ def run_sim(monkeypatch, capsys):
     """Run ``sim validate`` in this process; give exit code, standard output and standard error."""
     monkeypatch.setattr(matrix, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(matrix, "_worker", {})
+    # A process that decodes sets these for itself.
+    n_threads, interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("validate.live.fidelity.fidelity_table", partial(fidelity_table, resamples=20))
 
     def run(*arguments, verb="validate"):
@@ -91,7 +95,9 @@ def run_sim(monkeypatch, capsys):
         captured = capsys.readouterr()
         return ended.value.code, captured.out, captured.err
 
-    return run
+    yield run
+    torch.set_num_threads(n_threads)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture
@@ -148,17 +154,20 @@ def test_a_mismatch_ends_with_exit_code_1(level, monkeypatch):
     monkeypatch.setattr(Shadow, "mismatches", property(lambda self: self.expected[:2]))
     code, out, _ = level("shadow", "-p", "rkv")
     assert code == 1
-    assert re.search(r"rkv\s+20\s+\d+\s+2\s+True", out)
+    assert re.search(r"rkv +20 +\d+ +2 ", out), out
 
 
 def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_path):
     code, out, err = level(
-        "forced", "-p", "rkv,snapkv", "--format", "csv", "--steps", tmp_path / "steps.parquet"
+        "forced", "-p", "rkv,random", "--format", "csv", "--steps", tmp_path / "steps.parquet", "--seed", 2
     )
     assert (code, err) == (0, "")
     model = load_model(str(folder / NAME), "float32", "cpu").model
     forced = run_forced(model, trace, parse_policy("rkv", buffer=6), 20)
-    row = pl.read_csv(out.encode()).row(0, named=True)
+    row, drawn = pl.read_csv(out.encode()).iter_rows(named=True)
+    random = [run_forced(model, trace, parse_policy("random", buffer=6), 20, seed=seed) for seed in (2, 0)]
+    assert drawn["forced_mass"] == pytest.approx(random[0].forced.mean(), abs=1e-6)
+    assert drawn["forced_mass"] != pytest.approx(random[1].forced.mean(), abs=1e-6)
     assert row["forced_mass"] == pytest.approx(forced.forced.mean(), abs=1e-6)
     assert row["simulated_mass"] == pytest.approx(forced.simulated.mean(), abs=1e-6)
     assert row["agreement"] == pytest.approx(forced.agrees.mean())
@@ -187,7 +196,7 @@ def test_cells_that_fail_leave_the_others(level, run_sim, trace):
     lines = err.splitlines()
     assert all(line.startswith("sim: ") for line in lines)
     assert "budget 3 entries" in lines[0]
-    assert NAME in next(line for line in lines if "wave" in line and "20" not in line)
+    assert NAME in lines[-2]  # the model without a wave
     assert lines[-1] == "sim: 4 cells failed, the others are written"
 
 
@@ -268,6 +277,32 @@ def test_samples_are_drawn_at_a_temperature(live):
     assert len({tuple(row["token_ids"]) for row in rows[:4]}) == 4
 
 
+@pytest.mark.parametrize(
+    ("given", "n_tokens"), [([], 8), (["--stretch", 2], 16), (["--temperature", 0.01], 16)]
+)
+def test_a_text_under_eviction_may_be_longer_by_the_stretch(live, given, n_tokens):
+    code, out, _ = live("-p", "rkv", "-b", "500", "--limit", 1, "--format", "json", *given)
+    assert code == 0
+    assert [row["n_tokens"] for row in json.loads(out)] == [8, n_tokens]
+
+
+def test_parameters_tell_policies_of_one_name_apart(live, tmp_path):
+    code, out, _ = live("-p", "rkv,rkv:alpha=0.9", "-b", "20", "--report", tmp_path / "report.html")
+    assert code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("rkv:alpha=0.1", "rkv:alpha=0.9"):
+        assert name in out
+        assert name in page
+
+
+def test_a_replay_of_several_models_is_refused(live, simulated):
+    rows = pl.read_parquet(simulated)
+    pl.concat([rows, rows.with_columns(model=pl.lit("another"))]).write_parquet(simulated)
+    code, _, err = live("-p", "rkv", "-b", "20", "--simulated", simulated)
+    assert code == 2
+    one_line(err, f"--simulated holds rows of another, {NAME}; allowed: one model's")
+
+
 def test_batches_that_fail_leave_the_others(live):
     code, out, err = live("-p", "rkv,rkv+wave", "-b", "3,20", "--format", "json")
     assert code == 1
@@ -281,18 +316,20 @@ def test_batches_that_fail_leave_the_others(live):
 def test_an_interrupt_says_how_to_go_on(live, monkeypatch):
     run_batch, n_run = matrix._run_batch, []
 
-    def interrupt_third(folder, batch):
+    def interrupt_fourth(folder, batch):
         n_run.append(batch)
-        if len(n_run) == 3:
+        if len(n_run) == 4:
             raise KeyboardInterrupt
         run_batch(folder, batch)
 
-    monkeypatch.setattr(matrix, "_run_batch", interrupt_third)
-    code, out, err = live("-p", "rkv,random,snapkv", "-b", "20")
+    monkeypatch.setattr(matrix, "_run_batch", interrupt_fourth)
+    options = ["-p", "rkv,random", "-b", "3,20", "--jobs", 1]  # 3 entries are too few
+    code, out, err = live(*options)
     assert (code, out) == (130, "")
-    one_line(err, "of 4 batches done: the same command again goes on with the others")
-    assert live("-p", "rkv,random,snapkv", "-b", "20")[0] == 0
-    assert len(n_run) == 3 + 2
+    one_line(err, "interrupted with 1 of 5 batches done: the same command again goes on with the others")
+    n_run.append(None)
+    assert live(*options, "--format", "json")[0] == 1
+    assert [batch.policy.name for batch in n_run[5:] if batch.budget.amount == 20] == ["rkv", "random"]
 
 
 RIGHT = {"rkv": 2, "streamingllm": 1, "random": 0}
@@ -441,6 +478,7 @@ def test_options_that_do_not_belong_together_are_refused(run_sim, folder, trace,
         (["--batch", 0], "--batch is 0"),
         (["--max-new-tokens", 0], "--max-new-tokens is 0"),
         (["--limit", 0], "limit is 0"),
+        (["--stretch", 0.9], "--stretch is 0.9; allowed: 1 or more"),
         (["--jobs", -1], "--jobs is -1; allowed: 0"),
         (["--seed", -1], "--seed is -1; allowed: 0 or more"),
         (["--device", "tpu"], "device is 'tpu'"),

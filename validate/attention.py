@@ -1,4 +1,4 @@
-"""The tap through which a recording sees every attention call of a model.
+"""Replace a model's attention: the tap through which a recording sees every call, and the place to evict.
 
 The only file that knows how transformers calls attention.
 """
@@ -149,7 +149,7 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     if kinds:
         raise UserError(
             f"model type '{config.model_type}' has {', '.join(sorted(kinds))} layers; "
-            "only full attention can be recorded"
+            "only full attention can be recorded or evict"
         )
     found = {
         module.layer_idx: module

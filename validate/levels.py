@@ -25,6 +25,9 @@ from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.layer import EvictingLayer, to_array
 from validate.recorder import observed_shape
 
+# Tokens of one forced pass: the logits of a whole trace would be the largest tensor of all.
+_FORCED_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shadow:
@@ -68,8 +71,8 @@ class Forced:
         Share of the attention over the whole history that falls on what is retained: with the queries and
         keys of the evicting model, and with the trace's.
     agrees : bool (n_steps - 1,)
-        Whether the evicting model would have written the trace's next token; the last step, which has
-        none, is left out.
+        Whether the trace's next token is the evicting model's most likely one, which for a greedy trace
+        means that it would have written it; the last step, which has no next token, is left out.
     """
 
     forced: np.ndarray
@@ -184,12 +187,10 @@ def run_forced(
     """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`."""
     _require_own_trace(model, trace)
     simulated = _replay(trace, policy, entries, seed, waves)
-    n_steps = trace.total_tokens - trace.prompt_tokens
-    # Each layer takes the tokens one by one, so one pass over all of them is the same as many.
-    cache, logits = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_steps)
+    # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
+    cache, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, _FORCED_TOKENS)
     forced = np.stack([np.stack(layer.mass, axis=1) for layer in cache.evicting_layers])
-    chosen = logits[:-1].argmax(-1).cpu().numpy()
-    return Forced(forced, simulated.mass, chosen == trace.token_ids[trace.prompt_tokens + 1 :])
+    return Forced(forced, simulated.mass, chosen[:-1] == trace.token_ids[trace.prompt_tokens + 1 :])
 
 
 def level_row(result: Shadow | Forced) -> dict[str, object]:
@@ -253,8 +254,8 @@ def _run(
     waves: dict[str, Wave] | None,
     layer_type: type[EvictingLayer],
     n_together: int,
-) -> tuple[EvictingCache, torch.Tensor]:
-    """Feed a trace's tokens; give the cache, and the logits of every decode step."""
+) -> tuple[EvictingCache, np.ndarray]:
+    """Feed a trace's tokens; give the cache, and the most likely next token of every decode step."""
     cache = EvictingCache(
         model,
         policy,
@@ -266,10 +267,10 @@ def _run(
         layer_type=layer_type,
     )
     ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
-    logits = []
+    chosen = []
     with evicting(model, cache):
         model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
         for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
             new = ids[:, first : first + n_together]
-            logits.append(model(input_ids=new, past_key_values=cache).logits[0].float())
-    return cache, torch.cat(logits)
+            chosen.append(model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
+    return cache, torch.cat(chosen).cpu().numpy()

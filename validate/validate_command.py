@@ -44,7 +44,7 @@ def validate(
     ] = "reference",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, float16 or bfloat16.", show_default="auto")
+        str | None, typer.Option(help="auto, float32, float16 or bfloat16.", show_default="float32 on a CPU")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     policy: Annotated[
@@ -66,6 +66,13 @@ def validate(
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this nucleus only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of a full-cache text.")] = 1400,
+    stretch: Annotated[
+        float | None,
+        typer.Option(
+            help="Under eviction a text may be so many times as long as its full-cache run.",
+            show_default="1.1, sampled 2",
+        ),
+    ] = None,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
     ] = False,
@@ -121,11 +128,11 @@ def validate(
         raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
     settings = _matrix_settings(
         prompts, model, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
-        max_new_tokens, no_chat, seed,
+        max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
     replayed = None if simulated is None else _read_simulated(simulated)
     rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
-    _tell(rows, model, out, replayed, calibration, report, chosen, output)
+    _tell(rows, out, replayed, calibration, report, chosen, output)
     _report_failed(list(failed.values()), "batches")
 
 
@@ -197,6 +204,7 @@ def _matrix_settings(
     temperature: float | None,
     top_p: float | None,
     max_new_tokens: int,
+    stretch: float | None,
     no_chat: bool,
     seed: int,
 ) -> Any:
@@ -206,9 +214,12 @@ def _matrix_settings(
     from validate.models import resolve_device
     from validate.sampling import Sampling
 
+    target = str(resolve_device(device))
     for name, value in (("samples", samples), ("batch", batch), ("max-new-tokens", max_new_tokens)):
         if value < 1:
             raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    if stretch is not None and not stretch >= 1:
+        raise UserError(f"--stretch is {stretch}; allowed: 1 or more")
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
     if temperature is None and (top_p is not None or samples > 1):
@@ -222,9 +233,9 @@ def _matrix_settings(
     )
     return MatrixSettings(
         model=model,
-        # Tokens under eviction equal those of another implementation in float32 only.
-        dtype=dtype or "auto",
-        device=str(resolve_device(device)),
+        # Tokens equal those of another implementation in float32 only, and a CPU is no slower in it.
+        dtype=dtype or ("float32" if target == "cpu" else "auto"),
+        device=target,
         revision=revision,
         prompts=str(prompts),
         limit=limit,
@@ -232,6 +243,8 @@ def _matrix_settings(
         waves=tuple(str(path) for path in wave or ()),
         live={
             "max_new_tokens": max_new_tokens,
+            # Sampled texts differ in length even with the full cache.
+            "stretch": stretch or (1.1 if temperature is None else 2.0),
             "samples": samples,
             "sampling": asdict(sampling),
             "use_chat_template": not no_chat,
@@ -305,7 +318,6 @@ def _run_matrix(
 
 def _tell(
     rows: pl.DataFrame,
-    model: str,
     out: Path,
     replayed: pl.DataFrame | None,
     calibration: Path | None,
@@ -316,11 +328,12 @@ def _tell(
     """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
     from simulator.calibration import write_calibrations
     from simulator.output import write_rows
-    from validate.live.accuracy import accuracy_table
+    from validate.live.accuracy import accuracy_table, told_apart
     from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
     from validate.live.terminal import print_accuracy, print_fidelity
 
-    accuracy = accuracy_table(rows)
+    labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
+    accuracy = accuracy_table(labelled)
     write_rows(accuracy, out / "accuracy.csv", "csv")
     if chosen == "table":
         print_accuracy(accuracy, output)
@@ -328,20 +341,22 @@ def _tell(
         write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
     cells = fidelity = None
     if replayed is not None:
-        cells = matched_cells(replayed, rows)
+        models = sorted(set(replayed["model"]))
+        if len(models) > 1:
+            raise UserError(f"--simulated holds rows of {', '.join(models)}; allowed: one model's")
+        cells = matched_cells(others[0], labelled)
         fidelity = fidelity_table(cells)
         write_rows(fidelity, out / "fidelity.csv", "csv")
         if chosen == "table" or output is not None:
             print_fidelity(fidelity)
         if calibration is not None:
-            metric, models = best_metric(fidelity), sorted(set(replayed["model"]))
-            name = models[0] if len(models) == 1 else model
-            curves = [fit_calibration(own, metric, model=name, family=f) for f, own in cells.items()]
+            metric = best_metric(fidelity)
+            curves = [fit_calibration(own, metric, model=models[0], family=f) for f, own in cells.items()]
             write_calibrations(curves, calibration)
     if report is not None:
         from validate.live.report import write_report
 
-        for name, svg in write_report(report, rows, accuracy, cells, fidelity).items():
+        for name, svg in write_report(report, labelled, accuracy, cells, fidelity).items():
             _write_text(svg, out / f"{name}.svg")
 
 

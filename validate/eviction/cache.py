@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -122,10 +123,10 @@ class EvictingCache(Cache):
         n_layers = model.config.get_text_config().num_hidden_layers
         super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(n_layers)])
         self.policy, self._seeds, self._layer_type = policy, seeds, layer_type
-        self._one_budget = isinstance(entries, int)
+        self._one_budget = isinstance(entries, Integral)
         waves = known_waves() if waves is None else waves
         budgets = {}
-        asked = [entries] if isinstance(entries, int) else [int(entry) for entry in entries]
+        asked = [int(entries)] if isinstance(entries, Integral) else [int(entry) for entry in entries]
         for budget in set(asked):
             request = LayerRequest(n_layers, budget, policy.protected, name, revision, "", waves)
             budgets[budget], _ = divide_over_layers(policy, request)

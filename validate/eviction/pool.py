@@ -76,7 +76,7 @@ class LayerPool:
         self.keys = self.keys.new_zeros(self._stretches.sum(), width)
         self.values = torch.zeros_like(self.keys)
         self.positions = np.zeros(len(self.keys), np.int32)
-        source, target = [], []
+        source = []
         for row, heads in enumerate(held):
             for kv_head, own in enumerate(heads):
                 source.append((row * n_kv_heads + kv_head) * length + padding[row] + own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,29 @@ DIFFERENCE_SCHEMA: dict[str, Any] = {
     "low": pl.Float64,
     "high": pl.Float64,
 }
+
+
+def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
+    """Name policies of one name and several parameters by those in which they differ: ``rkv:alpha=0.2``."""
+    given: dict[str, list[str]] = {}
+    pairs = [
+        pair for table in tables for pair in table.select("policy", "policy_params").unique().iter_rows()
+    ]
+    for name, params in sorted(set(pairs)):
+        given.setdefault(name, []).append(params)
+    labels = {}
+    for name, several in given.items():
+        read = [json.loads(params) for params in several]
+        keys = dict.fromkeys(key for own in read for key in own)
+        differing = [key for key in keys if any(own.get(key) != read[0].get(key) for own in read)]
+        for params, own in zip(several, read, strict=True):
+            told = ",".join(f"{key}={own[key]}" for key in differing if key in own)
+            labels[name, params] = f"{name}:{told}" if told else name
+    names = [[labels[key] for key in table.select("policy", "policy_params").iter_rows()] for table in tables]
+    return [
+        table.with_columns(policy=pl.Series(own, dtype=pl.String))
+        for table, own in zip(tables, names, strict=True)
+    ]
 
 
 def accuracy_table(rows: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -82,9 +106,7 @@ def compare(rows: pl.DataFrame, policy: str, other: str, seed: int = 0) -> pl.Da
         if paired.is_empty():
             continue
         difference = (paired["right"] - paired["right_other"]).to_numpy()
-        low, high = mean_interval(difference, rng)
-        if not difference.any():
-            low = -high  # what none of these problems show may go either way
+        low, high = mean_interval(difference, rng, lowest=-1.0)
         found.append(
             dict(zip(budgets, key, strict=True))
             | {"n_problems": len(paired), "difference": float(difference.mean()), "low": low, "high": high}
@@ -92,14 +114,14 @@ def compare(rows: pl.DataFrame, policy: str, other: str, seed: int = 0) -> pl.Da
     return pl.DataFrame(found, schema=DIFFERENCE_SCHEMA)
 
 
-def mean_interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """Give the 95% bootstrap interval of a mean; Wilson's where all values are equal, 0 or 1.
+def mean_interval(values: np.ndarray, rng: np.random.Generator, lowest: float = 0.0) -> tuple[float, float]:
+    """Give the 95% bootstrap interval of a mean of values from ``lowest`` to 1.
 
-    A sample of equal values has no spread to resample, though its mean is not certain.
+    A sample of equal values has no spread to resample, though its mean is not certain: Wilson's bound then.
     """
-    if len(values) and (values == values[0]).all() and values[0] in (0.0, 1.0):
+    if len(values) and (values == values[0]).all():
         bound = 1.96**2 / (len(values) + 1.96**2)
-        return (0.0, bound) if values[0] == 0 else (1 - bound, 1.0)
+        return max(lowest, float(values[0]) - bound), min(1.0, float(values[0]) + bound)
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -8,6 +8,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
+from validate.chart_style import over_plot
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
 from validate.live.terminal import budget_label
@@ -73,7 +74,7 @@ def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmo
         for row in evicting.sort("budget_asked").iter_rows(named=True)
     ]
     legend = alt.Legend(
-        title=None, orient="bottom", columns=8, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
+        title=None, orient="bottom", columns=10, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
     )
     colour, shape, dash = policy_looks(policies, legend)
     x = alt.X("budget:O", sort=budgets, title="budget, per KV head", axis=alt.Axis(labelAngle=0))
@@ -98,7 +99,7 @@ def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmo
         layers.insert(0, rule.mark_rule(color="black", strokeWidth=1.2).encode(y="full:Q"))
         text = rule.mark_text(align="left", dx=4, dy=8 if full[0] > 90 else -6, fontSize=10, color="black")
         layers.append(text.encode(x=alt.value(0), y="full:Q", text="text:N"))
-    return alt.layer(*layers).properties(width=270, height=240, title=_over_plot(family or "problems"))
+    return alt.layer(*layers).properties(width=270, height=240, title=over_plot(family or "problems"))
 
 
 def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, alt.Shape, alt.StrokeDash]:
@@ -146,7 +147,7 @@ def _scatter_panel(
         )
     ]
     legend = alt.Legend(
-        title=None, orient="bottom", columns=8, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
+        title=None, orient="bottom", columns=10, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
     )
     colour, shape, _ = policy_looks(policies, legend)
     own = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric)).row(0, named=True)
@@ -162,7 +163,7 @@ def _scatter_panel(
     )
     lines = base.mark_line(strokeWidth=0.8, opacity=0.5).encode(order="budget:Q")
     points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
-    title = _over_plot(
+    title = over_plot(
         family or "problems",
         f"Spearman {own['spearman']:.2f}, within a budget {own['spearman_within']:.2f}",
     )
@@ -204,10 +205,5 @@ def ranking_chart(fidelity: pl.DataFrame) -> alt.HConcatChart:
         x = alt.X("value:Q", title="Spearman correlation with accuracy", scale=alt.Scale(domain=[floor, 1]))
         bars = base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(x=alt.X("low:Q"), x2="high:Q")
         points = base.mark_point(filled=True, size=48, opacity=1).encode(x=x)
-        panels.append((bars + points).properties(width=330, height=34 * len(names), title=_over_plot(title)))
+        panels.append((bars + points).properties(width=330, height=34 * len(names), title=over_plot(title)))
     return alt.hconcat(*panels, spacing=26)
-
-
-def _over_plot(text: str, subtitle: str = "") -> alt.TitleParams:
-    extra = {"subtitle": [subtitle], "subtitleFontSize": 10} if subtitle else {}
-    return alt.TitleParams(text, anchor="start", frame="group", fontSize=12, **extra)

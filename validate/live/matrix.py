@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
 from simulator.wave import known_waves
 from traces.atomic import write_file
-from traces.errors import UserError
+from traces.errors import NoDeviceError, UserError
+from validate.models import find_folder, weights_digest
 
 FULL = parse_policy("fullkv")
 
@@ -110,10 +114,11 @@ class Matrix:
 
     def is_done(self, batch: Batch) -> bool:
         """Say whether all its rows are there: a limit may have grown since and the last batch with it."""
-        path = self.path(batch)
-        if not path.exists():
-            return False
-        return pl.scan_parquet(path).select(pl.len()).collect().item() >= self._n_rows(batch)
+        try:
+            n_rows = pl.scan_parquet(self.path(batch)).select(pl.len()).collect().item()
+        except (OSError, pl.exceptions.PolarsError):
+            return False  # missing or damaged: it is decoded again
+        return n_rows >= self._n_rows(batch)
 
     def run(
         self, batches: Sequence[Batch], jobs: int, on_batch: Callable[[Batch, str | None], None]
@@ -143,8 +148,10 @@ class Matrix:
             return errors
         # torch does not survive a fork once it has started threads.
         context = multiprocessing.get_context("spawn")
+        jobs = min(jobs, len(waiting))
+        threads = max(1, (os.cpu_count() or 1) // jobs)
         with ProcessPoolExecutor(
-            min(jobs, len(waiting)), context, initializer=_start_worker, initargs=(self.settings,)
+            jobs, context, initializer=_start_worker, initargs=(self.settings, threads)
         ) as pool:
             running: dict[Future[None], Batch] = {}
             try:
@@ -157,6 +164,11 @@ class Matrix:
                             self._settle(future, running.pop(future), errors, on_batch)
                 for future in list(running):
                     self._settle(future, running.pop(future), errors, on_batch)
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process died, for want of memory perhaps; allowed: fewer --jobs or a smaller "
+                    "--batch. What is done is kept: the same command goes on"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
@@ -224,6 +236,11 @@ class Matrix:
         # How many problems are taken only adds batches; where the file stands does not matter.
         for name in ("limit", "prompts"):
             del asked[name]
+        # What lies behind a name may change.
+        folder = find_folder(self.settings.model)
+        asked["weights"] = "" if folder is None else weights_digest(folder)
+        known_waves(list(self.settings.waves))  # says in words which of them cannot be read
+        asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
         asked = json.loads(json.dumps(asked))
         if place.exists():
             try:
@@ -249,19 +266,22 @@ def _digest(path: Path) -> str:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(settings: MatrixSettings) -> None:
-    """Load the model once per process, with one thread: processes share the cores."""
+def _start_worker(settings: MatrixSettings, threads: int = 1) -> None:
+    """Load the model once per process; processes share the cores."""
     import torch
     from transformers.utils import logging
 
     from validate.live.completions import LiveSettings
     from validate.models import load_model
     from validate.prompts import read_prompts
+    from validate.recorder import observed_shape
     from validate.sampling import Sampling
 
+    # An interrupt is the main process's business, which ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     live = dict(settings.live)
     live["sampling"] = Sampling(**live.get("sampling", {}))
     _worker["settings"] = LiveSettings(**live)
@@ -269,6 +289,8 @@ def _start_worker(settings: MatrixSettings) -> None:
         _worker["waves"] = known_waves(list(settings.waves))
         _worker["prompts"] = read_prompts(settings.prompts, settings.limit)
         _worker["loaded"] = load_model(settings.model, settings.dtype, settings.device, settings.revision)
+        # A model that cannot evict is refused before its first text.
+        observed_shape(_worker["loaded"].model)
     except UserError as error:
         # A process that cannot start would take all others with it; each of its batches says why instead.
         _worker["error"] = error
@@ -276,6 +298,8 @@ def _start_worker(settings: MatrixSettings) -> None:
 
 def _run_batch(folder: Path, batch: Batch) -> None:
     """Decode one batch and write its rows."""
+    import torch
+
     from validate.live.completions import baselines_of, complete
 
     if "error" in _worker:
@@ -285,16 +309,21 @@ def _run_batch(folder: Path, batch: Batch) -> None:
     if batch.budget is not None:
         full = Batch(FULL, None, batch.first, batch.count)
         baselines = baselines_of(pl.read_parquet(folder / "batches" / full.file_name))
-    rows = complete(
-        _worker["loaded"],
-        _worker["prompts"][batch.first : batch.first + batch.count],
-        batch.policy,
-        batch.budget,
-        _worker["settings"],
-        first=batch.first,
-        baselines=baselines,
-        waves=_worker["waves"],
-    )
+    try:
+        rows = complete(
+            _worker["loaded"],
+            _worker["prompts"][batch.first : batch.first + batch.count],
+            batch.policy,
+            batch.budget,
+            _worker["settings"],
+            first=batch.first,
+            baselines=baselines,
+            waves=_worker["waves"],
+        )
+    except torch.OutOfMemoryError:
+        raise NoDeviceError(
+            f"{batch.count} problems at once do not fit into the device's memory; allowed: a smaller --batch"
+        ) from None
     seconds = (time.perf_counter() - started) / max(1, len(rows))
     rows = rows.with_columns(seconds=pl.lit(seconds), code_version=pl.lit(code_version()))
     write_parquet(rows, folder / "batches" / batch.file_name)

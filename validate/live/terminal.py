@@ -13,6 +13,9 @@ from rich.table import Table
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 
+# Layers that fit into a line.
+_WIDEST = 12
+
 
 def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None) -> None:
     """Print accuracy per family and budget, one row per policy, or write it as text."""
@@ -79,6 +82,9 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
 def print_levels(table: pl.DataFrame, output: Path | None) -> None:
     """Print rows of the shadow or forced level, or write them as text."""
     shown = _table(None)
+    layers = [name for name in table.columns if name.startswith("drift_layer_")]
+    if len(layers) > _WIDEST:
+        table = table.drop(layers)  # a file has them
     for name in table.columns:
         side = "left" if table[name].dtype == pl.String else "right"
         header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
