@@ -33,7 +33,7 @@ _HEADERS = {
 }
 _BETWEEN_TRACES = ("interval", "behind")
 # What a narrow terminal leaves out, first to last.
-_EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries", "p05", "gap")
+_EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries", "p05", "gap", "miss_rate")
 
 
 def print_results(table: pl.DataFrame, console: Console) -> None:

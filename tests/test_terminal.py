@@ -41,7 +41,14 @@ def test_parameters_that_all_share_stand_in_the_caption(make_trace):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (2**40, "1.0 TiB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1023, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (2**20, "1.0 MiB"),
+        (2**40, "1.0 TiB"),
+    ],
 )
 def test_bytes_are_written_in_binary_units(count, text):
     assert format_bytes(count) == text
