@@ -100,6 +100,8 @@ def validate(
     A live run decodes every problem with the full cache first; shares of a budget are shares of that run.
     """
     from simulator.output import choose_format, require_place
+    from validate.level_cells import compare_with_traces
+    from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
@@ -114,7 +116,7 @@ def validate(
                 raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
         if steps is not None and level != "forced":
             raise UserError(f"--steps goes with --level forced; found: {level}")
-        _compare_with_traces(
+        compare_with_traces(
             level, trace, model, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
         return
@@ -130,19 +132,10 @@ def validate(
         prompts, model, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
         max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
-    replayed = None if simulated is None else _read_simulated(simulated)
+    replayed = None if simulated is None else read_simulated(simulated)
     rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
-    _tell(rows, out, replayed, calibration, report, chosen, output)
-    _report_failed(list(failed.values()), "batches")
-
-
-def _report_failed(failed: list[UserError], what: str) -> None:
-    """Say each reason once and exit with 1, if there is any."""
-    for text in dict.fromkeys(map(str, failed)):
-        print(f"sim: {text}", file=sys.stderr)
-    if failed:
-        print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
-        raise typer.Exit(1)
+    tell(rows, out, replayed, calibration, report, chosen, output)
+    report_failed(list(failed.values()), "batches")
 
 
 def _asked_cells(
@@ -253,28 +246,6 @@ def _matrix_settings(
     )
 
 
-def _read_simulated(path: Path) -> pl.DataFrame:
-    import polars as pl
-
-    from validate.live.accuracy import CELL
-    from validate.live.fidelity import METRICS
-
-    try:
-        rows = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
-    needed = ("trace_id", "family", "model", "status", *CELL)
-    missing = [name for name in needed if name not in rows.columns]
-    if not METRICS.keys() & set(rows.columns):
-        missing += METRICS
-    if missing:
-        raise UserError(
-            f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
-            "allowed: what sim replay -o FILE.parquet writes"
-        )
-    return rows
-
-
 def _run_matrix(
     settings: Any,
     prompts: Path,
@@ -314,124 +285,6 @@ def _run_matrix(
     if rows.is_empty():
         raise next(iter(failed.values()))
     return rows, failed
-
-
-def _tell(
-    rows: pl.DataFrame,
-    out: Path,
-    replayed: pl.DataFrame | None,
-    calibration: Path | None,
-    report: Path | None,
-    chosen: str,
-    output: Path | None,
-) -> None:
-    """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
-    from simulator.calibration import write_calibrations
-    from simulator.output import write_rows
-    from validate.live.accuracy import accuracy_table, told_apart
-    from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
-    from validate.live.terminal import print_accuracy, print_fidelity
-
-    labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
-    accuracy = accuracy_table(labelled)
-    write_rows(accuracy, out / "accuracy.csv", "csv")
-    if chosen == "table":
-        print_accuracy(accuracy, output)
-    else:
-        write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
-    cells = fidelity = None
-    if replayed is not None:
-        models = sorted(set(replayed["model"]))
-        if len(models) > 1:
-            raise UserError(f"--simulated holds rows of {', '.join(models)}; allowed: one model's")
-        cells = matched_cells(others[0], labelled)
-        fidelity = fidelity_table(cells)
-        write_rows(fidelity, out / "fidelity.csv", "csv")
-        if chosen == "table" or output is not None:
-            print_fidelity(fidelity)
-        if calibration is not None:
-            metric = best_metric(fidelity)
-            curves = [fit_calibration(own, metric, model=models[0], family=f) for f, own in cells.items()]
-            write_calibrations(curves, calibration)
-    if report is not None:
-        from validate.live.report import write_report
-
-        for name, svg in write_report(report, labelled, accuracy, cells, fidelity).items():
-            _write_text(svg, out / f"{name}.svg")
-
-
-def _compare_with_traces(
-    level: str,
-    trace: list[str] | None,
-    model: str,
-    revision: str | None,
-    dtype: str | None,
-    device: str,
-    cells: list[tuple[Policy, Budget]],
-    wave: list[Path] | None,
-    seed: int,
-    chosen: str,
-    output: Path | None,
-    steps: Path | None,
-) -> None:
-    """Run the shadow or the forced level over traces and print one row per cell."""
-    import polars as pl
-    from transformers.utils import logging
-
-    from simulator.output import write_parquet
-    from simulator.wave import known_waves
-    from traces.store import find_traces, open_trace
-    from validate.levels import forced_steps, level_row, run_forced, run_shadow
-    from validate.live.terminal import print_levels
-    from validate.models import load_model
-
-    if not trace:
-        raise UserError(f"--level {level} needs --trace")
-    opened = [open_trace(path) for path in find_traces(trace)]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
-    waves = known_waves(list(wave or []))
-    rows, per_step, failed = [], [], []
-    for own in opened:
-        for policy, budget in cells:
-            labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
-            run = run_shadow if level == "shadow" else run_forced
-            try:
-                entries = budget.entries(own.shape, own.total_tokens)
-                result = run(loaded.model, own, policy, entries, seed=seed, waves=waves)
-            except UserError as error:
-                failed.append(error)
-                continue
-            rows.append(labels | level_row(result))
-            if steps is not None:
-                columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-                per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
-    if not rows:
-        raise failed[0]
-    table = pl.DataFrame(rows, infer_schema_length=None)
-    if steps is not None:
-        write_parquet(pl.concat(per_step), steps)
-    if output is not None and chosen == "parquet":
-        write_parquet(table, output)
-    elif chosen == "csv":
-        _write_text(table.write_csv(), output)
-    elif chosen == "json":
-        _write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
-    else:
-        print_levels(table, output)
-    _report_failed(failed, "cells")
-    if level == "shadow" and table["mismatches"].sum():
-        raise typer.Exit(1)
-
-
-def _write_text(text: str, output: Path | None) -> None:
-    from traces.atomic import write_file
-
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

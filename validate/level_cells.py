@@ -1,0 +1,81 @@
+"""The shadow and forced levels of ``sim validate``: policies x budgets over traces, one row per cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from traces.errors import UserError
+from validate.validate_output import report_failed, write_text
+
+if TYPE_CHECKING:
+    from simulator.budget import Budget
+    from simulator.policy import Policy
+
+
+def compare_with_traces(
+    level: str,
+    trace: list[str] | None,
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    device: str,
+    cells: list[tuple[Policy, Budget]],
+    wave: list[Path] | None,
+    seed: int,
+    chosen: str,
+    output: Path | None,
+    steps: Path | None,
+) -> None:
+    """Run the shadow or the forced level over traces and print one row per cell."""
+    import polars as pl
+    from transformers.utils import logging
+
+    from simulator.output import write_parquet
+    from simulator.wave import known_waves
+    from traces.store import find_traces, open_trace
+    from validate.levels import forced_steps, level_row, run_forced, run_shadow
+    from validate.live.terminal import print_levels
+    from validate.models import load_model
+
+    if not trace:
+        raise UserError(f"--level {level} needs --trace")
+    opened = [open_trace(path) for path in find_traces(trace)]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
+    waves = known_waves(list(wave or []))
+    rows, per_step, failed = [], [], []
+    for own in opened:
+        for policy, budget in cells:
+            labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
+            run = run_shadow if level == "shadow" else run_forced
+            try:
+                entries = budget.entries(own.shape, own.total_tokens)
+                result = run(loaded.model, own, policy, entries, seed=seed, waves=waves)
+            except UserError as error:
+                failed.append(error)
+                continue
+            rows.append(labels | level_row(result))
+            if steps is not None:
+                columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+                per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
+    if not rows:
+        raise failed[0]
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    if steps is not None:
+        write_parquet(pl.concat(per_step), steps)
+    if output is not None and chosen == "parquet":
+        write_parquet(table, output)
+    elif chosen == "csv":
+        write_text(table.write_csv(), output)
+    elif chosen == "json":
+        write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
+    else:
+        print_levels(table, output)
+    report_failed(failed, "cells")
+    if level == "shadow" and table["mismatches"].sum():
+        raise typer.Exit(1)

@@ -1,0 +1,106 @@
+"""What ``sim validate`` tells: tables, files, the report, and what failed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from traces.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def read_simulated(path: Path) -> pl.DataFrame:
+    """Read rows of a replay.
+
+    Raises
+    ------
+    UserError
+        If the file is no such table.
+    """
+    import polars as pl
+
+    from validate.live.accuracy import CELL
+    from validate.live.fidelity import METRICS
+
+    try:
+        rows = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
+    needed = ("trace_id", "family", "model", "status", *CELL)
+    missing = [name for name in needed if name not in rows.columns]
+    if not METRICS.keys() & set(rows.columns):
+        missing += METRICS
+    if missing:
+        raise UserError(
+            f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
+            "allowed: what sim replay -o FILE.parquet writes"
+        )
+    return rows
+
+
+def tell(
+    rows: pl.DataFrame,
+    out: Path,
+    replayed: pl.DataFrame | None,
+    calibration: Path | None,
+    report: Path | None,
+    chosen: str,
+    output: Path | None,
+) -> None:
+    """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
+    from simulator.calibration import write_calibrations
+    from simulator.output import write_rows
+    from validate.live.accuracy import accuracy_table, told_apart
+    from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
+    from validate.live.terminal import print_accuracy, print_fidelity
+
+    labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
+    accuracy = accuracy_table(labelled)
+    write_rows(accuracy, out / "accuracy.csv", "csv")
+    if chosen == "table":
+        print_accuracy(accuracy, output)
+    else:
+        write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
+    cells = fidelity = None
+    if replayed is not None:
+        models = sorted(set(replayed["model"]))
+        if len(models) > 1:
+            raise UserError(f"--simulated holds rows of {', '.join(models)}; allowed: one model's")
+        cells = matched_cells(others[0], labelled)
+        fidelity = fidelity_table(cells)
+        write_rows(fidelity, out / "fidelity.csv", "csv")
+        if chosen == "table" or output is not None:
+            print_fidelity(fidelity)
+        if calibration is not None:
+            metric = best_metric(fidelity)
+            curves = [fit_calibration(own, metric, model=models[0], family=f) for f, own in cells.items()]
+            write_calibrations(curves, calibration)
+    if report is not None:
+        from validate.live.report import write_report
+
+        for name, svg in write_report(report, labelled, accuracy, cells, fidelity).items():
+            write_text(svg, out / f"{name}.svg")
+
+
+def report_failed(failed: list[UserError], what: str) -> None:
+    """Say each reason once and exit with 1, if there is any."""
+    for text in dict.fromkeys(map(str, failed)):
+        print(f"sim: {text}", file=sys.stderr)
+    if failed:
+        print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def write_text(text: str, output: Path | None) -> None:
+    """Write to a file in one step, or to standard output."""
+    from traces.atomic import write_file
+
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
