@@ -20,7 +20,7 @@ from validate.attention import replaced_attention, unsupported_feature
 from validate.eviction.layer import EvictingLayer
 
 IMPLEMENTATION = "kvbudget_evict"
-_ATTRIBUTE = "_kvbudget_evicting_layer"
+_ATTRIBUTE = "_kvbudget_evicting_cache"
 
 
 class EvictingCacheLayer(CacheLayerMixin):
