@@ -7,7 +7,7 @@ REASONER := kvbudget-reasoner-v2
 CARD := validate/reasoner/weights
 POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
 BUDGETS := 20%,30%,15%,40%,10%,50%
-PROBLEMS ?= 384
+PROBLEMS ?= 768
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test traces results validate wave card lint format clean
@@ -21,15 +21,15 @@ demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torc
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest
 
-traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (390 MB in runs/)
+traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (490 MB in runs/)
 	mkdir -p runs
 	$(BIN)/python -m validate.reasoner.tasks --count 72 --seed 2 > runs/heldout.jsonl
-	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout
+	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout --values
 
 results: traces ## replay all policies on those traces: the table of the README
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
 
-validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (2 hours, resumes)
+validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (3 hours, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/simulated.parquet
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \

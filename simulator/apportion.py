@@ -27,6 +27,32 @@ def apportion(shares: np.ndarray, total: int) -> np.ndarray:
     return floors
 
 
+def divide(shares: np.ndarray, total: int) -> np.ndarray:
+    """Apportion shares of which some are equal in truth and differ by the rounding errors of their making.
+
+    Parameters and what is returned are those of ``apportion``.
+    """
+    # On a grid of powers of two remainders are exact, so that what is equal is a tie.
+    return apportion(np.round(shares * 2**20) / 2**20, total)
+
+
+def fractions(weights: np.ndarray) -> np.ndarray:
+    """Give each weight's fraction of their sum; all zero counts as equal.
+
+    Parameters
+    ----------
+    weights : float64 (n,), finite and not negative
+
+    Returns
+    -------
+    float64 (n,), summing to 1.
+    """
+    peak = weights.max()
+    # Relative to the largest, so that neither very large nor very small weights leave the range of a float.
+    relative = weights / peak if peak > 0 else np.ones(len(weights))
+    return relative / relative.sum()
+
+
 def water_fill(demand: np.ndarray, total: float, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """Find ``clip(c * demand, lower, upper)`` with the one factor c that makes it sum to ``total``.
 

@@ -16,12 +16,13 @@ import polars as pl
 from simulator.budget import Budget, parse_budget
 from simulator.engine import Engine
 from simulator.full_cache import FullCache
-from simulator.layer_replay import Retained
 from simulator.metrics import measure
 from simulator.policy import Policy, parse_policy, split_list
 from simulator.request import Request
-from simulator.results import result_table, retained_table
-from simulator.wave import Wave, known_waves
+from simulator.results import result_table, retained_table, trajectory_table
+from simulator.trajectory import spans
+from simulator.user_policies import failure
+from simulator.wave import known_waves
 from traces.check import check_trace
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
@@ -39,13 +40,20 @@ class Replay:
         One row per trace, policy and budget; columns of ``results.ROW_SCHEMA``.
     retained : polars.DataFrame
         Who is retained after every compression, ``results.RETAINED_SCHEMA``; empty unless asked for.
+    trajectory : polars.DataFrame
+        Budgets and mass between compressions, ``results.TRAJECTORY_SCHEMA``; empty unless asked for.
     exit_code : int
         0 if every cell succeeded, 1 if some failed, the first failure's own code if all did.
     """
 
     table: pl.DataFrame
     retained: pl.DataFrame
+    trajectory: pl.DataFrame
     exit_code: int
+
+
+# What tells the cells of a trace apart in the tables beside the results.
+_IDENTITY = ("trace_id", "trace", "policy", "policy_params")
 
 
 def replay(
@@ -82,6 +90,7 @@ def run_replay(
     jobs: int = 1,
     waves: str | Path | Iterable[str | Path] = (),
     keep_retained: bool = False,
+    keep_trajectory: bool = False,
     check: bool = True,
     on_cell: Callable[[], None] = lambda: None,
 ) -> Replay:
@@ -101,6 +110,8 @@ def run_replay(
         Demand profiles beside those that ship with the package.
     keep_retained : bool
         Keep who is retained after every compression.
+    keep_trajectory : bool
+        Keep how budgets and mass went on over time.
     check : bool
         Check every trace whole (checksums, finiteness, log-sum-exps) before it is replayed.
     on_cell : callable
@@ -125,6 +136,7 @@ def run_replay(
         raise UserError("a replay needs at least one trace, one policy and one budget")
     known = known_waves(_as_list(waves))
     rows, retained, codes = [], [], []
+    trajectory = [trajectory_table({}, [])]
     for trace in opened:
         full = FullCache(trace, jobs)
         for policy in parsed:
@@ -132,38 +144,31 @@ def run_replay(
                 row = _labels(trace, policy, budget)
                 started = time.perf_counter()
                 try:
-                    measured, kept = _cell(trace, policy, budget, full, seed, jobs, known, keep_retained)
-                    row |= measured | {"status": "ok"}
-                    retained.append((_retained_labels(row, budget), kept))
+                    entries = budget.entries(trace.shape, trace.total_tokens)
+                    request = Request(
+                        trace, policy, entries, seed=seed, waves=known, keep_retained=keep_retained
+                    )
+                    (outcome,) = Engine([request], jobs).run()
+                    row |= asdict(measure(trace, outcome, full))
+                    row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
+                    row["status"] = "ok"
+                    labels = {name: row[name] for name in _IDENTITY} | {"budget": str(budget)}
+                    retained.append((labels, outcome.retained))
+                    if keep_trajectory:
+                        trajectory.append(trajectory_table(labels, spans(trace, outcome)))
                     codes.append(0)
-                except UserError as error:
-                    row |= {"status": "error", "error": str(error)}
-                    codes.append(error.exit_code)
+                except Exception as error:
+                    told = error if isinstance(error, UserError) else failure(policy.parts.values(), error)
+                    if told is None:
+                        raise
+                    row |= {"status": "error", "error": " ".join(str(told).split())}
+                    codes.append(told.exit_code)
                 row["seconds"] = time.perf_counter() - started
                 rows.append(row)
                 on_cell()
     failed = [code for code in codes if code]
     exit_code = 0 if not failed else failed[0] if len(failed) == len(codes) else 1
-    return Replay(result_table(rows), retained_table(retained), exit_code)
-
-
-def _cell(
-    trace: Trace,
-    policy: Policy,
-    budget: Budget,
-    full: FullCache,
-    seed: int,
-    jobs: int,
-    waves: dict[str, Wave],
-    keep_retained: bool,
-) -> tuple[dict[str, Any], list[Retained]]:
-    entries = budget.entries(trace.shape, trace.total_tokens)
-    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=keep_retained)
-    (outcome,) = Engine([request], jobs).run()
-    measured = asdict(measure(trace, outcome, full))
-    measured["budget_entries"] = entries
-    measured["protection_binding"] = outcome.protection_binding
-    return measured, outcome.retained
+    return Replay(result_table(rows), retained_table(retained), pl.concat(trajectory), exit_code)
 
 
 def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
@@ -178,10 +183,6 @@ def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
         "budget_unit": budget.unit,
         "code_version": code_version(),
     }
-
-
-def _retained_labels(row: dict[str, Any], budget: Budget) -> dict[str, str]:
-    return {name: row[name] for name in ("trace_id", "policy", "policy_params")} | {"budget": str(budget)}
 
 
 @cache

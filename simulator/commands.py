@@ -27,7 +27,7 @@ def replay(
         typer.Option(
             "--policy",
             "-p",
-            help="Comma list such as rkv+wave,reasonalloc:delta=64.",
+            help="Comma list such as rkv+wave,reasonalloc:delta=64 or FILE.py:CLASS.",
             show_default=DEFAULT_POLICIES,
         ),
     ] = None,
@@ -47,6 +47,9 @@ def replay(
     retained: Annotated[
         Path | None, typer.Option(help="Write who is retained after every compression (Parquet).")
     ] = None,
+    trajectory: Annotated[
+        Path | None, typer.Option(help="Write budgets and mass between compressions (Parquet).")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="table, csv, json or parquet.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")] = None,
     check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
@@ -57,15 +60,13 @@ def replay(
 ) -> None:
     """Replay policies x budgets over recorded traces and print one table."""
     from simulator.cells import run_replay
-    from simulator.output import choose_format, require_place, write_parquet, write_rows
+    from simulator.output import choose_format, require_places, write_parquet, write_rows
     from simulator.policy import parse_policy, split_list
     from traces.errors import UserError
     from traces.store import find_traces
 
     chosen = choose_format(format, output)
-    require_place(retained, "--retained")
-    if output is not None and output == retained:
-        raise UserError(f"-o and --retained are both {output}; allowed: two files")
+    require_places({"-o": output, "--retained": retained, "--trajectory": trajectory})
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
     overrides = {} if buffer is None else {"buffer": buffer}
@@ -83,12 +84,15 @@ def replay(
             jobs=_threads(jobs),
             waves=wave or [],
             keep_retained=retained is not None,
+            keep_trajectory=trajectory is not None,
             check=check,
             on_cell=advance,
         )
     write_rows(result.table, output, chosen)
     if retained is not None:
         write_parquet(result.retained, retained)
+    if trajectory is not None:
+        write_parquet(result.trajectory, trajectory)
     if verbose:
         seconds = result.table["seconds"].sum()
         version = result.table["code_version"][0]
@@ -132,54 +136,43 @@ def calibrate(
 policies_app = typer.Typer(no_args_is_help=True, help="Policies by name: what there is, and what each does.")
 
 
-@policies_app.command("list")
-def list_policies() -> None:
-    """List the policies and the parts they are made of."""
-    from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+FormatOption = Annotated[str, typer.Option("--format", help="text or json.")]
 
-    print("policies: a scorer alone, an alias, or scorer+layers+heads (rkv+wave, snapkv+pyramid+utility)")
-    tables: dict[str, dict[str, Any]] = {
-        "scorers": SCORERS,
-        "layer allocators": LAYER_ALLOCATORS,
-        "head allocators": HEAD_ALLOCATORS,
-        "triggers": TRIGGERS,
-    }
-    for title, table in tables.items():
-        print(f"\n{title}")
-        for name, part in table.items():
-            summary = (part.__doc__ or "").split("\n")[0]
-            print(f"  {name:14s} {summary}{f' [{part.source}]' if part.source else ''}")
-    print("\naliases")
-    for name, meaning in ALIASES.items():
-        print(f"  {name:14s} {meaning}")
+
+@policies_app.command("list")
+def list_policies(format: FormatOption = "text") -> None:
+    """List the policies and the parts they are made of."""
+    from simulator.catalogue import list_text, listing
+
+    _print(format, lambda: list_text(_width()), listing)
 
 
 @policies_app.command("show")
-def show_policy(name: Annotated[str, typer.Argument(help="A policy or one of its parts.")]) -> None:
-    """Show a policy's parts, parameters, defaults, source and known deviations."""
-    import inspect
+def show_policy(
+    name: Annotated[str, typer.Argument(help="A policy, one of its parts, or FILE.py:CLASS.")],
+    format: FormatOption = "text",
+) -> None:
+    """Show parts, parameters with defaults and meanings, source, known deviations, and what is needed."""
+    from simulator.catalogue import cards, described, show_text
 
-    from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, TRIGGERS
-    from simulator.policy import parse_policy, part_parameters
+    _print(format, lambda: show_text(name, _width()), lambda: described(cards(name)))
 
-    tables: dict[str, Any] = {**TRIGGERS, **HEAD_ALLOCATORS, **LAYER_ALLOCATORS}
-    if name in tables:
-        parts: dict[str, Any] = {"part": tables[name]()}
-    else:
-        policy = parse_policy(name)
-        parts = {
-            "scorer": policy.scorer,
-            "layers": policy.layers,
-            "heads": policy.heads,
-            "trigger": policy.trigger,
-        }
-    print(name)
-    for role, part in parts.items():
-        print(f"\n{role}: {part.name}{f'  [{part.source}]' if part.source else ''}")
-        for parameter, value in part_parameters(part).items():
-            print(f"    {parameter} = {value}")
-        text = inspect.getdoc(type(part)) or ""
-        print("\n".join(f"    {line}".rstrip() for line in ["", *text.splitlines()]))
+
+def _print(format: str, text: Callable[[], str], data: Callable[[], Any]) -> None:
+    import json
+
+    from traces.errors import UserError
+
+    if format not in ("text", "json"):
+        raise UserError(f"--format is '{format}'; allowed: text, json")
+    print(text() if format == "text" else json.dumps(data(), indent=1))
+
+
+def _width() -> int:
+    import shutil
+
+    # Lines longer than that are read worse, whatever the terminal holds.
+    return max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _threads(jobs: int) -> int:

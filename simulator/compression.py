@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from simulator.contract import checked_budgets, checked_scores
+from simulator.contract import asked_allocator, asked_trigger, checked_budgets, checked_notes, checked_scores
+from simulator.policies.base import HeadRequest
 from simulator.policy import Policy
+from simulator.rope import Rope
 from simulator.selection import select_slots
 from simulator.view import CacheView
 
@@ -26,6 +29,10 @@ class Compressor:
         Attention scale.
     seed : int
         For scorers that draw at random.
+    rope : Rope, optional
+        For scorers that need it.
+    table : float64 (n_kv_heads,), optional
+        What the head allocator knows of the layer's heads beforehand.
 
     Attributes
     ----------
@@ -33,6 +40,8 @@ class Compressor:
         The layer's budget in entries over all KV heads.
     budgets : int64 (n_kv_heads,)
         How it is divided over the heads now.
+    since : int
+        Tokens in the history at the last compression, 0 before the first.
     n_compressions : int
     protection_binding : bool
         Whether protected entries were a lower bound that some head's budget sat on.
@@ -48,17 +57,28 @@ class Compressor:
         prompt_tokens: int,
         scale: float,
         seed: int,
+        rope: Rope | None = None,
+        table: np.ndarray | None = None,
     ) -> None:
         self.policy, self.layer, self.prompt_tokens = policy, layer, prompt_tokens
-        self.scale, self.seed = scale, seed
-        self.total = entries * n_kv_heads
-        self.budgets = np.full(n_kv_heads, entries, np.int64)
-        self.n_compressions = 0
+        self.scale, self.seed, self.rope, self.table = scale, seed, rope, table
+        self.n_kv_heads = n_kv_heads
+        self.resize(entries)
+        self.since = self.n_compressions = 0
         self.protection_binding = False
+        self._notes: list[np.ndarray] | None = None
+        self._n_tokens = prompt_tokens
+
+    def resize(self, entries: int) -> None:
+        """Change the layer's budget per KV head; the heads share it alike until they are divided anew."""
+        self.total = entries * self.n_kv_heads
+        self.budgets = np.full(self.n_kv_heads, entries, np.int64)
         self._last_reallocation: int | None = None
 
     def next_compression(self, n_tokens: int, n_entries: int) -> int | None:
         """Give the token count of the next compression if nothing is evicted before, or None for never.
+
+        A trigger that waits for certain tokens may fire later; see ``Trigger.fires_on``.
 
         Parameters
         ----------
@@ -66,57 +86,90 @@ class Compressor:
             Tokens in the history, and entries that the layer holds, now.
         """
         trigger = self.policy.trigger
+        total = int(self._quotas(n_tokens).sum())
         is_prefilled = n_tokens == self.prompt_tokens and self.n_compressions == 0
-        if is_prefilled and trigger.prompt == "compress" and n_entries > self.total:
+        if is_prefilled and trigger.prompt == "compress" and n_entries > total:
             return n_tokens
-        return trigger.next_compression(n_tokens, n_entries, self.total, len(self.budgets))
+        return asked_trigger(trigger, n_tokens, n_entries, total, self.n_kv_heads)
 
     def reallocation_due(self, n_tokens: int) -> bool:
         """Say whether the heads' budgets are to be divided anew at a compression at ``n_tokens``."""
         delta, last = self.policy.heads.delta, self._last_reallocation
         return delta > 0 and (last is None or n_tokens - last >= delta)
 
-    def score(
-        self, keys: Sequence[np.ndarray], positions: Sequence[np.ndarray], queries: np.ndarray, n_tokens: int
-    ) -> list[np.ndarray]:
-        """Score what every KV head holds.
+    def n_queries(self, n_tokens: int) -> int:
+        """Give how many of the last queries ``score`` and ``views`` want."""
+        wanted = max(self._n_scored(n_tokens), self.policy.layers.window)
+        return min(wanted, n_tokens)
+
+    def views(
+        self,
+        keys: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        queries: np.ndarray,
+        n_tokens: int,
+        values: Sequence[np.ndarray] | None = None,
+    ) -> list[CacheView]:
+        """Show what every KV head holds.
 
         Parameters
         ----------
         keys : sequence of float32 (n_entries, head_dim), one per KV head
         positions : sequence of int32 (n_entries,)
-        queries : float32 (n_query_heads, min(window, n_tokens), head_dim)
+        queries : float32 (n_query_heads, n_queries, head_dim)
             The last queries, oldest first.
         n_tokens : int
+        values : sequence of float32 (n_entries, head_dim), optional
+        """
+        grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
+        return [
+            CacheView(
+                keys=keys[kv_head],
+                positions=positions[kv_head],
+                queries=grouped[kv_head],
+                scale=self.scale,
+                n_tokens=n_tokens,
+                prompt_tokens=self.prompt_tokens,
+                layer=self.layer,
+                kv_head=kv_head,
+                seed=self.seed,
+                values=None if values is None else values[kv_head],
+                budget=int(self.budgets[kv_head]),
+                since=self.since,
+                rope=self.rope,
+            )
+            for kv_head in range(self.n_kv_heads)
+        ]
+
+    def score(
+        self,
+        keys: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        queries: np.ndarray,
+        n_tokens: int,
+        values: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """Score what every KV head holds; parameters as of ``views``.
 
         Returns
         -------
         list of float32 (n_entries,); protected entries are plus infinity.
         """
-        n_kv_heads = len(self.budgets)
-        grouped = queries.reshape(n_kv_heads, len(queries) // n_kv_heads, *queries.shape[1:])
-        return [
-            checked_scores(
-                self.policy.scorer,
-                CacheView(
-                    keys=keys[kv_head],
-                    positions=positions[kv_head],
-                    queries=grouped[kv_head],
-                    scale=self.scale,
-                    n_tokens=n_tokens,
-                    prompt_tokens=self.prompt_tokens,
-                    layer=self.layer,
-                    kv_head=kv_head,
-                    seed=self.seed,
-                ),
-            )
-            for kv_head in range(n_kv_heads)
-        ]
+        scorer = self.policy.scorer
+        self._n_tokens = n_tokens
+        queries = queries[:, max(0, queries.shape[1] - self._n_scored(n_tokens)) :]
+        views = self.views(keys, positions, queries, n_tokens, values)
+        if scorer.stateful:
+            views = [replace(view, state=self._noted(view)) for view in views]
+            self._notes = checked_notes(scorer, views)
+            views = [replace(view, state=own) for view, own in zip(views, self._notes, strict=True)]
+        return checked_scores(scorer, views, self.policy.trigger.prompt == "keep")
 
     def reallocate(self, scores: Sequence[np.ndarray], n_tokens: int) -> None:
         """Divide the layer's budget over its KV heads by their scores."""
-        heads, protected = self.policy.heads, self.policy.protected
-        budgets, binding = heads.allocate(scores, self.total, protected)
+        heads, protected = self.policy.heads, self.policy.protected_of(self.prompt_tokens)
+        request = HeadRequest(scores, self.total, protected, self.layer, self.table)
+        budgets, binding = asked_allocator(heads, request)
         self.budgets = checked_budgets(heads.name, budgets, len(scores), self.total, protected)
         self.protection_binding |= binding
         self._last_reallocation = n_tokens
@@ -126,13 +179,37 @@ class Compressor:
     ) -> list[np.ndarray | None]:
         """Choose who stays in every KV head: slots in their new order, or None where nobody goes."""
         lengths = np.array([len(held) for held in positions], np.int64)
-        allowed = lend_unused(self.budgets, lengths) if self.policy.redistribute else self.budgets
+        quotas = self._quotas(self._n_tokens)
+        allowed = lend_unused(quotas, lengths) if self.policy.redistribute else quotas
         order = self.policy.scorer.slot_order
         self.n_compressions += 1
-        return [
+        self.since = self._n_tokens
+        chosen = [
             select_slots(own, held, int(n_kept), order) if len(held) > n_kept else None
             for own, held, n_kept in zip(scores, positions, allowed, strict=True)
         ]
+        if self._notes is not None:
+            self._notes = [
+                own if slots is None else own[slots] for own, slots in zip(self._notes, chosen, strict=True)
+            ]
+        return chosen
+
+    def _n_scored(self, n_tokens: int) -> int:
+        scorer = self.policy.scorer
+        return min(n_tokens - self.since if scorer.sees_span else scorer.window, n_tokens)
+
+    def _noted(self, view: CacheView) -> np.ndarray:
+        noted = np.zeros(view.n_entries, np.float32)
+        if self._notes is not None:
+            before = self._notes[view.kv_head]
+            noted[: len(before)] = before
+        return noted
+
+    def _quotas(self, n_tokens: int) -> np.ndarray:
+        scorer, protected = self.policy.scorer, self.policy.protected_of(self.prompt_tokens)
+        quotas = np.array([scorer.quota(int(budget), n_tokens) for budget in self.budgets], np.int64)
+        # What is protected stays, whatever the scorer grants; no budget is smaller.
+        return np.maximum(quotas, np.minimum(self.budgets, protected))
 
 
 def lend_unused(budgets: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -2,47 +2,170 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
 import numpy as np
 
-from simulator.policies.base import PolicyError, Scorer
+from simulator.policies.base import (
+    HeadAllocator,
+    HeadRequest,
+    LayerAllocator,
+    LayerRequest,
+    PolicyError,
+    Scorer,
+    Trigger,
+)
 from simulator.view import CacheView
-from traces.errors import InfeasibleBudgetError
+from traces.errors import InfeasibleBudgetError, UserError
 
 
-def checked_scores(scorer: Scorer, view: CacheView) -> np.ndarray:
-    """Score a view and put protected entries above all others.
+def checked_scores(scorer: Scorer, views: Sequence[CacheView], keep_prompt: bool = False) -> list[np.ndarray]:
+    """Score the KV heads of a layer and put protected entries above all others.
+
+    Parameters
+    ----------
+    scorer : Scorer
+    views : sequence of CacheView
+        One per KV head.
+    keep_prompt : bool
+        Protect the prompt too.
 
     Returns
     -------
-    float32 (n_entries,); protected entries are plus infinity.
+    list of float32 (n_entries,); protected entries are plus infinity.
 
     Raises
     ------
     PolicyError
-        If the scorer raises, returns another shape, or a score that is not finite.
+        If the scorer raises, returns other shapes, or a score that is not finite.
     """
+    found = _ask(scorer, scorer.score_heads, views)
+    if len(found) != len(views):
+        raise PolicyError(
+            f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {len(views)}"
+        )
+    checked = []
+    for view, given in zip(views, found, strict=True):
+        scores = _checked_array(scorer, "scores", given, view)
+        protected = (view.positions < scorer.sinks) | (view.positions >= view.n_tokens - scorer.recent)
+        if keep_prompt:
+            protected |= view.positions < view.prompt_tokens
+        checked.append(np.where(protected, np.float32(np.inf), scores))
+    return checked
+
+
+def checked_notes(scorer: Scorer, views: Sequence[CacheView]) -> list[np.ndarray]:
+    """Let a stateful scorer note something of every entry; float32 (n_entries,) per KV head.
+
+    Raises
+    ------
+    PolicyError
+        As for scores.
+    """
+    found = _ask(scorer, lambda every: [scorer.observe(view) for view in every], views)
+    return [_checked_array(scorer, "notes", own, view) for own, view in zip(found, views, strict=True)]
+
+
+def _ask(
+    scorer: Scorer,
+    question: Callable[[Sequence[CacheView]], Sequence[np.ndarray]],
+    views: Sequence[CacheView],
+) -> Sequence[np.ndarray]:
     try:
-        scores = np.asarray(scorer.score(view), np.float32)
+        return question(views)
+    except UserError:
+        raise
     except Exception as error:
         # Whatever a user's scorer raises is the failure of its own cell, not of the others.
         raise PolicyError(f"scorer '{scorer.name}' raised {type(error).__name__}: {error}") from error
-    if scores.shape != view.positions.shape:
-        raise PolicyError(
-            f"scorer '{scorer.name}' returned scores of shape {scores.shape}; allowed: {view.positions.shape}"
-        )
-    if not np.isfinite(scores).all():
-        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise PolicyError(
-            f"scorer '{scorer.name}' returned {scores[bad]} at slot {bad} of layer {view.layer}, "
-            f"KV head {view.kv_head}; allowed: finite scores"
-        )
-    oldest_recent = view.n_tokens - scorer.recent
-    protected = (view.positions < scorer.sinks) | (view.positions >= oldest_recent)
-    return np.where(protected, np.float32(np.inf), scores)
 
 
-def checked_budgets(allocator: str, budgets: np.ndarray, n: int, total: int, protected: int) -> np.ndarray:
+def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView) -> np.ndarray:
+    try:
+        found = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        raise PolicyError(f"scorer '{scorer.name}' returned {what} that are no numbers") from None
+    if found.shape != view.positions.shape:
+        raise PolicyError(
+            f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {view.positions.shape}"
+        )
+    if not np.isfinite(found).all():
+        bad = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise PolicyError(
+            f"scorer '{scorer.name}' returned {found[bad]} at slot {bad} of layer {view.layer}, "
+            f"KV head {view.kv_head}; allowed: finite {what}"
+        )
+    return found
+
+
+def asked_allocator(
+    allocator: LayerAllocator | HeadAllocator, request: LayerRequest | HeadRequest
+) -> tuple[np.ndarray, bool]:
+    """Let an allocator divide; whatever a user's one raises is a line of words.
+
+    Raises
+    ------
+    PolicyError
+        If it raises, or does not return budgets and a truth value.
+    """
+    try:
+        budgets, binding = allocator.allocate(request)  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"allocator '{allocator.name}' raised {type(error).__name__}: {error}") from error
+    return budgets, bool(binding)
+
+
+def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
+    """Ask when a layer compresses next; parameters as of ``Trigger.next_compression``.
+
+    Raises
+    ------
+    PolicyError
+        If the trigger raises, or gives anything but a later token count or None: a past one would have the
+        clock stand still.
+    """
+    try:
+        found = trigger.next_compression(n_tokens, n_entries, total, n_kv_heads)
+    except UserError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"trigger '{trigger.name}' raised {type(error).__name__}: {error}") from error
+    if found is None:
+        return None
+    if not isinstance(found, Integral) or isinstance(found, bool) or found <= n_tokens:
+        raise PolicyError(
+            f"trigger '{trigger.name}' gave {found!r} as the next compression after {n_tokens} tokens; "
+            "allowed: a larger whole number, or None for never"
+        )
+    return int(found)
+
+
+def checked_table(heads: HeadAllocator, request: LayerRequest) -> np.ndarray | None:
+    """Ask a head allocator what it knows beforehand; float64 (n_layers, n_kv_heads) or None.
+
+    Raises
+    ------
+    PolicyError
+        If it is of another shape.
+    """
+    table = heads.table(request)
+    if table is None:
+        return None
+    found, allowed = np.asarray(table), (request.n_layers, request.n_kv_heads)
+    if found.shape != allowed:
+        raise PolicyError(f"allocator '{heads.name}' has a table of shape {found.shape}; allowed: {allowed}")
+    return found
+
+
+def checked_budgets(
+    allocator: str, budgets: np.ndarray, n: int, total: int | None, protected: int
+) -> np.ndarray:
     """Check how an allocator divided ``total`` entries over ``n`` layers or KV heads.
+
+    ``total`` is None for allocators that are known not to meet it.
 
     Returns
     -------
@@ -64,7 +187,7 @@ def checked_budgets(allocator: str, budgets: np.ndarray, n: int, total: int, pro
             f"allocator '{allocator}' gave a budget of {budgets.min()}; allowed: at least the {protected} "
             "protected entries"
         )
-    if budgets.sum() != total:
+    if total is not None and budgets.sum() != total:
         raise PolicyError(f"allocator '{allocator}' gave {budgets.sum()} entries; allowed: exactly {total}")
     return budgets.astype(np.int64)
 

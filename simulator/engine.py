@@ -34,6 +34,7 @@ class Engine:
         self._requests = requests
         self._jobs = jobs
         self._queue = EventQueue()
+        self._valid: dict[tuple[int, int, Kind], Event] = {}
         self._handlers = {
             Kind.ARRIVAL: self._arrive,
             Kind.REALLOCATION: self._reallocate,
@@ -58,17 +59,37 @@ class Engine:
             request = self._requests[event.request]
             list(apply(LayerReplay.prefill, request.layers))
             self._queue.push(request.completion, Kind.COMPLETION, event.request)
+            if request.policy.divides_layers_again:
+                self._queue.push(event.time, Kind.REALLOCATION, event.request)
             for layer in range(len(request.layers)):
                 self._schedule(event.request, layer)
 
     def _reallocate(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        for event in batch:
+            if event.layer < 0:
+                self._reallocate_layers(event, apply)
+
         def handle(event: Event) -> None:
             request = self._requests[event.request]
             layer = request.layers[event.layer]
             layer.advance(request.tokens_at(event.time))
             layer.reallocate()
 
-        list(apply(handle, batch))
+        list(apply(handle, [event for event in batch if event.layer >= 0 and self._is_valid(event)]))
+
+    def _reallocate_layers(self, event: Event, apply: Callable[..., Iterable[None]]) -> None:
+        request = self._requests[event.request]
+        n_tokens = request.tokens_at(event.time)
+        list(apply(lambda layer: layer.advance(n_tokens), request.layers))
+        request.reallocate_layers()
+        for layer in range(len(request.layers)):
+            # A compression that is due now stays so; every other one depends on the new budgets.
+            due = self._valid.get((event.request, layer, Kind.COMPRESSION))
+            is_due = due is not None and due.time == event.time
+            self._schedule(event.request, layer, n_tokens if is_due else None)
+        delta = request.policy.layers.layer_delta
+        if delta and event.time + delta < request.completion:
+            self._queue.push(event.time + delta, Kind.REALLOCATION, event.request)
 
     def _compress(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
         def handle(event: Event) -> None:
@@ -77,6 +98,7 @@ class Engine:
             layer.advance(request.tokens_at(event.time))
             layer.compress()
 
+        batch = [event for event in batch if self._is_valid(event)]
         list(apply(handle, batch))
         for event in batch:
             self._schedule(event.request, event.layer)
@@ -87,15 +109,25 @@ class Engine:
             total_tokens = request.trace.total_tokens
             list(apply(lambda layer, n=total_tokens: layer.advance(n), request.layers))
 
-    def _schedule(self, index: int, layer: int) -> None:
+    def _schedule(self, index: int, layer: int, n_tokens: int | None = None) -> None:
+        """Schedule a layer's next compression, at ``n_tokens`` or when it is due, and forget any other."""
         request = self._requests[index]
-        n_tokens = request.layers[layer].next_compression()
+        for kind in (Kind.REALLOCATION, Kind.COMPRESSION):
+            self._valid.pop((index, layer, kind), None)
+        if n_tokens is None:
+            n_tokens = request.layers[layer].next_compression()
         if n_tokens is None or n_tokens >= request.trace.total_tokens:
             return  # at the last token completion comes first
-        time = request.time_of(n_tokens)
+        kinds = [Kind.COMPRESSION]
         if request.layers[layer].reallocation_due(n_tokens):
-            self._queue.push(time, Kind.REALLOCATION, index, layer)
-        self._queue.push(time, Kind.COMPRESSION, index, layer)
+            kinds.insert(0, Kind.REALLOCATION)
+        for kind in kinds:
+            pushed = self._queue.push(request.time_of(n_tokens), kind, index, layer)
+            self._valid[index, layer, kind] = pushed
+
+    def _is_valid(self, event: Event) -> bool:
+        """Say whether an event still stands: a change of layer budgets replaces those scheduled before."""
+        return self._valid.get((event.request, event.layer, event.kind)) is event
 
 
 def memory_over_time(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> np.ndarray:

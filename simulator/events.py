@@ -49,10 +49,11 @@ class EventQueue:
     def __bool__(self) -> bool:
         return bool(self._heap)
 
-    def push(self, time: int, kind: Kind, request: int, layer: int = -1) -> None:
-        """Schedule an event."""
+    def push(self, time: int, kind: Kind, request: int, layer: int = -1) -> Event:
+        """Schedule an event and give it."""
         event = Event(time, kind, next(self._serial), request, layer)
         heapq.heappush(self._heap, (time, kind, event.serial, event))
+        return event
 
     def pop_simultaneous(self) -> list[Event]:
         """Take every event that shares the earliest time and its first kind, in serial order.

@@ -10,6 +10,8 @@ from simulator.compression import Compressor
 from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
 from simulator.policy import Policy
+from simulator.rope import Rope
+from simulator.view import CacheView
 from traces.numbers import to_float32
 from traces.trace import Trace
 
@@ -28,6 +30,17 @@ class Retained:
     positions: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """A layer's memory at a compression: head ``budgets`` in force, ``lengths`` after it; (n_kv_heads,)."""
+
+    layer: int
+    compression: int
+    n_tokens: int
+    budgets: np.ndarray
+    lengths: np.ndarray
+
+
 class LayerReplay:
     """Follows who is retained in one layer and what attention finds there.
 
@@ -42,10 +55,21 @@ class LayerReplay:
         Entries held during the attention of every decode step.
     retained : list of Retained
         Filled if ``keep_retained``.
+    divisions : list of Division
+        One per compression.
     """
 
     def __init__(
-        self, trace: Trace, layer: int, policy: Policy, entries: int, *, seed: int, keep_retained: bool
+        self,
+        trace: Trace,
+        layer: int,
+        policy: Policy,
+        entries: int,
+        *,
+        seed: int,
+        keep_retained: bool,
+        rope: Rope | None = None,
+        table: np.ndarray | None = None,
     ) -> None:
         shape = trace.shape
         n_steps = trace.total_tokens - trace.prompt_tokens
@@ -58,17 +82,23 @@ class LayerReplay:
             prompt_tokens=trace.prompt_tokens,
             scale=trace.scale,
             seed=seed,
+            rope=rope,
+            table=table,
         )
+        self._with_values = policy.evicts and "values" in policy.scorer.needs
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
         width = shape.head_dim if policy.evicts else 0
-        self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens)
+        self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens, with_values=self._with_values)
         self.mass = np.ones((shape.n_query_heads, n_steps), np.float32)
         self.held = np.zeros(n_steps, np.int64)
         self.retained: list[Retained] = []
+        self.divisions: list[Division] = []
         self.n_evicted = 0
         self._keep_retained = keep_retained
         # Mapped once: a map costs more than the few tokens of a short span.
-        self._stored = {name: trace.stored(layer, name) for name in ("queries", "keys", "lse")}
+        names = ("queries", "keys", "lse", *(("values",) if self._with_values else ()))
+        self._stored = {name: trace.stored(layer, name) for name in names}
+        self._token_ids = trace.token_ids
         self._n_tokens = 0
         self._scores: list[np.ndarray] | None = None
 
@@ -79,7 +109,11 @@ class LayerReplay:
 
     def next_compression(self) -> int | None:
         """Give the token count of the next compression, or None for never."""
-        return self.compressor.next_compression(self._n_tokens, self.ledger.n_entries)
+        earliest = self.compressor.next_compression(self._n_tokens, self.ledger.n_entries)
+        if earliest is None or (earliest == self._n_tokens == self.trace.prompt_tokens):
+            return earliest
+        fires = self.policy.trigger.fires_on(self._token_ids[earliest - 1 :])
+        return earliest + int(fires.argmax()) if fires.any() else None
 
     def reallocation_due(self, n_tokens: int) -> bool:
         """Say whether the heads' budgets are to be divided anew at a compression at ``n_tokens``."""
@@ -136,10 +170,24 @@ class LayerReplay:
             if self._keep_retained:
                 kept = self.ledger.positions(kv_head).copy()
                 self.retained.append(Retained(self.layer, kv_head, compression, self._n_tokens, kept))
+        at = self.layer, compression, self._n_tokens
+        self.divisions.append(Division(*at, self.compressor.budgets.copy(), self.ledger.lengths.copy()))
+
+    def views(self) -> list[CacheView]:
+        """Show what every KV head holds, with the queries that the layer allocator observes."""
+        window = self.policy.layers.window
+        first = max(0, self._n_tokens - window)
+        queries = self._read("queries", first, self._n_tokens)
+        return self.compressor.views(self._held_keys(), self._held(), queries, self._n_tokens)
+
+    def resize(self, entries: int) -> None:
+        """Change the layer's budget per KV head."""
+        self.compressor.resize(entries)
 
     def _append(self, start: int, stop: int) -> None:
         if self.policy.evicts:
-            self.ledger.append(start, self._read("keys", start, stop))
+            values = self._read("values", start, stop) if self._with_values else None
+            self.ledger.append(start, self._read("keys", start, stop), values)
         else:
             self.ledger.append(start, np.empty((self.trace.shape.n_kv_heads, stop - start, 0), np.float32))
 
@@ -149,8 +197,13 @@ class LayerReplay:
     def _held(self) -> list[np.ndarray]:
         return [self.ledger.positions(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
 
+    def _held_keys(self) -> list[np.ndarray]:
+        return [self.ledger.keys(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
+
     def _score_heads(self) -> list[np.ndarray]:
-        first = max(0, self._n_tokens - self.policy.scorer.window)
+        first = self._n_tokens - self.compressor.n_queries(self._n_tokens)
         queries = self._read("queries", first, self._n_tokens)
-        keys = [self.ledger.keys(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
-        return self.compressor.score(keys, self._held(), queries, self._n_tokens)
+        values = None
+        if self._with_values:
+            values = [self.ledger.values(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
+        return self.compressor.score(self._held_keys(), self._held(), queries, self._n_tokens, values)

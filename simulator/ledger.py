@@ -18,10 +18,14 @@ class Ledger:
         Token count at which each position was evicted, ``NEVER`` if it was not.
     """
 
-    def __init__(self, n_kv_heads: int, head_dim: int, total_tokens: int) -> None:
+    def __init__(
+        self, n_kv_heads: int, head_dim: int, total_tokens: int, *, with_values: bool = False
+    ) -> None:
         self.lengths = np.zeros(n_kv_heads, np.int64)
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
         self._keys = [np.empty((0, head_dim), np.float32) for _ in range(n_kv_heads)]
+        width = head_dim if with_values else 0
+        self._values = [np.empty((0, width), np.float32) for _ in range(n_kv_heads)]
         self._positions = [np.empty(0, np.int32) for _ in range(n_kv_heads)]
 
     @property
@@ -37,12 +41,18 @@ class Ledger:
         """Give one head's token positions in slot order, int32 (n_entries,), without a copy."""
         return self._positions[kv_head][: self.lengths[kv_head]]
 
-    def append(self, first: int, keys: np.ndarray) -> None:
-        """Add the keys of positions ``first`` onwards, float32 (n_kv_heads, n_tokens, head_dim)."""
+    def values(self, kv_head: int) -> np.ndarray:
+        """Give one head's values, of width 0 if none are stored; as ``keys``."""
+        return self._values[kv_head][: self.lengths[kv_head]]
+
+    def append(self, first: int, keys: np.ndarray, values: np.ndarray | None = None) -> None:
+        """Add the entries of positions ``first`` onwards, float32 (n_kv_heads, n_tokens, head_dim)."""
         n_tokens = keys.shape[1]
         for kv_head, length in enumerate(self.lengths):
             self._reserve(kv_head, length + n_tokens)
             self._keys[kv_head][length : length + n_tokens] = keys[kv_head]
+            if values is not None:
+                self._values[kv_head][length : length + n_tokens] = values[kv_head]
             self._positions[kv_head][length : length + n_tokens] = np.arange(first, first + n_tokens)
         self.lengths += n_tokens
 
@@ -53,16 +63,16 @@ class Ledger:
         evicted[slots] = False
         self.evicted_at[kv_head, positions[evicted]] = n_tokens
         self._keys[kv_head][: len(slots)] = self.keys(kv_head)[slots]
+        self._values[kv_head][: len(slots)] = self.values(kv_head)[slots]
         self._positions[kv_head][: len(slots)] = positions[slots]
         self.lengths[kv_head] = len(slots)
 
     def _reserve(self, kv_head: int, capacity: int) -> None:
-        held = self._keys[kv_head]
-        if capacity <= len(held):
+        held = len(self._keys[kv_head])
+        if capacity <= held:
             return
-        grown = max(capacity, len(held) + len(held) // 2)
-        keys = np.empty((grown, held.shape[1]), np.float32)
-        keys[: len(held)] = held
-        positions = np.empty(grown, np.int32)
-        positions[: len(held)] = self._positions[kv_head]
-        self._keys[kv_head], self._positions[kv_head] = keys, positions
+        grown = max(capacity, held + held // 2)
+        for arrays in (self._keys, self._values, self._positions):
+            larger = np.empty((grown, *arrays[kv_head].shape[1:]), arrays[kv_head].dtype)
+            larger[:held] = arrays[kv_head]
+            arrays[kv_head] = larger

@@ -10,6 +10,9 @@ from simulator.full_cache import FullCache
 from simulator.request import Outcome
 from traces.trace import Trace
 
+# A head looks something up when one key holds more than this share of its attention.
+LOOKUP = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
@@ -67,7 +70,7 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
     at_steps = mass[:, :, full.oracle_steps].mean(axis=(0, 1), dtype=np.float64)
     oracle = full.oracle_mass(held)
     missed = _missed(trace, outcome, full)
-    lost_per_step = (missed & (full.largest > 0.5)).mean(axis=(0, 1))
+    lost_per_step = (missed & (full.largest > LOOKUP)).mean(axis=(0, 1))
     return Metrics(
         entries_mean=float(held.mean()) / n_heads,
         entries_peak=float(held.max()) / n_heads,
@@ -85,6 +88,16 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
         n_steps=mass.shape[2],
         n_evictions=outcome.n_evicted,
     )
+
+
+def lost_lookups(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:
+    """Tell where more than half of the attention lay on one key, which was gone.
+
+    Returns
+    -------
+    bool (n_layers, n_query_heads, n_steps)
+    """
+    return _missed(trace, outcome, full) & (full.largest > LOOKUP)
 
 
 def _missed(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:

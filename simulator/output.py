@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -32,6 +33,23 @@ def require_place(path: Path | None, option: str) -> None:
         raise UserError(f"{option} {path}: folder {path.parent} is missing; allowed: an existing folder")
     if path.is_dir():
         raise UserError(f"{option} {path}: a folder is there; allowed: a file")
+
+
+def require_places(paths: Mapping[str, Path | None]) -> None:
+    """Refuse files that could not be written, or one file for two tables; options to paths.
+
+    Raises
+    ------
+    UserError
+    """
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        require_place(path, option)
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise UserError(f"{other} and {option} are both {path}; allowed: two files")
 
 
 def choose_format(asked: str | None, path: Path | None) -> str:

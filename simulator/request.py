@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from simulator.contract import checked_budgets, require_an_entry_in_every_layer
-from simulator.layer_replay import LayerReplay, Retained
+from simulator.contract import (
+    asked_allocator,
+    checked_budgets,
+    checked_table,
+    require_an_entry_in_every_layer,
+)
+from simulator.layer_replay import Division, LayerReplay, Retained
 from simulator.policies.base import LayerRequest
 from simulator.policy import Policy
+from simulator.rope import Rope, read_rope
 from simulator.wave import Wave, known_waves
-from traces.errors import UserError
+from traces.errors import MissingDataError, UserError
 from traces.trace import Trace
 
 
@@ -33,6 +41,8 @@ class Outcome:
         Whether protected entries were a lower bound that some budget sat on.
     retained : list of Retained
         Who was retained after every compression, if asked for.
+    divisions : list of Division
+        How memory was divided at every compression, by layer and compression.
     """
 
     mass: np.ndarray
@@ -41,6 +51,7 @@ class Outcome:
     n_evicted: int
     protection_binding: bool
     retained: list[Retained]
+    divisions: list[Division]
 
 
 class Request:
@@ -66,9 +77,9 @@ class Request:
     InfeasibleBudgetError
         If the budget does not hold what the policy protects.
     MissingDataError
-        If the policy needs a profile that is not known.
+        If the policy needs a profile that is not known, or data that the trace lacks.
     PolicyError
-        If the layer allocator breaks its contract.
+        If an allocator breaks its contract.
     """
 
     def __init__(
@@ -85,19 +96,40 @@ class Request:
         if arrival < 0:
             raise UserError(f"arrival is {arrival}; allowed: 0 or more")
         shape = trace.shape
-        asked = LayerRequest(
+        policy = policy.resolved(trace.manifest.vocabulary)
+        self._asked = LayerRequest(
             n_layers=shape.n_layers,
             entries=entries,
-            protected=policy.protected,
+            protected=policy.protected_of(trace.prompt_tokens),
             model=trace.model,
             model_revision=trace.manifest.model_revision,
             trace_id=trace.trace_id,
             waves=known_waves() if waves is None else waves,
+            n_kv_heads=shape.n_kv_heads,
         )
-        budgets, self._layers_binding = divide_over_layers(policy, asked)
-        self.trace, self.arrival = trace, arrival
+        policy.require_feasible(entries, trace.prompt_tokens)
+        self.trace, self.policy, self.arrival = trace, policy, arrival
+        rope = require_data(
+            policy, trace.has_values, trace.manifest.rope, shape.head_dim, f"trace {trace.path}"
+        )
+        table = checked_table(policy.heads, self._asked)
+        # A dynamic allocator divides once it has seen the prompt.
+        budgets, self._layers_binding = (
+            (np.full(shape.n_layers, entries), False)
+            if policy.divides_layers_again
+            else divide_over_layers(policy, self._asked)
+        )
         self.layers = [
-            LayerReplay(trace, layer, policy, int(budget), seed=seed, keep_retained=keep_retained)
+            LayerReplay(
+                trace,
+                layer,
+                policy,
+                int(budget),
+                seed=seed,
+                keep_retained=keep_retained,
+                rope=rope,
+                table=None if table is None else table[layer],
+            )
             for layer, budget in enumerate(budgets)
         ]
 
@@ -114,6 +146,14 @@ class Request:
         """Give the tick at which the history holds ``n_tokens`` tokens."""
         return self.arrival + n_tokens - self.trace.prompt_tokens
 
+    def reallocate_layers(self) -> None:
+        """Divide the budget over the layers by what they hold now."""
+        views = [layer.views() for layer in self.layers]
+        budgets, binding = divide_over_layers(self.policy, replace(self._asked, views=views))
+        self._layers_binding |= binding
+        for layer, entries in zip(self.layers, budgets.tolist(), strict=True):
+            layer.resize(entries)
+
     def outcome(self) -> Outcome:
         """Collect what the layers measured, after completion."""
         return Outcome(
@@ -124,6 +164,7 @@ class Request:
             protection_binding=self._layers_binding
             or any(layer.compressor.protection_binding for layer in self.layers),
             retained=[kept for layer in self.layers for kept in layer.retained],
+            divisions=[division for layer in self.layers for division in layer.divisions],
         )
 
 
@@ -140,15 +181,38 @@ def divide_over_layers(policy: Policy, request: LayerRequest) -> tuple[np.ndarra
     Raises
     ------
     InfeasibleBudgetError
-        If the budget does not hold what the policy protects.
+        If a layer would get no entry.
     MissingDataError
         If the policy needs a profile that is not known.
     PolicyError
         If the layer allocator breaks its contract.
     """
-    policy.require_feasible(request.entries)
-    divided, binding = policy.layers.allocate(request)
+    divided, binding = asked_allocator(policy.layers, request)
     name, total = policy.layers.name, request.n_layers * request.entries
-    budgets = checked_budgets(name, divided, request.n_layers, total, policy.protected)
+    exact = total if policy.layers.exact else None
+    budgets = checked_budgets(name, divided, request.n_layers, exact, request.protected)
     require_an_entry_in_every_layer(name, budgets)
     return budgets, binding
+
+
+def require_data(
+    policy: Policy, has_values: bool, rope: Mapping[str, Any], head_dim: int, where: str
+) -> Rope | None:
+    """Refuse a policy that needs what is not there, and read the RoPE parameters if it needs those.
+
+    Raises
+    ------
+    MissingDataError
+    """
+    needs = policy.scorer.needs if policy.evicts else frozenset()
+    if "values" in needs and not has_values:
+        raise MissingDataError(
+            f"policy '{policy.name}' needs values, and {where} has none; allowed: a trace recorded with "
+            "--values"
+        )
+    if "rope" not in needs:
+        return None
+    try:
+        return read_rope(rope, head_dim)
+    except MissingDataError as error:
+        raise MissingDataError(f"policy '{policy.name}', {where}: {error}") from None

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from simulator.layer_replay import Retained
+from simulator.trajectory import Span
 
 ROW_SCHEMA: dict[str, Any] = {
     "trace_id": pl.String,
@@ -56,6 +57,22 @@ RETAINED_SCHEMA: dict[str, Any] = {
     "position": pl.Int32,
 }
 
+TRAJECTORY_SCHEMA: dict[str, Any] = {
+    "trace_id": pl.String,
+    "trace": pl.String,
+    "policy": pl.String,
+    "policy_params": pl.String,
+    "budget": pl.String,
+    "layer": pl.Int32,
+    "kv_head": pl.Int32,
+    "compression": pl.Int32,
+    "n_tokens": pl.Int32,
+    "n_steps": pl.Int32,
+    "budget_entries": pl.Int64,
+    "n_entries": pl.Int64,
+    "mass": pl.Float64,
+}
+
 _GROUP = ["policy", "policy_params", "budget_asked", "budget_unit"]
 
 
@@ -72,7 +89,7 @@ def retained_table(
     Parameters
     ----------
     cells : iterable of (labels, retained)
-        Labels hold trace_id, policy, policy_params and budget.
+        Labels hold trace_id, policy, policy_params and budget, and perhaps more.
     """
     frames = [pl.DataFrame(schema=RETAINED_SCHEMA)]
     for labels, retained in cells:
@@ -88,6 +105,45 @@ def retained_table(
         labelled = [pl.lit(value).alias(name) for name, value in labels.items()]
         frames.append(pl.DataFrame(columns).with_columns(labelled).select(list(RETAINED_SCHEMA)))
     return pl.concat(frames)
+
+
+def trajectory_table(labels: Mapping[str, str], spans: Sequence[Span]) -> pl.DataFrame:
+    """Build the table of one cell's budgets and mass over time, one row per layer, span and KV head.
+
+    A span ends with a compression: ``n_steps`` decode steps up to ``n_tokens`` tokens, the head's
+    ``budget_entries`` in force there, the ``n_entries`` it holds after it, and the ``mass`` retained during
+    the steps (null without one, as where the prompt is compressed). The last span of every head ends with
+    the last token; its ``compression`` is null and its budget the one before (null if it never compressed).
+    Weighted by ``n_steps``, ``mass`` averages to ``mass_mean`` of the results.
+
+    Parameters
+    ----------
+    labels : mapping
+        trace_id, trace, policy, policy_params and budget.
+    spans : sequence of Span
+    """
+    if not spans:
+        return pl.DataFrame(schema=TRAJECTORY_SCHEMA)
+    n_heads = len(spans[0].lengths)
+
+    def per_head(name: str) -> pl.Series:
+        values = [getattr(span, name) for span in spans]
+        gone = np.full(n_heads, np.nan)
+        # By way of floats, which hold whole numbers exactly up to 2^53 and know a missing one.
+        joined = np.concatenate([gone if value is None else value.astype(np.float64) for value in values])
+        return pl.Series(joined).fill_nan(None)
+
+    columns = {
+        name: pl.Series([getattr(span, name) for span in spans for _ in range(n_heads)], dtype=pl.Int32)
+        for name in ("layer", "compression", "n_tokens", "n_steps")
+    }
+    columns["kv_head"] = pl.Series(np.tile(np.arange(n_heads), len(spans)))
+    columns["budget_entries"] = per_head("budgets")
+    columns["n_entries"] = per_head("lengths")
+    columns["mass"] = per_head("mass")
+    labelled = [pl.lit(value).alias(name) for name, value in labels.items()]
+    table = pl.DataFrame(columns).with_columns(labelled)
+    return table.select(pl.col(name).cast(kind) for name, kind in TRAJECTORY_SCHEMA.items())
 
 
 def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:

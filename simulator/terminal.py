@@ -129,11 +129,16 @@ def _behind(row: dict[str, Any]) -> str:
 
 def _changed_parameters(row: dict[str, Any]) -> dict[str, Any]:
     from simulator.policy import parse_policy
+    from traces.errors import UserError
 
     given = json.loads(row["policy_params"])
-    usual = parse_policy(row["policy"]).parameters["trigger"]
-    defaults = parse_policy(f"{row['policy']}:trigger={given['trigger']}").parameters | {"trigger": usual}
-    return {name: value for name, value in given.items() if defaults[name] != value}
+    try:
+        usual = parse_policy(row["policy"]).parameters["trigger"]
+        defaults = parse_policy(f"{row['policy']}:trigger={given['trigger']}").parameters | {"trigger": usual}
+    except UserError:
+        # A user's file that is gone, or was edited since: nobody knows its defaults now.
+        defaults = {}
+    return {name: value for name, value in given.items() if name not in defaults or defaults[name] != value}
 
 
 def _shared_parameters(rows: list[dict[str, Any]]) -> dict[str, Any]:

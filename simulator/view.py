@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simulator.rope import Rope
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheView:
@@ -17,8 +19,9 @@ class CacheView:
         Keys after RoPE, in slot order.
     positions : int32 (n_entries,)
         Token position of each slot.
-    queries : float32 (group_size, n_window, head_dim)
-        The last queries of the head's GQA group, as many as the scorer's ``window``, oldest first.
+    queries : float32 (group_size, n_queries, head_dim)
+        The last queries of the head's GQA group, oldest first: as many as the scorer's ``window``, or all
+        since the last compression if it asks for those.
     scale : float
         Attention scale: logits are ``scale * q . k``.
     n_tokens, prompt_tokens : int
@@ -27,6 +30,17 @@ class CacheView:
         Where the head stands in the model.
     seed : int
         For scorers that draw at random.
+    values : float32 (n_entries, head_dim), optional
+        For scorers that need them.
+    state : float32 (n_entries,), optional
+        What the scorer noted of each entry at earlier compressions; zero for those that came since.
+    budget : int
+        Entries that the head may keep, as far as that is settled before scoring.
+    since : int
+        Tokens in the history at the layer's last compression, 0 before the first: the entries of earlier
+        positions have survived one.
+    rope : Rope, optional
+        For scorers that need it.
     """
 
     keys: np.ndarray
@@ -38,14 +52,26 @@ class CacheView:
     layer: int
     kv_head: int
     seed: int
+    values: np.ndarray | None = None
+    state: np.ndarray | None = None
+    budget: int = 0
+    since: int = 0
+    rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keys", "positions", "queries"):
-            read_only = getattr(self, name).view()
-            read_only.flags.writeable = False
-            object.__setattr__(self, name, read_only)
+        for name in ("keys", "positions", "queries", "values", "state"):
+            given = getattr(self, name)
+            if given is not None:
+                read_only = given.view()
+                read_only.flags.writeable = False
+                object.__setattr__(self, name, read_only)
 
     @property
     def n_entries(self) -> int:
         """Entries the head holds."""
         return len(self.positions)
+
+    @property
+    def query_positions(self) -> np.ndarray:
+        """Token positions of the queries, int64 (n_queries,)."""
+        return np.arange(self.n_tokens - self.queries.shape[1], self.n_tokens)

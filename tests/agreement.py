@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from unittest.mock import patch
 
 import naive
+import naive_allocators
 import naive_rules
+import naive_scorers
 import numpy as np
 
 from simulator.engine import Engine
@@ -37,18 +39,29 @@ def make_wave(trace, demand) -> Wave:
 
 
 def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outcome, dict]:
-    """Replay one request; give its outcome and, per layer, the head budgets after every reallocation."""
+    """Replay one request; give its outcome and, per layer, the head budgets after every reallocation.
+
+    Under -1 are the layer budgets after every reallocation of those.
+    """
     waves = {} if demand is None else {trace.model: make_wave(trace, demand)}
     policy = parse_policy(text)
     request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
     budgets = defaultdict(list)
-    reallocate = LayerReplay.reallocate
+    reallocate, reallocate_layers = LayerReplay.reallocate, Request.reallocate_layers
 
     def watched(layer_replay: LayerReplay) -> None:
         reallocate(layer_replay)
         budgets[request.layers.index(layer_replay)].append(layer_replay.compressor.budgets.tolist())
 
-    with patch.object(LayerReplay, "reallocate", watched):
+    def watched_layers(own: Request) -> None:
+        reallocate_layers(own)
+        n_kv_heads = trace.shape.n_kv_heads
+        budgets[-1].append([layer.compressor.total // n_kv_heads for layer in own.layers])
+
+    with (
+        patch.object(LayerReplay, "reallocate", watched),
+        patch.object(Request, "reallocate_layers", watched_layers),
+    ):
         (outcome,) = Engine([request], jobs).run()
     return outcome, budgets
 
@@ -78,11 +91,28 @@ class Agreement:
                 )
                 for head in pooled
             ]
+            where = f"layer {layer.index}, {layer.n_tokens} tokens: budgets {seen}, twin {own}"
+            assert layer.rules.heads in ("utility", "adakv"), where
+            if layer.rules.heads == "adakv":
+                fewest, most = [each[0] for each in counts], [each[-1] for each in counts]
+                # Whoever holds the last place is near it; a tie needs one more.
+                assert sum(most) - sum(fewest) > 1, where
+                assert naive_allocators.adakv_within(layer, seen, fewest, most), where
+                self.adopted["tie at tau"] += 1
+                return seen
             demands = islice(product(*counts), 10_000)
             assert any(
                 naive_rules.head_budgets(layer.rules, demand, layer.total) == seen for demand in demands
             ), f"layer {layer.index}, {layer.n_tokens} tokens: budgets {seen}, twin {own}, no tie at tau"
             self.adopted["tie at tau"] += 1
+        return seen
+
+    def layer_budgets(self, layers, own, near):
+        seen = self.head_budgets[-1].pop(0)
+        assert sum(seen) == sum(own)
+        if seen != own:
+            assert near(seen), f"{layers[0].n_tokens} tokens: layer budgets {seen}, twin {own}, no near-tie"
+            self.adopted["layers near a tie"] += 1
         return seen
 
     def kept(self, layer, kv_head, own, scores):
@@ -110,6 +140,12 @@ class Agreement:
         if all(abs(a - b) <= NEAR * max(abs(a), abs(b)) for a, b in pairs if a != b):
             exact = all(a == b for a, b in pairs)
             self.adopted["exact tie" if exact else "near-tie"] += 1
+            return
+        if layer.rules.scorer == "lagkv":
+            # Ranks are whole numbers, so entries of almost equal spread trade places with a step between.
+            spreads = naive_scorers.lag_spreads(layer, kv_head)
+            assert min(b - a for own in spreads for a, b in pairwise(sorted(own))) <= NEAR, message
+            self.adopted["near-tie of spreads"] += 1
             return
         assert layer.rules.scorer == "rkv", message
         similar = naive_rules.cosines(layer.held_keys(kv_head))

@@ -58,14 +58,61 @@ class Case:
 
     def write(self, directory):
         path = directory / "case.kvtrace"
-        return write_trace(path, *self.arrays(), prompt_tokens=self.prompt_tokens, overwrite=True)
+        queries, keys = self.arrays()
+        rng = np.random.default_rng([self.seed, 1])
+        quantised = self.kind == "quantised"
+        values = rng.integers(-2, 3, keys.shape) * 1.0 if quantised else rng.normal(size=keys.shape)
+        extra = {"values": values, "rope": {"rope_theta": 50.0}}
+        return write_trace(path, queries, keys, prompt_tokens=self.prompt_tokens, overwrite=True, **extra)
+
+
+_WINDOW = {
+    "window": st.integers(1, 9),
+    "kernel_size": st.sampled_from([1, 3, 7]),
+    "slot_order": st.sampled_from(["chronological", "score"]),
+}
+_POOLED = _WINDOW | {"pool": st.sampled_from(["max", "avg"])}
+_SINKS, _RECENT = {"sinks": st.integers(0, 5)}, {"recent": st.integers(0, 4)}
+_SHARE = {"recent_share": st.sampled_from([0.0, 0.5, 0.7, 1.0])}
+_TRUTH = st.sampled_from(["true", "false"])
+# What a scorer's parameters may be; a window is protected, except that of expected attention.
+UNPROTECTED = ("expected-attention",)
+OTHER_SCORERS = {
+    "h2o": _SHARE,
+    "vatp": _SHARE | _SINKS,
+    "tova": _RECENT,
+    "snapkv-paper": _POOLED,
+    "criticalkv": _POOLED
+    | {"first_stage_share": st.sampled_from([0.0, 0.5, 0.8]), "epsilon": st.sampled_from([0.0, 1e-4, 0.1])},
+    "keydiff": _RECENT,
+    "knorm": _RECENT,
+    "lagkv": _SINKS | {"lag": st.integers(3, 9), "score_source": st.sampled_from(["both", "keys"])},
+    "expected-attention": _SINKS
+    | {
+        "window": st.integers(1, 40),
+        "n_future": st.integers(1, 20),
+        "use_covariance": _TRUTH,
+        "use_values": _TRUTH,
+        "epsilon": st.sampled_from([0.0, 0.01]),
+    },
+    "append-only": _WINDOW
+    | {
+        "rate": st.sampled_from([0.05, 0.25, 1.0]),
+        "group_reduce": st.sampled_from(["max_logits", "mean_weights", "max_weights"]),
+    },
+}
 
 
 @st.composite
-def scorers(draw) -> tuple[str, dict, int]:
+def scorers(draw, only=None) -> tuple[str, dict, int]:
     """Draw a scorer's name, its parameters and how many entries it protects."""
-    name = draw(st.sampled_from(["streamingllm", "snapkv", "rkv", "rkv", "random", "random-prompt"]))
-    if name == "streamingllm":
+    known = ["streamingllm", "snapkv", "rkv", "rkv", "random", "random-prompt"]
+    name = only or draw(st.sampled_from([*known, "recency", *OTHER_SCORERS]))
+    if name in OTHER_SCORERS:
+        parameters = {key: draw(values) for key, values in OTHER_SCORERS[name].items()}
+        recent = parameters.get("recent", 0 if name in UNPROTECTED else parameters.get("window", 0))
+        return name, parameters, parameters.get("sinks", 0) + recent
+    if name in ("streamingllm", "recency"):
         sinks = draw(st.integers(0, 5))
         return name, {"sinks": sinks}, sinks
     if name.startswith("random"):
@@ -88,23 +135,39 @@ def scorers(draw) -> tuple[str, dict, int]:
 
 
 @st.composite
-def cases(draw, kinds=KINDS) -> Case:
+def cases(draw, kinds=KINDS, scorer=None, dynamic=False) -> Case:
+    """Draw a case; with ``dynamic`` also such whose layers cannot be followed one by one."""
     n_layers, n_kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     n_tokens = draw(st.integers(20, 120))
-    scorer, parameters, protected = draw(scorers())
+    scorer, parameters, protected = draw(scorers(scorer))
     parts = [scorer]
-    layers = draw(st.sampled_from(["", "pyramid", "wave"]))
+    fixed = ["", "pyramid", "wave", "pyramid-code"]
+    layers = draw(st.sampled_from([*fixed, "wave-dynamic", "cake"] if dynamic else fixed))
     if layers:
         parts.append(layers)
-    if draw(st.booleans()):
-        parts.append("utility")
+    if layers == "wave-dynamic":
+        parameters |= {"layer_delta": draw(st.integers(0, 30)), "demand_window": draw(st.integers(1, 9))}
+    if layers == "cake":
+        parameters |= {"cake_window": draw(st.integers(2, 40)), "tau1": draw(st.sampled_from([0.5, 1.0]))}
+    heads = draw(st.sampled_from(["", "", "utility", "adakv"]))
+    if heads:
+        parts.append(heads)
+    if heads == "adakv":
+        parameters |= {
+            "form": draw(st.sampled_from(["blend", "floor"])),
+            "uniform_share": draw(st.sampled_from([0.0, 0.2, 1.0])),
+        }
+    if heads == "utility":
         parameters |= {
             "delta": draw(st.integers(1, 40)),
             "mu": draw(st.sampled_from([0.0, 0.25, 1.0])),
             "pooling": draw(st.sampled_from(["none", "length"])),
         }
-    if draw(st.booleans()):
+    trigger = draw(st.sampled_from(["buffer-full", "buffer-full", "every-n", "per-step"]))
+    if trigger == "buffer-full":
         parameters["buffer"] = draw(st.integers(1, 32))
+    elif trigger == "per-step":
+        parameters["trigger"] = trigger
     else:
         parameters |= {
             "trigger": "every-n",
@@ -112,8 +175,12 @@ def cases(draw, kinds=KINDS) -> Case:
             "offset": draw(st.integers(0, 3)),
         }
     # A pyramid whose last layer gets a twentieth of too little gets nothing, and cannot be divided.
-    least = 20 if layers == "pyramid" and protected == 0 else protected + 1
-    parameters["prompt"] = draw(st.sampled_from(["compress", "wait"]))
+    uneven = layers.startswith("pyramid") or layers == "cake"
+    least = 20 if uneven and protected == 0 else protected + 1
+    parameters["prompt"] = draw(st.sampled_from(["compress", "compress", "wait", "keep"]))
+    prompt_tokens = draw(st.integers(1, n_tokens // 3 if parameters["prompt"] == "keep" else n_tokens - 1))
+    if parameters["prompt"] == "keep":
+        least += prompt_tokens
     return Case(
         kind=draw(st.sampled_from(kinds)),
         n_layers=n_layers,
@@ -121,7 +188,7 @@ def cases(draw, kinds=KINDS) -> Case:
         group_size=draw(st.integers(1, 4)),
         head_dim=draw(st.integers(4, 16)),
         n_tokens=n_tokens,
-        prompt_tokens=draw(st.integers(1, n_tokens - 1)),
+        prompt_tokens=prompt_tokens,
         policy="+".join(parts) + ":" + ",".join(f"{key}={value}" for key, value in parameters.items()),
         entries=draw(st.integers(least, max(least, n_tokens // 2)) | st.just(n_tokens + 3)),
         demand=tuple(draw(st.lists(st.integers(0, 500), min_size=n_layers, max_size=n_layers))),

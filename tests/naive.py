@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import naive_allocators
+import naive_scorers
 import numpy as np
 from naive_rules import (
     INFINITY,
-    contest,
-    head_budgets,
     importance,
-    layer_budgets,
     read_rules,
     redundancy,
     softmax,
@@ -35,6 +34,10 @@ class Alone:
 
     def budgets(self, layer: Layer, own: list[int], pooled: list[list[float]], tau: float) -> list[int]:
         """Give the head budgets to go on with."""
+        return own
+
+    def layer_budgets(self, layers: list[Layer], own: list[int], near) -> list[int]:
+        """Give the layer budgets to go on with; ``near`` says whether others are a near-tie of these."""
         return own
 
     def kept(self, layer: Layer, kv_head: int, own: list[int], scores: list[float]) -> list[int]:
@@ -59,6 +62,12 @@ class Layer:
         self.missed: list[list[bool]] = [[] for _ in queries]
         self.held: list[int] = []
         self.n_evicted = 0
+        self.values, self.rope_theta = None, None
+        self.table, self.token_ids, self.segment_ends = None, [], set()
+        # What a scorer has noted of each position, and the lengths of the history at which it last looked and
+        # at which the next compression was settled.
+        self.noted: list[dict[int, float]] = [{} for _ in self.heads]
+        self.since, self.settled_at = 0, prompt_tokens
 
     def full_attention(self, query_head: int) -> list[list[float]]:
         """Causal softmax attention over the whole sequence; row t holds t + 1 weights."""
@@ -70,16 +79,34 @@ class Layer:
     def n_entries(self) -> int:
         return sum(len(head.positions) for head in self.heads)
 
-    def run(self) -> None:
-        if self.rules.prompt == "compress" and self.rules.scorer != "fullkv" and self.n_entries > self.total:
-            self.compress()
-        for position in range(self.prompt_tokens, self.total_tokens):
-            for head in self.heads:
-                head.positions.append(position)
-            self.attend(position)
-            self.n_tokens = position + 1
-            if self.n_tokens < self.total_tokens and self.due():
-                self.compress()
+    def quota(self, head: Head) -> int:
+        """How much of its budget a head may fill."""
+        if self.rules.scorer != "append-only":
+            return head.budget
+        granted = self.rules.window + math.ceil(self.rules.rate * self.settled_at)
+        kept = self.prompt_tokens if self.rules.prompt == "keep" else 0
+        return min(head.budget, max(granted, kept + self.rules.window))
+
+    @property
+    def capacity(self) -> int:
+        return sum(self.quota(head) for head in self.heads)
+
+    def prompt_due(self) -> bool:
+        rules = self.rules
+        return rules.prompt == "compress" and rules.scorer != "fullkv" and self.n_entries > self.capacity
+
+    def append(self, position: int) -> None:
+        for head in self.heads:
+            head.positions.append(position)
+        self.attend(position)
+        self.n_tokens = position + 1
+
+    def resize(self, entries: int) -> None:
+        """Change the layer's budget; its heads are equal until they are divided anew."""
+        self.total, self.reallocated = self.n_kv_heads * entries, None
+        self.settled_at = self.n_tokens
+        for head in self.heads:
+            head.budget = entries
 
     def attend(self, position: int) -> None:
         self.held.append(self.n_entries)
@@ -95,46 +122,59 @@ class Layer:
         if rules.scorer == "fullkv":
             return False
         if rules.trigger == "every-n":
-            return (self.n_tokens - rules.offset) % rules.interval == 0 and self.n_entries > self.total
-        return self.n_entries >= self.total + self.n_kv_heads * rules.buffer
+            return (self.n_tokens - rules.offset) % rules.interval == 0 and self.n_entries > self.capacity
+        if rules.trigger == "segment":
+            ends = self.token_ids[self.n_tokens - 1] in self.segment_ends
+            return ends and self.n_entries > self.capacity
+        if rules.trigger == "per-step":
+            return self.n_entries > self.capacity
+        return self.n_entries >= self.capacity + self.n_kv_heads * rules.buffer
 
     def compress(self) -> None:
         rules = self.rules
+        self.settled_at = self.n_tokens
+        if rules.scorer in ("h2o", "vatp"):
+            naive_scorers.observe(self)
         scores = [self.score(kv_head) for kv_head in range(self.n_kv_heads)]
-        waited = None if self.reallocated is None else self.n_tokens - self.reallocated
-        if rules.heads == "utility" and rules.delta > 0 and (waited is None or waited >= rules.delta):
-            pooled, tau = contest(rules, scores, self.total)
-            demand = [sum(score >= tau for score in head) for head in pooled]
-            own = head_budgets(rules, demand, self.total)
+        if naive_allocators.divides_heads(self):
+            own, pooled, tau = naive_allocators.divide_heads(self, scores)
             for head, budget in zip(self.heads, self.settle.budgets(self, own, pooled, tau), strict=True):
                 head.budget = budget
             self.reallocated = self.n_tokens
         for kv_head, head in enumerate(self.heads):
             own = head.positions
-            if len(head.positions) > head.budget:
+            if len(head.positions) > self.quota(head):
                 own = self.choose(scores[kv_head], head)
             settled = self.settle.kept(self, kv_head, own, scores[kv_head])
             self.n_evicted += len(head.positions) - len(settled)
             head.positions = list(settled)
         self.n_compressions += 1
+        self.since = self.n_tokens
 
     def choose(self, scores: list[float], head: Head) -> list[int]:
-        """Keep the best ``budget`` entries, ties to the later position, and lay them out."""
-        ranked = sorted(zip(scores, head.positions, strict=True), reverse=True)[: head.budget]
+        """Keep the best entries up to the quota, ties to the later position, and lay them out."""
+        ranked = sorted(zip(scores, head.positions, strict=True), reverse=True)[: self.quota(head)]
         if self.rules.slot_order == "chronological":
             return sorted(position for _, position in ranked)
         scored = [position for score, position in ranked if score != INFINITY]
         protected = sorted(position for score, position in ranked if score == INFINITY)
-        sinks = [position for position in protected if position < self.rules.sinks]
+        sinks = [position for position in protected if position < self.n_leading]
         return sinks + scored + protected[len(sinks) :]
 
+    @property
+    def n_leading(self) -> int:
+        """First positions that are never evicted."""
+        return naive_allocators.with_prompt(self.rules, self.prompt_tokens).sinks
+
     def is_protected(self, position: int) -> bool:
-        return position < self.rules.sinks or position >= self.n_tokens - self.rules.recent
+        return position < self.n_leading or position >= self.n_tokens - self.rules.recent
 
     def score(self, kv_head: int) -> list[float]:
         """Score what a head holds, slot by slot; protected entries are infinite."""
         rules, positions = self.rules, self.heads[kv_head].positions
-        if rules.scorer == "streamingllm":
+        if rules.scorer in naive_scorers.PER_HEAD:
+            scores = naive_scorers.PER_HEAD[rules.scorer](self, kv_head)
+        elif rules.scorer == "streamingllm":
             scores = [float(position) for position in positions]
         elif rules.scorer in ("random", "random-prompt"):
             rng = np.random.default_rng([self.seed, self.index, kv_head, self.n_tokens])
@@ -180,15 +220,61 @@ class Run:
     layers: list[Layer]
 
 
+def run_together(layers: list[Layer], rules, entries: int, settle) -> None:
+    """Advance all layers token by token. At one token layers are divided first, and then compressed."""
+    is_dynamic = rules.layers in naive_allocators.DYNAMIC and rules.scorer != "fullkv"
+    prompt_tokens, total_tokens = layers[0].prompt_tokens, layers[0].total_tokens
+
+    def divide() -> None:
+        own, near = naive_allocators.measured_layer_budgets(rules, layers, entries)
+        for layer, budget in zip(layers, settle.layer_budgets(layers, own, near), strict=True):
+            layer.resize(budget)
+
+    due = [layer.prompt_due() for layer in layers]
+    if is_dynamic:
+        divide()
+        due = [before or layer.prompt_due() for before, layer in zip(due, layers, strict=True)]
+    for position in range(prompt_tokens, total_tokens + 1):
+        for layer, is_due in zip(layers, due, strict=True):
+            if is_due:
+                layer.compress()
+        if position == total_tokens:
+            return
+        for layer in layers:
+            layer.append(position)
+        n_decoded, is_last = position + 1 - prompt_tokens, position + 1 == total_tokens
+        # What is due stays so, whatever the layer's new budget is.
+        due = [layer.due() and not is_last for layer in layers]
+        again = rules.layers == "wave-dynamic" and rules.layer_delta and n_decoded % rules.layer_delta == 0
+        if is_dynamic and again and not is_last:
+            divide()
+
+
+def segment_ends(rules, trace) -> set[int]:
+    """Ids of the tokens that end a segment."""
+    if rules.segment == "newline":
+        return {token for token, text in trace.manifest.vocabulary.items() if "\n" in text}
+    return set(map(int, rules.segment.split("/")))
+
+
 def simulate(trace, text: str, entries: int, *, demand=None, seed: int = 0, settle=None) -> Run:
     """Run a policy over a trace; ``demand`` is the wave of its model, layer by layer."""
     rules = read_rules(text)
-    budgets = layer_budgets(rules, trace.shape.n_layers, entries, demand)
+    seen = naive_allocators.with_prompt(rules, trace.prompt_tokens)
+    sizes = trace.shape.n_layers, trace.shape.n_kv_heads
+    budgets = naive_allocators.layer_budgets(seen, sizes[0], entries, demand, sizes[1])
+    tables = naive_allocators.head_rows(rules, demand, *sizes)
     layers = []
     for index, budget in enumerate(budgets):
         arrays = trace.queries(index), trace.keys(index), trace.scale
         layers.append(Layer(index, *arrays, trace.prompt_tokens, rules, budget, seed, settle or Alone()))
-        layers[-1].run()
+        if trace.has_values:
+            layers[-1].values = trace.values(index).astype(np.float64)
+        layers[-1].rope_theta = trace.manifest.rope.get("rope_theta")
+        layers[-1].table = tables[index]
+        layers[-1].token_ids = trace.token_ids.tolist()
+        layers[-1].segment_ends = segment_ends(rules, trace)
+    run_together(layers, seen, entries, settle or Alone())
     return Run(
         mass=np.array([layer.mass for layer in layers]),
         held=np.sum([layer.held for layer in layers], axis=0),

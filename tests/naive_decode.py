@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from simulator.policies.base import LayerRequest
+from simulator.policies.base import HeadRequest, LayerRequest
 from simulator.view import CacheView
 
 NAME = "kvbudget_masked_twin"
@@ -82,7 +82,7 @@ class MaskedLayer:
                     scores[-1][slot] = np.inf
         total, delta = self.budget * n_kv_heads, policy.heads.delta
         if delta and (self.reallocated is None or n_tokens - self.reallocated >= delta):
-            budgets, _ = policy.heads.allocate(scores, total, policy.protected)
+            budgets, _ = policy.heads.allocate(HeadRequest(scores, total, policy.protected, self.layer))
             self.budgets, self.reallocated = budgets.tolist(), n_tokens
         for kv_head, own in enumerate(self.retained):
             best = sorted(zip(scores[kv_head], own, strict=True), reverse=True)[: self.budgets[kv_head]]

@@ -28,21 +28,48 @@ class Rules:
     slot_order: str = "chronological"
     sinks: int = 0
     recent: int = 0
+    recent_share: float = 0.5
+    pool: str = "max"
+    lag: int = 128
+    score_source: str = "both"
+    n_future: int = 512
+    use_covariance: bool = True
+    use_values: bool = True
+    epsilon: float = 0.0
+    first_stage_share: float = 0.5
+    rate: float = 0.25
     # layer budgets
     pyramid_beta: float = 20.0
     gamma: float = 0.5
     layer_floor: float = 0.25
     layer_cap: float = 2.0
+    code_beta: int = 20
+    layer_delta: int = 128
+    demand_window: int = 8
+    rho: float = 0.93
+    cake_window: int = 32
+    tau1: float = 1.0
+    tau2: float = 1.0
+    squeeze_share: float = 0.4
+    layer_shares: str = ""
     # head budgets
     delta: int = 128
     beta: float = 0.5
     mu: float = 0.25
     head_cap: float = 2.0
     pooling: str = "none"
+    form: str = "blend"
+    uniform_share: float = 0.2
+    head_table: str = ""
+    head_beta: float = 1.01
+    streaming_share: float = 0.5
+    stream_budget: float = 0.25
+    head_shares: str = ""
     # when
     buffer: int = 128
     interval: int = 128
     offset: int = 0
+    segment: str = "newline"
     prompt: str = "compress"
 
     @property
@@ -50,23 +77,36 @@ class Rules:
         return self.sinks + self.recent
 
 
+# Where a scorer's paper differs from the others.
+SPECIAL = {
+    "streamingllm": {"sinks": 4},
+    "random": {"recent": 8},
+    "random-prompt": {"recent": 8},
+    "snapkv-paper": {"window": 32},
+    "lagkv": {"sinks": 4},
+    "expected-attention": {"window": 256, "sinks": 4},
+    "vatp": {"sinks": 20},
+    "criticalkv": {"window": 32, "epsilon": 1e-4},
+}
+PROTECTS_ITS_WINDOW = ("snapkv", "rkv", "snapkv-paper", "criticalkv", "append-only")
+
+
 def read_rules(text: str) -> Rules:
     """Read ``scorer[+layers][+heads][:name=value,...]``."""
     name, _, tail = text.partition(":")
     name = {"reasonalloc": "rkv+wave+utility", "pyramid-rkv": "rkv+pyramid"}.get(name, name)
     scorer, *others = name.split("+")
-    rules = Rules(scorer=scorer)
-    if scorer == "streamingllm":
-        rules = replace(rules, sinks=4)
-    if scorer in ("random", "random-prompt"):
-        rules = replace(rules, recent=8)
+    rules = replace(Rules(scorer=scorer), **SPECIAL.get(scorer, {}))
+    layers_named = False
     for part in others:
-        rules = replace(rules, **{"heads" if part == "utility" else "layers": part})
+        role = "heads" if layers_named or part in ("utility", "adakv", "headkv", "duo") else "layers"
+        layers_named |= role == "layers"
+        rules = replace(rules, **{role: part})
     kinds = {item.name: type(getattr(rules, item.name)) for item in fields(Rules)}
     for piece in filter(None, tail.split(",")):
         key, _, value = piece.partition("=")
-        rules = replace(rules, **{key: kinds[key](value)})
-    if scorer in ("snapkv", "rkv"):
+        rules = replace(rules, **{key: value == "true" if kinds[key] is bool else kinds[key](value)})
+    if scorer in PROTECTS_ITS_WINDOW:
         rules = replace(rules, recent=rules.window)
     return rules
 

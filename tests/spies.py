@@ -57,10 +57,10 @@ class SpyLayer(EvictingLayer):
                 self._note(row)
         return output
 
-    def step(self, query, key, value):
+    def step(self, query, key, value, token_ids=None):
         for row, number in enumerate(self.rows):
             self.given[number].append([heads[row].clone() for heads in (query, key, value)])
-        return super().step(query, key, value)
+        return super().step(query, key, value, token_ids)
 
     def compress(self, row):
         super().compress(row)

@@ -154,8 +154,8 @@ def test_nothing_is_replayed_when_the_request_cannot_be_read(make_trace, tmp_pat
     def attempt(*arguments, **options):
         run_replay(*arguments, on_cell=lambda: cells.append(1), **options)
 
-    with pytest.raises(UserError, match="h2o"):
-        attempt([trace], ["rkv", "h2o"], [20])
+    with pytest.raises(UserError, match="h3o"):
+        attempt([trace], ["rkv", "h3o"], [20])
     with pytest.raises(UserError, match="bare fraction"):
         attempt([trace], ["rkv"], [20, "0.1"])
     with pytest.raises(TraceError, match="gone"):

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA
+from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
 from traces.manifest import content_id
 from traces.store import open_trace
 from validate import cli
@@ -82,6 +83,30 @@ def test_retained_holds_every_slot_after_every_compression(run_sim, trace_path, 
     assert kept["n_tokens"].unique().sort().to_list() == list(range(30, 90, 8))
 
 
+def test_trajectory_holds_every_span_of_every_head(run_sim, trace_path, tmp_path):
+    path = tmp_path / "time.parquet"
+    arguments = ["replay", "--trace", trace_path, "-p", "rkv", "-b", "16", "--buffer", "8"]
+    code, *_ = run_sim(*arguments, "--trajectory", path)
+    assert code == 0
+    spans = pl.read_parquet(path)
+    assert spans.schema == pl.Schema(TRAJECTORY_SCHEMA)
+    assert spans["n_tokens"].unique().sort().to_list() == [*range(30, 90, 8), 90]
+    assert spans["trace"].unique().to_list() == [trace_path.name]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("-o", "--retained"), ("-o", "--trajectory"), ("--retained", "--trajectory")]
+)
+def test_two_tables_do_not_share_a_file(run_sim, trace_path, tmp_path, monkeypatch, first, second):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_sim(
+        "replay", "--trace", trace_path, first, "rows.parquet", second, tmp_path / "rows.parquet"
+    )
+    assert (code, out) == (2, "")
+    one_line(err, f"{first} and {second} are both", "allowed: two files")
+    assert list(tmp_path.glob("*.parquet")) == []
+
+
 def test_buffer_is_a_default_that_a_policy_may_override(run_sim, trace_path):
     code, out, _ = run_sim(
         *("replay", "--trace", trace_path, "-b", "20", "--buffer", "4", "--format", "json"),
@@ -114,6 +139,7 @@ def test_some_failed_cells_exit_1_and_keep_the_others(run_sim, trace_path):
         (["--format", "xml"], 2, ["xml", "parquet"]),
         (["--format", "parquet"], 2, ["-o FILE"]),
         (["-o", "nowhere/rows.csv"], 2, ["nowhere"]),
+        (["--trajectory", "nowhere/rows.parquet"], 2, ["--trajectory nowhere", "existing folder"]),
         (["--jobs", "-1"], 2, ["-1"]),
         (["--unknown"], 2, ["--unknown"]),
         (["--seed", "x"], 2, ["--seed"]),
@@ -230,6 +256,59 @@ def test_policies_are_listed_and_shown(run_sim):
     code, _, err = run_sim("policies", "show", "nothing")
     assert code == 2
     one_line(err, "nothing")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_listings_keep_within_the_terminal(run_sim, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for arguments in (["list"], ["show", "reasonalloc"], ["show", "snapkv-paper"]):
+        _, out, _ = run_sim("policies", *arguments)
+        assert max(map(len, out.splitlines())) <= min(width, 110)
+
+
+def test_every_name_is_shown_with_a_meaning_for_every_parameter(run_sim):
+    for name in {*SCORERS, *ALIASES, *LAYER_ALLOCATORS, *HEAD_ALLOCATORS, *TRIGGERS}:
+        code, out, _ = run_sim("policies", "show", name, "--format", "json")
+        assert code == 0
+        for card in json.loads(out):
+            assert card["summary"], card["name"]
+            assert all(parameter["meaning"] for parameter in card["parameters"]), card["name"]
+
+
+def test_show_tells_parts_values_needs_and_deviations(run_sim):
+    _, out, _ = run_sim("policies", "show", "rkv+wave:alpha=0.3")
+    out = " ".join(out.split())
+    for words in (
+        "scorer: rkv",
+        "layer allocator: wave",
+        "head allocator: uniform",
+        "trigger: buffer-full",
+        "alpha = 0.3 (default 0.1)",
+        "needs: a wave of the model",
+        "Observed queries; as many recent entries are protected.",
+        "`slot_order=score,no_match=column0` reproduces the published code.",
+    ):
+        assert words in out
+    _, out, _ = run_sim("policies", "show", "uniform")
+    assert [line for line in out.splitlines() if ": uniform" in line] == [
+        "layer allocator: uniform",
+        "head allocator: uniform",
+    ]
+    assert "needs: values" in run_sim("policies", "show", "vatp")[1]
+    _, out, _ = run_sim("policies", "show", "rkv-code")
+    assert out.startswith("rkv-code = rkv:slot_order=score")
+    assert "slot_order = score (default chronological)" in out
+
+
+def test_lists_are_given_as_json_too(run_sim):
+    code, out, _ = run_sim("policies", "list", "--format", "json")
+    assert code == 0
+    groups = json.loads(out)
+    assert list(groups) == ["scorers", "layer allocators", "head allocators", "triggers", "aliases"]
+    assert {entry["name"] for entry in groups["scorers"]} == set(SCORERS)
+    code, _, err = run_sim("policies", "list", "--format", "csv")
+    assert code == 2
+    one_line(err, "csv", "text, json")
 
 
 def test_interrupt_exits_130(run_sim, trace_path, monkeypatch):

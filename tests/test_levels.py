@@ -135,8 +135,8 @@ class Late(Compressor):
 class Forgetful(Compressor):
     """Does not score by the newest query."""
 
-    def score(self, keys, positions, queries, n_tokens):
-        return super().score(keys, positions, queries[:, :-1], n_tokens)
+    def score(self, keys, positions, queries, n_tokens, values=None):
+        return super().score(keys, positions, queries[:, :-1], n_tokens, values)
 
 
 class Unscaled(Compressor):
@@ -200,17 +200,20 @@ class WeighedLayer(MaskedLayer):
     def attend(self, query, key, value, scale):
         if self.queries is not None:
             group_size, n_tokens = len(query) // len(key), key.shape[1]
-            shares = []
+            shares, lost = [], []
             for head, own in enumerate(query[:, 0].double()):
                 weights = (scale * key[head // group_size].double() @ own).softmax(0)
-                shares.append(float(weights[[*self.retained[head // group_size], n_tokens - 1]].sum()))
+                retained = [*self.retained[head // group_size], n_tokens - 1]
+                shares.append(float(weights[retained].sum()))
+                lost.append(any(weights[j] > 0.5 for j in range(n_tokens) if j not in retained))
             self.mass = [*getattr(self, "mass", []), shares]
+            self.lost = [*getattr(self, "lost", []), lost]
         return super().attend(query, key, value, scale)
 
 
 @torch.inference_mode()
 def masked_mass(model, trace, policy, entries):
-    """Feed a trace's tokens to the slow twin; float64 (n_layers, n_query_heads, n_steps)."""
+    """Feed a trace's tokens to the slow twin; mass and losses (n_layers, n_query_heads, n_steps), choices."""
     layers = [WeighedLayer(layer, policy, entries, 0) for layer in range(trace.shape.n_layers)]
     before = model.config._attn_implementation
     model.set_attn_implementation(MASKED)
@@ -223,17 +226,23 @@ def masked_mass(model, trace, policy, entries):
         logits = model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits
         chosen.append(int(logits[0, -1].argmax()))
     model.set_attn_implementation(before)
-    return np.array([layer.mass for layer in layers]).transpose(0, 2, 1), chosen
+    mass, lost = (
+        np.array([getattr(layer, what) for layer in layers]).transpose(0, 2, 1) for what in ("mass", "lost")
+    )
+    return mass, lost, chosen
 
 
 @pytest.mark.parametrize("text", ["streamingllm", "rkv", "rkv+utility:delta=12"])
 def test_forced_mass_is_what_a_masked_model_finds_retained(text, model, trace, waves):
     policy = policy_of(text)
     forced = run_forced(model, trace, policy, ENTRIES, waves=waves)
-    expected, chosen = masked_mass(model, trace, policy, ENTRIES)
+    expected, lost, chosen = masked_mass(model, trace, policy, ENTRIES)
     assert forced.forced.shape == forced.simulated.shape == (2, 4, N_NEW)
     np.testing.assert_allclose(forced.forced, expected, rtol=0, atol=1e-5)
     assert forced.forced.min() < 0.7
+    np.testing.assert_array_equal(forced.forced_lost, lost)
+    assert 0 < lost.mean() < 1
+    np.testing.assert_array_equal(forced.simulated_lost[0], lost[0])  # nothing drifts in the first layer
     own = trace.token_ids[N_PROMPT + 1 :].tolist()
     assert forced.agrees.tolist() == [a == b for a, b in zip(chosen[:-1], own, strict=True)]
     assert 0 < forced.agrees.mean() < 1
@@ -273,6 +282,8 @@ def test_rows_hold_the_means(model, trace, waves):
             "simulated_mass": forced.simulated.mean(),
             "forced_mass": forced.forced.mean(),
             "drift": forced.forced.mean() - forced.simulated.mean(),
+            "simulated_lost_lookups": forced.simulated_lost.mean(),
+            "forced_lost_lookups": forced.forced_lost.mean(),
             "agreement": forced.agrees.sum() / (N_NEW - 1),
             "drift_layer_0": forced.forced[0].mean() - forced.simulated[0].mean(),
             "drift_layer_1": forced.forced[1].mean() - forced.simulated[1].mean(),
@@ -299,6 +310,8 @@ def test_steps_hold_the_mean_of_every_layer_and_step(model, trace, waves):
                     "step": step,
                     "simulated_mass": np.mean([float(x) for x in forced.simulated[layer, :, step]]),
                     "forced_mass": np.mean([float(x) for x in forced.forced[layer, :, step]]),
+                    "simulated_lost_lookups": forced.simulated_lost[layer, :, step].sum() / 4,
+                    "forced_lost_lookups": forced.forced_lost[layer, :, step].sum() / 4,
                 },
                 abs=1e-6,
             )

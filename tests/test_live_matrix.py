@@ -546,6 +546,25 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
         matrix._run_batch(tmp_path, Batch(FULL, None, 0, 2))
 
 
+def test_what_a_users_part_raises_fails_its_batch_in_words(folder, tmp_path, worker):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from simulator.policies.recency import Recency\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Recency):\n"
+        "    name = 'mine'\n\n"
+        "    def quota(self, budget, n_tokens):\n"
+        "        raise KeyError('horizon')\n"
+    )
+    asked = settings_for(folder)
+    Matrix(tmp_path, asked, 2)
+    matrix._start_worker(asked)
+    matrix._run_batch(tmp_path, Batch(FULL, None, 0, 2))
+    policy = parse_policy(f"{tmp_path}/mine.py:Mine", buffer=2)
+    with pytest.raises(UserError, match=r"'mine' failed: KeyError: 'horizon' \(mine.py, line 10\)"):
+        matrix._run_batch(tmp_path, Batch(policy, parse_budget("20"), 0, 2))
+
+
 def test_a_process_that_dies_is_told_in_one_line(folder, tmp_path, calls, monkeypatch):
     def die(*_):
         raise BrokenProcessPool

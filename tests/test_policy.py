@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, dataclass, fields
+from typing import ClassVar
 
 import naive_rules
 import pytest
 
-from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+from simulator.policies.base import HeadAllocator
 from simulator.policy import parse_policy, split_list
 from traces.errors import InfeasibleBudgetError, UserError
 
@@ -24,6 +26,10 @@ from traces.errors import InfeasibleBudgetError, UserError
         ("rkv+uniform+utility", ("rkv", "uniform", "utility", "buffer-full")),
         ("random-prompt:trigger=every-n", ("random-prompt", "uniform", "uniform", "every-n")),
         ("fullkv", ("fullkv", "uniform", "uniform", "never")),
+        ("rkv+custom", ("rkv", "custom", "uniform", "buffer-full")),
+        ("rkv+uniform+custom", ("rkv", "uniform", "custom", "buffer-full")),
+        ("rkv+custom+custom:trigger=segment", ("rkv", "custom", "custom", "segment")),
+        ("rkv+table+headkv:trigger=per-step", ("rkv", "table", "headkv", "per-step")),
     ],
 )
 def test_names_spell_the_parts(text, parts):
@@ -37,7 +43,7 @@ def test_names_spell_the_parts(text, parts):
 
 def test_defaults_are_the_papers():
     written = {item.name: item.default for item in fields(naive_rules.Rules)}
-    special = {("streamingllm", "sinks"): 4, ("random", "recent"): 8, ("random-prompt", "recent"): 8}
+    special = {(name, key): value for name, own in naive_rules.SPECIAL.items() for key, value in own.items()}
     seen = set()
     for table in (SCORERS, LAYER_ALLOCATORS, HEAD_ALLOCATORS, TRIGGERS):
         for name, part in table.items():
@@ -56,6 +62,42 @@ def test_parameters_reach_their_part():
     assert parameters["alpha"] == 1.0
     assert parameters["trigger"] == "buffer-full"
     assert list(parameters) == sorted(parameters)
+
+
+def test_aliases_carry_parameters_and_the_users_own_win():
+    code = parse_policy("rkv-code")
+    assert (code.scorer.alpha, code.scorer.slot_order, code.scorer.no_match) == (0.07, "score", "column0")
+    mine = parse_policy("rkv-code+utility:alpha=0.2,buffer=16", window=4)
+    assert (mine.name, mine.scorer.alpha, mine.scorer.window) == ("rkv-code+utility", 0.2, 4)
+    assert (mine.scorer.slot_order, mine.heads.name, mine.trigger.buffer) == ("score", "utility", 16)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_says_what_its_meaning_says(alias):
+    named, written = parse_policy(alias), parse_policy(ALIASES[alias])
+    assert named.parts == written.parts
+    assert named.name == alias
+
+
+@dataclass(frozen=True)
+class OwnHeads(HeadAllocator):
+    name: ClassVar[str] = "own"
+    window: int = 3
+
+    def allocate(self, request):
+        raise NotImplementedError
+
+
+def test_a_parameter_of_two_parts_can_be_set_for_one(monkeypatch):
+    monkeypatch.setitem(HEAD_ALLOCATORS, "own", OwnHeads)
+    policy = parse_policy("rkv+own")
+    assert (policy.parameters["window"], policy.parameters["heads.window"]) == (8, 3)
+    both = parse_policy("rkv+own:window=4")
+    assert (both.scorer.window, both.heads.window, "heads.window" in both.parameters) == (4, 4, False)
+    one = parse_policy("rkv+own:window=4,heads.window=2")
+    assert (one.scorer.window, one.heads.window, one.parameters["heads.window"]) == (4, 2, 2)
+    with pytest.raises(UserError, match=r"parameter 'layers\.window' is unknown"):
+        parse_policy("rkv+own:layers.window=2")
 
 
 def test_overrides_apply_where_they_fit_and_yield_to_the_text():
@@ -77,7 +119,7 @@ def test_comma_lists_keep_parameters_with_their_policy():
     ("text", "named"),
     [
         ("", "allowed"),
-        ("h2o", "'h2o' is unknown; allowed: fullkv"),
+        ("h3o", "'h3o' is unknown; allowed: fullkv"),
         ("rkv+snapkv", "'snapkv' is a second scorer"),
         ("rkv+wave+pyramid", "'pyramid' is a second layers"),
         ("reasonalloc+utility", "'utility' is a second heads"),
@@ -101,8 +143,32 @@ def test_comma_lists_keep_parameters_with_their_policy():
         ("rkv:similarity_threshold=1.5", "similarity_threshold is 1.5"),
         ("streamingllm:sinks=-1", "sinks is -1"),
         ("random:recent=-1", "recent is -1"),
+        ("h2o:recent_share=1.5", "recent_share is 1.5; allowed: 0 to 1"),
+        ("vatp:recent_share=-1", "recent_share is -1"),
+        ("vatp:sinks=-1", "sinks is -1"),
+        ("tova:recent=-1", "recent is -1"),
+        ("keydiff:recent=-1", "recent is -1"),
+        ("knorm:recent=-1", "recent is -1"),
+        ("recency:sinks=-1", "sinks is -1"),
+        ("snapkv-paper:window=0", "window is 0"),
+        ("snapkv-paper:kernel_size=2", "kernel_size is 2; allowed: an odd number"),
+        ("snapkv-paper:pool=sum", "allowed: max, avg"),
+        ("snapkv-paper:slot_order=random", "allowed: chronological, score"),
+        ("snapkv-paper:group_reduce=mean_weights", "parameter 'group_reduce' is unknown"),
+        ("criticalkv:pool=sum", "allowed: max, avg"),
+        ("criticalkv:first_stage_share=2", "first_stage_share is 2.0; allowed: 0 to 1"),
+        ("criticalkv:epsilon=-1", "epsilon is -1"),
+        ("lagkv:lag=0", "lag is 0"),
+        ("lagkv:sinks=-1", "sinks is -1"),
+        ("lagkv:score_source=values", "allowed: both, keys"),
+        ("expected-attention:window=0", "window is 0"),
+        ("expected-attention:sinks=-1", "sinks is -1"),
+        ("expected-attention:n_future=0", "n_future is 0"),
+        ("expected-attention:epsilon=-1", "epsilon is -1"),
+        ("append-only:rate=0", "rate is 0.0; allowed: above 0, up to 1"),
+        ("append-only:window=0", "window is 0"),
         ("rkv:buffer=0", "buffer is 0; allowed: 1 or more"),
-        ("rkv:prompt=keep", "allowed: compress, wait"),
+        ("rkv:prompt=half", "allowed: compress, wait, keep"),
         ("rkv:trigger=newline", "trigger is 'newline'; allowed: buffer-full, every-n"),
         ("rkv:interval=8", "parameter 'interval' is unknown"),
         ("rkv:trigger=every-n,interval=0", "interval is 0"),
@@ -117,6 +183,31 @@ def test_comma_lists_keep_parameters_with_their_policy():
         ("rkv+utility:head_cap=0", "head_cap is 0"),
         ("rkv+utility:pooling=rank", "allowed: none, length"),
         ("rkv:redistribute=1", "redistribute is 1; allowed: true or false"),
+        ("rkv+pyramid-code:code_beta=0", "code_beta is 0; allowed: 1 or more"),
+        ("rkv+pyramid-code:pyramid_beta=3", "parameter 'pyramid_beta' is unknown"),
+        ("rkv+wave-dynamic:layer_delta=-1", "layer_delta is -1; allowed: 0 or more"),
+        ("rkv+wave-dynamic:demand_window=0", "demand_window is 0"),
+        ("rkv+wave-dynamic:rho=1", "rho is 1.0; allowed: between 0 and 1"),
+        ("rkv+wave-dynamic:gamma=5", "gamma is 5.0"),
+        ("rkv+wave-dynamic:layer_floor=-1", "layer_floor is -1"),
+        ("rkv+wave-dynamic:layer_cap=0", "layer_cap is 0"),
+        ("rkv+cake:cake_window=0", "cake_window is 0"),
+        ("rkv+cake:tau1=0", "tau1 is 0.0; allowed: 0.1 to 10"),
+        ("rkv+cake:tau2=nan", "tau2 is nan"),
+        ("rkv+squeeze:squeeze_share=2", "squeeze_share is 2.0; allowed: 0 to 1"),
+        ("rkv+table:head_beta=0.9", "head_beta is 0.9; allowed: 1 or more"),
+        ("rkv+headkv:head_beta=inf", "head_beta is inf"),
+        ("rkv+custom:layer_shares=4/0", "layer_shares is '4/0'; allowed: numbers above 0 joined by /"),
+        ("rkv+uniform+custom:head_shares=1/inf", "head_shares is '1/inf'"),
+        ("rkv+custom:head_shares=1/2", "parameter 'head_shares' is unknown"),
+        ("rkv+adakv:form=pooled", "form is 'pooled'; allowed: blend, floor"),
+        ("rkv+adakv:uniform_share=1.1", "uniform_share is 1.1; allowed: 0 to 1"),
+        ("rkv+duo:streaming_share=-1", "streaming_share is -1"),
+        ("rkv+duo:stream_budget=2", "stream_budget is 2.0; allowed: 0 to 1"),
+        ("rkv:trigger=per-step,buffer=2", "parameter 'buffer' is unknown"),
+        ("rkv:trigger=per-step,prompt=half", "allowed: compress, wait, keep"),
+        ("rkv:trigger=segment,segment=word", "segment is 'word'; allowed: newline, or token ids joined by /"),
+        ("rkv:trigger=segment,prompt=half", "allowed: compress, wait, keep"),
     ],
 )
 def test_what_is_no_policy_is_refused_in_words(text, named):
@@ -129,7 +220,22 @@ def test_what_is_no_policy_is_refused_in_words(text, named):
 
 @pytest.mark.parametrize(
     ("text", "protected"),
-    [("rkv", 8), ("snapkv:window=3", 3), ("streamingllm", 4), ("random", 8), ("random-prompt:recent=0", 0)],
+    [
+        ("rkv", 8),
+        ("snapkv:window=3", 3),
+        ("streamingllm", 4),
+        ("random", 8),
+        ("random-prompt:recent=0", 0),
+        ("h2o", 0),
+        ("tova:recent=1", 1),
+        ("snapkv-paper", 32),
+        ("criticalkv:window=5", 5),
+        ("lagkv", 4),
+        ("expected-attention", 4),
+        ("vatp", 20),
+        ("recency", 0),
+        ("append-only", 8),
+    ],
 )
 def test_budget_must_exceed_what_is_protected(text, protected):
     policy = parse_policy(text)

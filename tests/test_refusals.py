@@ -21,7 +21,7 @@ class GivenHeads(HeadAllocator):
     shares: tuple[int, ...] = ()
     delta: int = 1
 
-    def allocate(self, scores, total, protected):
+    def allocate(self, request):
         return np.array(self.shares), False
 
 

@@ -106,7 +106,7 @@ def view_of(n, n_tokens=None, **changes):
 
 def test_protected_entries_are_beyond_any_score():
     view = view_of(5, positions=np.array([0, 2, 5, 8, 9], np.int32), n_tokens=10)
-    scores = checked_scores(Given([1.0, 2, 3, 4, 5], sinks=2, recent=2), view)
+    (scores,) = checked_scores(Given([1.0, 2, 3, 4, 5], sinks=2, recent=2), [view])
     np.testing.assert_array_equal(scores, [INFINITY, 2, 3, INFINITY, INFINITY])
     assert scores.dtype == np.float32
 
@@ -124,7 +124,7 @@ def test_protected_entries_are_beyond_any_score():
 )
 def test_broken_scores_are_refused_in_words(scores, named):
     with pytest.raises(PolicyError, match=named):
-        checked_scores(Given(scores), view_of(4))
+        checked_scores(Given(scores), [view_of(4)])
 
 
 def test_view_is_read_only_and_its_source_is_not():

@@ -173,7 +173,17 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert row["agreement"] == pytest.approx(forced.agrees.mean())
     assert row["drift_layer_1"] == pytest.approx(forced.drift[1].mean(), abs=1e-6)
     steps = pl.read_parquet(tmp_path / "steps.parquet")
-    assert steps.columns == ["trace", "policy", "budget", "layer", "step", "simulated_mass", "forced_mass"]
+    assert steps.columns == [
+        "trace",
+        "policy",
+        "budget",
+        "layer",
+        "step",
+        "simulated_mass",
+        "forced_mass",
+        "simulated_lost_lookups",
+        "forced_lost_lookups",
+    ]
     own = steps.filter(policy="rkv").select(list(forced_steps(forced)))
     assert own.equals(pl.DataFrame(forced_steps(forced)))
     assert len(steps) == 2 * len(own)

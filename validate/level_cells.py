@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -34,6 +34,7 @@ def compare_with_traces(
     import polars as pl
     from transformers.utils import logging
 
+    from simulator.full_cache import FullCache
     from simulator.output import write_parquet
     from simulator.wave import known_waves
     from traces.store import find_traces, open_trace
@@ -50,12 +51,15 @@ def compare_with_traces(
     waves = known_waves(list(wave or []))
     rows, per_step, failed = [], [], []
     for own in opened:
+        settings: dict[str, Any] = {"seed": seed, "waves": waves}
+        if level == "forced":
+            settings["full"] = FullCache(own)
         for policy, budget in cells:
             labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
             run = run_shadow if level == "shadow" else run_forced
             try:
                 entries = budget.entries(own.shape, own.total_tokens)
-                result = run(loaded.model, own, policy, entries, seed=seed, waves=waves)
+                result = run(loaded.model, own, policy, entries, **settings)
             except UserError as error:
                 failed.append(error)
                 continue

@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from simulator.engine import Engine
+from simulator.full_cache import FullCache
 from simulator.layer_replay import Retained
+from simulator.metrics import LOOKUP, lost_lookups
 from simulator.policy import Policy
 from simulator.request import Outcome, Request
 from simulator.wave import Wave
@@ -70,6 +72,8 @@ class Forced:
     forced, simulated : float32 (n_layers, n_query_heads, n_steps)
         Share of the attention over the whole history that falls on what is retained: with the queries and
         keys of the evicting model, and with the trace's.
+    forced_lost, simulated_lost : bool (n_layers, n_query_heads, n_steps)
+        Where more than half of that attention lies on one key, and it is gone.
     agrees : bool (n_steps - 1,)
         Whether the trace's next token is the evicting model's most likely one, which for a greedy trace
         means that it would have written it; the last step, which has no next token, is left out.
@@ -77,6 +81,8 @@ class Forced:
 
     forced: np.ndarray
     simulated: np.ndarray
+    forced_lost: np.ndarray
+    simulated_lost: np.ndarray
     agrees: np.ndarray
 
     @property
@@ -93,17 +99,24 @@ class _WatchedLayer(EvictingLayer):
     ) -> torch.Tensor:
         self.retained: list[Retained] = []
         self.mass: list[np.ndarray] = []
+        self.lost: list[np.ndarray] = []
         self.all_keys, self.all_values = key[0], value[0]
         return super().prefill(query, key, value, scale)
 
-    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_ids: np.ndarray | None = None,
+    ) -> torch.Tensor:
         self.all_keys = torch.cat([self.all_keys, key[0]], 1)
         self.all_values = torch.cat([self.all_values, value[0]], 1)
-        return super().step(query, key, value)
+        return super().step(query, key, value, token_ids)
 
-    def _decide(self, row, keys, positions):
+    def _decide(self, row, keys, positions, values):
         compression = self.compressors[row].n_compressions
-        survivors = super()._decide(row, keys, positions)
+        survivors = super()._decide(row, keys, positions, values)
         for kv_head, (held, slots) in enumerate(zip(positions, survivors, strict=True)):
             kept = held if slots is None else held[slots]
             where = (self.layer, kv_head, compression, int(self.n_tokens[row]))
@@ -126,11 +139,14 @@ class _ForcedLayer(_WatchedLayer):
         grouped = query[0].reshape(n_kv_heads, -1, query.shape[-1]).float()
         logits = (grouped * self.scale) @ self.all_keys[:, :n_tokens].float().transpose(1, 2)
         weights = logits.softmax(-1)
-        mass = [
-            weights[kv_head][:, self.pool.positions[self.pool.segment(0, kv_head)]].sum(-1)
-            for kv_head in range(n_kv_heads)
-        ]
-        self.mass.append(to_array(torch.cat(mass)))
+        retained = torch.zeros(weights.shape[::2], dtype=weights.dtype, device=weights.device)
+        for kv_head in range(n_kv_heads):
+            retained[kv_head, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
+        # Attention that lies on one key by more than half lies there uniquely.
+        largest, where = weights.max(-1)
+        lost = (largest > LOOKUP) & (retained.gather(1, where) == 0)
+        self.mass.append(to_array((weights @ retained[..., None]).reshape(-1)))
+        self.lost.append(lost.reshape(-1).cpu().numpy())
         return super().attend(query)
 
 
@@ -183,14 +199,25 @@ def run_forced(
     *,
     seed: int = 0,
     waves: dict[str, Wave] | None = None,
+    full: FullCache | None = None,
 ) -> Forced:
-    """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`."""
+    """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`.
+
+    ``full`` is the trace's, if it is at hand: several runs can share it.
+    """
     _require_own_trace(model, trace)
     simulated = _replay(trace, policy, entries, seed, waves)
     # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
-    cache, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, _FORCED_TOKENS)
-    forced = np.stack([np.stack(layer.mass, axis=1) for layer in cache.evicting_layers])
-    return Forced(forced, simulated.mass, chosen[:-1] == trace.token_ids[trace.prompt_tokens + 1 :])
+    n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
+    cache, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_together)
+    layers = cache.evicting_layers
+    return Forced(
+        forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
+        simulated=simulated.mass,
+        forced_lost=np.stack([np.stack(layer.lost, axis=1) for layer in layers]),
+        simulated_lost=lost_lookups(trace, simulated, full or FullCache(trace)),
+        agrees=chosen[:-1] == trace.token_ids[trace.prompt_tokens + 1 :],
+    )
 
 
 def level_row(result: Shadow | Forced) -> dict[str, object]:
@@ -206,6 +233,8 @@ def level_row(result: Shadow | Forced) -> dict[str, object]:
         "simulated_mass": float(result.simulated.mean(dtype=np.float64)),
         "forced_mass": float(result.forced.mean(dtype=np.float64)),
         "drift": float(result.drift.mean()),
+        "simulated_lost_lookups": float(result.simulated_lost.mean()),
+        "forced_lost_lookups": float(result.forced_lost.mean()),
         "agreement": float(result.agrees.mean()) if len(result.agrees) else None,
     } | per_layer
 
@@ -218,6 +247,8 @@ def forced_steps(result: Forced) -> dict[str, np.ndarray]:
         "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
         "simulated_mass": result.simulated.mean(axis=1).reshape(-1),
         "forced_mass": result.forced.mean(axis=1).reshape(-1),
+        "simulated_lost_lookups": result.simulated_lost.mean(axis=1).reshape(-1),
+        "forced_lost_lookups": result.forced_lost.mean(axis=1).reshape(-1),
     }
 
 
@@ -258,7 +289,7 @@ def _run(
     """Feed a trace's tokens; give the cache, and the most likely next token of every decode step."""
     cache = EvictingCache(
         model,
-        policy,
+        policy.resolved(trace.manifest.vocabulary),
         entries,
         name=trace.model,
         revision=trace.manifest.model_revision,

@@ -17,6 +17,12 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, token_ids: Iterable
     return {token: token_text(tokenizer, token) for token in sorted(set(token_ids))}
 
 
+def whole_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Give the text of every token id, each decoded alone."""
+    ids = range(len(tokenizer))
+    return dict(enumerate(tokenizer.batch_decode([[token] for token in ids])))
+
+
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Give what one token adds to a text, its leading blank included."""
     # Decoders drop the blank before the first token of a text, and put one between whole words:

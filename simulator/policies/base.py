@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,15 +38,32 @@ class Scorer(ABC):
     slot_order : str
         How survivors are laid out: ``chronological``, or ``score`` (best first, then the recent entries),
         which matters to scorers that look at neighbouring slots.
+    sees_span : bool
+        Whether the view has to show every query since the last compression instead.
+    needs : frozenset of str
+        What else the view has to hold: ``values``, ``rope``.
+    stateful : bool
+        Whether the scorer notes something of each entry, by ``observe``.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    stateful: ClassVar[bool] = False
 
     @property
     def window(self) -> int:
         """Queries observed."""
         return 0
+
+    @property
+    def sees_span(self) -> bool:
+        """Whether all queries since the last compression are observed."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Data beyond queries and keys."""
+        return frozenset()
 
     @property
     def sinks(self) -> int:
@@ -67,6 +84,18 @@ class Scorer(ABC):
     def score(self, view: CacheView) -> np.ndarray:
         """Score every entry, higher is kept; float32 (n_entries,). Protected entries' scores are ignored."""
 
+    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        """Score a layer's KV heads; for scorers that judge them together."""
+        return [self.score(view) for view in views]
+
+    def observe(self, view: CacheView) -> np.ndarray:
+        """Give what to note of each entry, float32 (n_entries,); ``view.state`` holds what was noted."""
+        raise NotImplementedError(f"scorer '{self.name}' is stateful but does not say what it observes")
+
+    def quota(self, budget: int, n_tokens: int) -> int:
+        """Give how much of its budget a head may fill after so many tokens."""
+        return budget
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRequest:
@@ -83,6 +112,9 @@ class LayerRequest:
         The model, for profiles measured per model, and the trace to be judged.
     waves : dict
         Known demand profiles by model name.
+    n_kv_heads : int
+    views : sequence of sequences of CacheView
+        What every KV head of every layer holds now; only for dynamic allocators.
     """
 
     n_layers: int
@@ -92,13 +124,72 @@ class LayerRequest:
     model_revision: str
     trace_id: str
     waves: dict[str, Wave]
+    n_kv_heads: int = 1
+    views: Sequence[Sequence[CacheView]] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRequest:
+    """What a head allocator divides.
+
+    Attributes
+    ----------
+    scores : sequence of float32 (n_entries of that head,)
+        Scores of what each head holds; protected entries are plus infinity.
+    total : int
+        The layer's entries over all heads.
+    protected : int
+        Entries no head can do without.
+    layer : int
+    table : float64 (n_kv_heads,), optional
+        The layer's row of the allocator's ``table``.
+    """
+
+    scores: Sequence[np.ndarray]
+    total: int
+    protected: int
+    layer: int = 0
+    table: np.ndarray | None = None
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads."""
+        return len(self.scores)
 
 
 class LayerAllocator(ABC):
-    """Divides the budget over layers, once per request."""
+    """Divides the budget over layers, when a request arrives.
+
+    Attributes
+    ----------
+    dynamic : bool
+        Whether it looks at what the layers hold: it then divides after the prompt was read, and again every
+        ``layer_delta`` decode steps.
+    layer_delta : int
+        0 never divides again.
+    window : int
+        How many of the last queries the views have to show.
+    exact : bool
+        Whether the budgets sum to the total; published code may not.
+    files : tuple of str
+        Parameters that may be the path of a file, so that results can tell its content.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    dynamic: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def layer_delta(self) -> int:
+        """Decode steps between reallocations."""
+        return 0
+
+    @property
+    def window(self) -> int:
+        """Queries observed."""
+        return 0
 
     @abstractmethod
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
@@ -115,41 +206,56 @@ class HeadAllocator(ABC):
     ----------
     delta : int
         Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share.
+    files : tuple of str
+        As for layers.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    files: ClassVar[tuple[str, ...]] = ()
 
     @property
     def delta(self) -> int:
         """Decode steps between reallocations."""
         return 0
 
-    @abstractmethod
-    def allocate(self, scores: Sequence[np.ndarray], total: int, protected: int) -> tuple[np.ndarray, bool]:
-        """Give each head's budget, int64 (n_kv_heads,), summing to ``total``.
+    def table(self, request: LayerRequest) -> np.ndarray | None:
+        """Give what is known of the model's heads beforehand, float64 (n_layers, n_kv_heads), or None."""
+        return None
 
-        Parameters
-        ----------
-        scores : sequence of float32 (n_entries of that head,)
-            Scores of what each head holds; protected entries are plus infinity.
-        total : int
-            The layer's entries over all heads.
-        protected : int
-            Entries no head can do without.
+    @abstractmethod
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
+        """Give each head's budget, int64 (n_kv_heads,), summing to the request's total.
+
+        The second value says whether the protected entries were a binding lower bound.
         """
 
 
 class Trigger(ABC):
-    """Says when a layer compresses."""
+    """Says when a layer compresses.
+
+    Attributes
+    ----------
+    reads_text : bool
+        Whether ``resolved`` has to know the text of tokens.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    reads_text: ClassVar[bool] = False
 
     @property
     def prompt(self) -> str:
-        """``compress`` the prompt at the end of prefill, or ``wait`` for the first trigger."""
+        """``compress`` the prompt at the end of prefill, ``wait`` for the first trigger, or ``keep`` it."""
         return "compress"
+
+    def resolved(self, vocabulary: Mapping[int, str]) -> Trigger:
+        """Give the trigger with what it needs to know of the token ids."""
+        return self
+
+    def fires_on(self, token_ids: np.ndarray) -> np.ndarray:
+        """Say at which newest tokens a due compression happens; bool, as ``token_ids``."""
+        return np.ones(len(token_ids), bool)
 
     @abstractmethod
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:

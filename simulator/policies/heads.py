@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from simulator.apportion import apportion, robustify
-from simulator.policies.base import HeadAllocator, refuse_unless
+from simulator.policies.base import HeadAllocator, HeadRequest, refuse_unless
+
+# A delta that no run reaches: heads are divided at a layer's first compression, and at its first after the
+# layer's budget has changed, but never again. A delta of 0 would not divide them at all.
+ONCE = 2**62
 
 POOLINGS = ("none", "length")
 
@@ -20,9 +23,9 @@ class UniformHeads(HeadAllocator):
 
     name: ClassVar[str] = "uniform"
 
-    def allocate(self, scores: Sequence[np.ndarray], total: int, protected: int) -> tuple[np.ndarray, bool]:
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Give every head its equal share."""
-        return apportion(np.full(len(scores), total / len(scores)), total), False
+        return equal_shares(request.total, request.n_heads), False
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class UtilityHeads(HeadAllocator):
         refuse_unless(self.head_cap >= 1, "head_cap", self.head_cap, "1 or more")
         refuse_unless(self.pooling in POOLINGS, "pooling", self.pooling, ", ".join(POOLINGS))
 
-    def allocate(self, scores: Sequence[np.ndarray], total: int, protected: int) -> tuple[np.ndarray, bool]:
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Count each head's winners and robustify the counts."""
+        scores, total = request.scores, request.total
         if self.pooling == "length":
             scores = [s * np.float32(np.isfinite(s).sum()) for s in scores]
         pooled = np.concatenate(scores)
@@ -83,5 +87,10 @@ class UtilityHeads(HeadAllocator):
             exponent=self.beta,
             floor=self.mu,
             cap=self.head_cap,
-            protected=protected,
+            protected=request.protected,
         )
+
+
+def equal_shares(total: int, n: int) -> np.ndarray:
+    """Divide a total over n heads alike; int64 (n,)."""
+    return apportion(np.full(n, total / n), total)

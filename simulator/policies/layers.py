@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.apportion import apportion, robustify
 from simulator.policies.base import LayerAllocator, LayerRequest, refuse_unless
-from traces.errors import MissingDataError, UserError
+from simulator.policies.tables import wave_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,47 @@ class PyramidLayers(LayerAllocator):
 
 
 @dataclass(frozen=True)
+class PyramidCode(LayerAllocator):
+    """Budgets that fall from the first layer to the last in whole steps, as PyramidKV's code has them.
+
+    Attributes
+    ----------
+    code_beta : int
+        As ``pyramid_beta`` of the exact pyramid, whose whole quotient this takes.
+
+    Notes
+    -----
+    The step between layers is rounded down, so the last layer gets more than it should and the budgets
+    exceed the total: by up to 13% of the evictable entries at the published settings. Compare policies by
+    the entries they hold, not by their budget. The clamp to the prompt's length is left out as in the exact
+    pyramid, since a decoding cache outgrows the prompt, and so is the fall back to uniform budgets for short
+    prompts. The protected entries come on top, as the observation window does in the code.
+
+    References
+    ----------
+    Cai et al. 2024, "PyramidKV" (arXiv 2406.02069), as in the code of KVCache-Factory.
+    """
+
+    name: ClassVar[str] = "pyramid-code"
+    source: ClassVar[str] = "Cai et al. 2024, arXiv 2406.02069, as coded in KVCache-Factory"
+    exact: ClassVar[bool] = False
+    code_beta: int = 20
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.code_beta >= 1, "code_beta", self.code_beta, "1 or more")
+
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Give the protected entries plus what the code's integer arithmetic gives."""
+        evictable = request.entries - request.protected
+        if request.n_layers == 1:
+            return np.array([request.entries]), False
+        last = evictable // self.code_beta
+        first = 2 * evictable - last
+        step = (first - last) // (request.n_layers - 1)
+        return request.protected + first - step * np.arange(request.n_layers), False
+
+
+@dataclass(frozen=True)
 class WaveLayers(LayerAllocator):
     """Budgets that follow the model's measured demand, the Reasoning Wave (ReasonAlloc level I).
 
@@ -98,28 +139,7 @@ class WaveLayers(LayerAllocator):
         UserError
             If the wave was measured on the very trace it is to be judged on.
         """
-        wave = request.waves.get(request.model)
-        if wave is None:
-            known = ", ".join(sorted(request.waves)) or "none"
-            raise MissingDataError(
-                f"no wave for model '{request.model}' (known: {known}); make one from other traces of it "
-                "with: sim calibrate --trace CALIBRATION --out wave.json, then pass --wave wave.json"
-            )
-        if wave.model_revision and request.model_revision not in ("", wave.model_revision):
-            raise MissingDataError(
-                f"the wave of model '{request.model}' is of revision {wave.model_revision}, the trace of "
-                f"{request.model_revision}; allowed: the same"
-            )
-        if request.trace_id in wave.trace_ids:
-            raise UserError(
-                f"trace {request.trace_id[:12]} was used to calibrate the wave of model '{request.model}'; "
-                "allowed: other traces of the model, or a wave from other traces with --wave"
-            )
-        demand = np.asarray(wave.demand, np.float64)
-        if len(demand) != request.n_layers:
-            raise MissingDataError(
-                f"the wave of model '{request.model}' has {len(demand)} layers, the trace {request.n_layers}"
-            )
+        demand = np.asarray(wave_of(request).demand, np.float64)
         return robustify(
             demand,
             request.n_layers * request.entries,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -11,13 +13,15 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from simulator.contract import checked_table
 from simulator.policies.base import LayerRequest
 from simulator.policy import Policy
-from simulator.request import divide_over_layers
+from simulator.request import divide_over_layers, require_data
 from simulator.wave import Wave, known_waves
 from traces.errors import UserError
 from validate.attention import replaced_attention, unsupported_feature
 from validate.eviction.layer import EvictingLayer
+from validate.models import model_shape, rope_parameters
 
 IMPLEMENTATION = "kvbudget_evict"
 _ATTRIBUTE = "_kvbudget_evicting_cache"
@@ -120,17 +124,35 @@ class EvictingCache(Cache):
         seeds: Sequence[int] | None = None,
         layer_type: type[EvictingLayer] = EvictingLayer,
     ) -> None:
-        n_layers = model.config.get_text_config().num_hidden_layers
-        super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(n_layers)])
+        shape, rope = model_shape(model.config, model.dtype), rope_parameters(model.config)
+        super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(shape.n_layers)])
         self.policy, self._seeds, self._layer_type = policy, seeds, layer_type
         self._one_budget = isinstance(entries, Integral)
-        waves = known_waves() if waves is None else waves
-        budgets = {}
-        asked = [int(entries)] if isinstance(entries, Integral) else [int(entry) for entry in entries]
-        for budget in set(asked):
-            request = LayerRequest(n_layers, budget, policy.protected, name, revision, "", waves)
-            budgets[budget], _ = divide_over_layers(policy, request)
-        self._budgets = np.array([budgets[budget] for budget in asked])  # (n_rows or 1, n_layers)
+        self._asked = [int(entries)] if isinstance(entries, Integral) else [int(entry) for entry in entries]
+        self._request = LayerRequest(
+            n_layers=shape.n_layers,
+            entries=0,
+            protected=policy.protected,
+            model=name,
+            model_revision=revision,
+            trace_id="",
+            waves=known_waves() if waves is None else waves,
+            n_kv_heads=shape.n_kv_heads,
+        )
+        self._rope = require_data(policy, True, rope, shape.head_dim, f"model '{name}'")
+        self._table = checked_table(policy.heads, self._request)
+        # What is infeasible whatever the prompts are is refused before they are read.
+        self._budgets = self._divide([0] * len(self._asked))
+        self._prompts = np.zeros(0, np.int64)
+        self._tokens: np.ndarray | None = None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only some rows and free the others."""
+        super().batch_select_indices(indices)
+        rows = indices.cpu().numpy()
+        self._prompts = self._prompts[rows]
+        if not self._one_budget:
+            self._asked = [self._asked[row] for row in rows]
 
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
@@ -161,21 +183,81 @@ class EvictingCache(Cache):
         The first call brings the prompts; ``mask`` (n_rows, length) tells where their padding ends.
         """
         held, n_rows, length = self.layers[layer], query.shape[0], query.shape[2]
+        waits, is_last = self.policy.divides_layers_again, layer == len(self.layers) - 1
         if held.entries is not None:
             if length > 1 and mask is not None and not mask[:, -length:].all():
                 raise UserError("padding after the prompts cannot be left out; allowed: left-padded prompts")
-            return held.entries.step(query, key, value)
-        seeds = range(n_rows) if self._seeds is None else self._seeds
-        for what, n_given in (
-            ("budgets", n_rows if self._one_budget else len(self._budgets)),
-            ("seeds", len(seeds)),
-        ):
+            if length > 1 and waits:
+                raise UserError(
+                    f"policy '{self.policy.name}' moves budgets between layers and takes tokens one by one; "
+                    f"found: {length} at once"
+                )
+            output = held.entries.step(query, key, value, self._new_tokens(length))
+        else:
+            self._require_rows(n_rows)
+            prompts = _prompt_lengths(mask, n_rows, length)
+            if layer == 0:
+                self._prompts, self._budgets = prompts, self._divide(prompts)
+            budgets = np.broadcast_to(self._budgets[:, layer], n_rows)
+            seeds = range(n_rows) if self._seeds is None else self._seeds
+            table = None if self._table is None else self._table[layer]
+            held.entries = self._layer_type(layer, self.policy, budgets, prompts, seeds, self._rope, table)
+            output = held.entries.prefill(query, key, value, scale)
+        if waits and is_last:
+            self._divide_again()
+        return output
+
+    def note_tokens(self, token_ids: torch.Tensor) -> None:
+        """Take note of the tokens that are about to be read, int (n_rows, n_new)."""
+        self._tokens = token_ids.detach().cpu().numpy()
+
+    def _new_tokens(self, length: int) -> np.ndarray | None:
+        return None if self._tokens is None else self._tokens[:, -length:]
+
+    def _require_rows(self, n_rows: int) -> None:
+        n_budgets = n_rows if self._one_budget else len(self._budgets)
+        n_seeds = n_rows if self._seeds is None else len(self._seeds)
+        for what, n_given in (("budgets", n_budgets), ("seeds", n_seeds)):
             if n_given != n_rows:
                 raise UserError(f"{what} are given for {n_given} sequences; found: a batch of {n_rows}")
-        budgets = np.broadcast_to(self._budgets[:, layer], n_rows)
-        prompts = _prompt_lengths(mask, n_rows, length)
-        held.entries = self._layer_type(layer, self.policy, budgets, prompts, seeds)
-        return held.entries.prefill(query, key, value, scale)
+
+    def _request_of(self, entries: int, prompt_tokens: int) -> LayerRequest:
+        self.policy.require_feasible(entries, prompt_tokens)
+        return replace(self._request, entries=entries, protected=self.policy.protected_of(prompt_tokens))
+
+    def _divide(self, prompts: Sequence[int]) -> np.ndarray:
+        """Give every row's budget per layer, int64 (n_rows or 1, n_layers)."""
+        asked = self._asked * (len(prompts) if self._one_budget else 1)
+        # Prompts matter only where they are kept.
+        keys = [
+            (entries, int(prompt) if self.policy.trigger.prompt == "keep" else 0)
+            for entries, prompt in zip(asked, prompts, strict=True)
+        ]
+        found = {}
+        for entries, prompt in set(keys):
+            request = self._request_of(entries, prompt)
+            found[entries, prompt] = (
+                np.full(request.n_layers, entries)
+                if self.policy.divides_layers_again
+                else divide_over_layers(self.policy, request)[0]
+            )
+        return np.array([found[key] for key in keys])
+
+    def _divide_again(self) -> None:
+        """Divide the budgets of the rows whose time has come by what their layers hold, then compress."""
+        layers = self.evicting_layers
+        delta = self.policy.layers.layer_delta
+        for row, (n_tokens, prompt) in enumerate(zip(layers[0].n_tokens, self._prompts, strict=True)):
+            n_decoded = int(n_tokens - prompt)
+            if n_decoded and not (delta and n_decoded % delta == 0):
+                continue
+            views = [layer.views(row) for layer in layers]
+            request = self._request_of(self._asked[0 if self._one_budget else row], int(prompt))
+            budgets, _ = divide_over_layers(self.policy, replace(request, views=views))
+            for layer, entries in zip(layers, budgets.tolist(), strict=True):
+                layer.resize(row, entries)
+        for layer in layers:
+            layer.compress_overdue()
 
 
 def _prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
@@ -241,4 +323,14 @@ def evicting(model: PreTrainedModel, cache: EvictingCache) -> Iterator[EvictingC
     AttentionInterface.register(IMPLEMENTATION, evict_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     with replaced_attention(model, IMPLEMENTATION, _ATTRIBUTE, cache):
-        yield cache
+        handle = model.register_forward_pre_hook(partial(_note_tokens, cache), with_kwargs=True)
+        try:
+            yield cache
+        finally:
+            handle.remove()
+
+
+def _note_tokens(cache: EvictingCache, _: torch.nn.Module, given: tuple, named: dict) -> None:
+    token_ids = named.get("input_ids", given[0] if given else None)
+    if token_ids is not None:
+        cache.note_tokens(token_ids)

@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from validate.chart_style import over_plot
+from simulator.chart_style import COLOURS, over_plot
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
 from validate.live.terminal import budget_label
@@ -16,8 +16,7 @@ from validate.live.terminal import budget_label
 FULL_CACHE = "fullkv"
 CONTROLS = ("random", "random-prompt")
 CONTROL_COLOUR = "#9a9a9a"
-# Told apart by colour (safe for colour-blind readers), by marker and by dashes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Told apart by colour, by marker and by dashes.
 SHAPES = (
     "circle",
     "square",

@@ -16,6 +16,7 @@ from validate.live.grading import first_divergence, grade, loop_period
 from validate.models import LoadedModel, model_shape, stop_token_ids
 from validate.prompts import Prompt, encode_prompt
 from validate.sampling import Sampling
+from validate.vocabulary import whole_vocabulary
 
 ROW_SCHEMA: dict[str, Any] = {
     "problem": pl.String,
@@ -121,10 +122,11 @@ def complete(
     number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
     streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
     sampling = settings.sampling
+    reads_text = policy.trigger.reads_text
     completions = decode(
         loaded.model,
         encoded,
-        policy,
+        policy.resolved(whole_vocabulary(loaded.tokenizer)) if reads_text else policy,
         entries,
         limits,
         stop_ids=stop_token_ids(loaded.model, loaded.tokenizer),

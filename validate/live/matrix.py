@@ -21,6 +21,7 @@ from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
+from simulator.user_policies import failure
 from simulator.wave import known_waves
 from traces.atomic import write_file
 from traces.errors import NoDeviceError, UserError
@@ -324,6 +325,14 @@ def _run_batch(folder: Path, batch: Batch) -> None:
         raise NoDeviceError(
             f"{batch.count} problems at once do not fit into the device's memory; allowed: a smaller --batch"
         ) from None
+    except UserError:
+        raise
+    except Exception as error:
+        # What a user's part raises fails its own batches only.
+        told = failure(batch.policy.parts.values(), error)
+        if told is None:
+            raise
+        raise told from None
     seconds = (time.perf_counter() - started) / max(1, len(rows))
     rows = rows.with_columns(seconds=pl.lit(seconds), code_version=pl.lit(code_version()))
     write_parquet(rows, folder / "batches" / batch.file_name)

@@ -241,7 +241,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], n_text: int = 
 def _svg(chart: Any) -> str:
     import vl_convert
 
-    from validate.chart_style import styled
+    from simulator.chart_style import styled
 
     return vl_convert.vegalite_to_svg(styled(chart).to_dict())
 

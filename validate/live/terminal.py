@@ -82,6 +82,7 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
 def print_levels(table: pl.DataFrame, output: Path | None) -> None:
     """Print rows of the shadow or forced level, or write them as text."""
     shown = _table(None)
+    shown.collapse_padding = True  # with a column per layer every space counts
     layers = [name for name in table.columns if name.startswith("drift_layer_")]
     if len(layers) > _WIDEST:
         table = table.drop(layers)  # a file has them

@@ -13,8 +13,8 @@ from typing import Any
 
 import altair as alt
 
+from simulator.chart_style import over_plot, styled
 from traces.errors import UserError
-from validate.chart_style import over_plot, styled
 from validate.reasoner.tasks import FAMILIES
 
 # Weights below this are left white: they would make the file large and cannot be seen.

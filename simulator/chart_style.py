@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import altair as alt
+if TYPE_CHECKING:
+    import altair as alt
+
+# Safe for colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 def styled(chart: Any) -> Any:
@@ -22,4 +26,7 @@ def styled(chart: Any) -> Any:
 
 def over_plot(title: str, subtitle: str = "") -> alt.TitleParams:
     """Start a title at the left edge of the plot, not of its axis labels."""
+    # An optional extra: the simulator has to load without it.
+    import altair as alt
+
     return alt.TitleParams(title, subtitle=subtitle, frame="group", fontSize=12)

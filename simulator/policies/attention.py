@@ -1,0 +1,42 @@
+"""Attention of the observed queries to what a KV head holds: the base of scores that look at queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from simulator.view import CacheView
+
+# Weights of one block of queries, in float32: 8 MB.
+_BLOCK_ELEMENTS = 2**21
+
+
+def held_attention(view: CacheView) -> np.ndarray:
+    """Give the causal softmax attention of all observed queries to the held entries.
+
+    This is what a model sees that has evicted the others: the weights of a row sum to 1 over the entries
+    that are not in its future, or are all zero where a head holds nothing of its past.
+
+    Returns
+    -------
+    float32 (group_size, n_queries, n_entries)
+    """
+    return np.concatenate(list(attention_blocks(view)), axis=1)
+
+
+def attention_blocks(view: CacheView) -> Iterator[np.ndarray]:
+    """Yield ``held_attention`` in blocks of queries, for spans too long to hold their weights at once."""
+    group_size, n_queries, head_dim = view.queries.shape
+    n_rows = max(1, _BLOCK_ELEMENTS // (group_size * max(1, view.n_entries)))
+    for first in range(0, n_queries, n_rows):
+        queries = view.queries[:, first : first + n_rows]
+        products = queries.reshape(-1, head_dim) @ view.keys.T
+        logits = products.reshape(group_size, -1, view.n_entries) * np.float32(view.scale)
+        own = view.query_positions[first : first + n_rows]
+        logits[:, view.positions > own[:, None]] = -np.inf
+        # Subtract the row maximum first: logits reach 100 and float32 exp overflows at 88.
+        largest = logits.max(axis=-1, keepdims=True)
+        weights = np.exp(logits - np.where(np.isfinite(largest), largest, 0))
+        weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1)
+        yield weights
