@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulator import policies
 from simulator.cells import run_replay
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -46,21 +45,18 @@ def test_the_evicting_example_holds_what_it_says(capsys):
     assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] + 200
 
 
-def test_the_example_policy_runs_composed(make_trace, tmp_path, monkeypatch):
-    source = tmp_path / "key_norm_from_readme.py"
-    source.write_text(block_with("class KeyNorm"))
-    monkeypatch.syspath_prepend(tmp_path)
-    from key_norm_from_readme import KeyNorm
-
-    monkeypatch.setitem(policies.SCORERS, KeyNorm.name, KeyNorm)
+def test_the_example_policy_runs_composed(make_trace, tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text(block_with("class Outliers"))
+    assert len(block_with("class Outliers").splitlines()) < 30
     trace = make_trace(n_layers=1, n_kv_heads=1, group_size=1, n_tokens=40, prompt_tokens=30)
-    policy = "key-norm+pyramid+utility:recent=2,buffer=4"
+    policy = f"{source}:Outliers+pyramid+utility:recent=2,buffer=4"
     result = run_replay([trace], [policy], [12], keep_retained=True)
     assert result.exit_code == 0
-    norms = np.linalg.norm(trace.keys(0)[0, :28], axis=-1)
+    keys = trace.keys(0)[0, :30].astype(np.float64)
+    distances = np.linalg.norm(keys - keys.mean(axis=0), axis=-1)[:28]
     kept = result.retained.filter(compression=0)["position"].to_list()
-    assert kept == sorted([*np.argsort(norms)[:10].tolist(), 28, 29])
-    sys.modules.pop("key_norm_from_readme")
+    assert kept == sorted([*np.argsort(-distances)[:10].tolist(), 28, 29])
 
 
 def test_the_sample_table_is_what_the_command_prints(capsys, monkeypatch):
