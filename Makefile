@@ -6,11 +6,13 @@ BIN := .venv/bin
 REASONER := kvbudget-reasoner-v2
 CARD := validate/reasoner/weights
 POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
+# Every named policy; the windows and lags that suit traces of some 700 tokens.
+EVERY := streamingllm,recency,h2o,tova,snapkv,snapkv-paper:window=8,keydiff,knorm,lagkv:lag=16,expected-attention,vatp:sinks=4,criticalkv:window=8,append-only,rkv,rkv-code,pyramid-rkv,rkv+pyramid-code,rkv+wave,rkv+wave-dynamic,rkv+cake:cake_window=8,rkv+squeeze,rkv+table,rkv+adakv,rkv+utility,rkv+headkv,rkv+duo,reasonalloc,pyramidkv:window=8,ada-snapkv:window=8,headkv-snapkv:window=8,cakekv:window=8,cake_window=8,h2o+adakv,random,random-prompt
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results validate wave card lint format clean
+.PHONY: help demo test traces results policies validate wave card lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -28,6 +30,11 @@ traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of
 
 results: traces ## replay all policies on those traces: the table of the README
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
+
+policies: traces ## replay every named policy on 30 of those traces: the standings of the README (30 minutes)
+	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(EVERY) --buffer 32 -o runs/policies.parquet
+	$(BIN)/sim results runs/policies.parquet --metric lost_lookup_rate
+	$(BIN)/sim results runs/policies.parquet --metric mass_mean
 
 validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (3 hours, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl

@@ -73,7 +73,7 @@ TRAJECTORY_SCHEMA: dict[str, Any] = {
     "mass": pl.Float64,
 }
 
-_GROUP = ["policy", "policy_params", "budget_asked", "budget_unit"]
+GROUP = ["policy", "policy_params", "budget_asked", "budget_unit"]
 
 
 def result_table(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
@@ -161,37 +161,37 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     ``behind_low``, ``behind_high``: how far they lie behind the best, trace by trace. An interval that holds
     0 is noise.
     """
-    done = _comparable(table)
+    done = comparable(table)
     if done.is_empty():
         return pl.DataFrame()
     rng = np.random.default_rng(seed)
     intervals = []
-    for _, same_budget in done.group_by(_GROUP[2:], maintain_order=True):
+    for _, same_budget in done.group_by(GROUP[2:], maintain_order=True):
         intervals += _intervals(same_budget, rng, resamples)
     peaks = [name for name in ROW_SCHEMA if name.endswith("_peak")]
     averaged = [
-        name for name, kind in ROW_SCHEMA.items() if kind.is_numeric() and name not in (*_GROUP, *peaks)
+        name for name, kind in ROW_SCHEMA.items() if kind.is_numeric() and name not in (*GROUP, *peaks)
     ]
-    means = done.group_by(_GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
+    means = done.group_by(GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
     found = pl.DataFrame(intervals, infer_schema_length=None)
-    asked = table.select(_GROUP).unique(maintain_order=True)
-    joined = asked.join(means, on=_GROUP, how="inner", maintain_order="left")
-    return joined.join(found, on=_GROUP, maintain_order="left")
+    asked = table.select(GROUP).unique(maintain_order=True)
+    joined = asked.join(means, on=GROUP, how="inner", maintain_order="left")
+    return joined.join(found, on=GROUP, maintain_order="left")
 
 
-def _comparable(table: pl.DataFrame) -> pl.DataFrame:
+def comparable(table: pl.DataFrame) -> pl.DataFrame:
     """Keep, for each budget, the traces on which every policy that ever succeeds at it did."""
     done = table.filter(pl.col("status") == "ok")
-    per_budget = done.group_by(_GROUP[2:]).agg(pl.struct(_GROUP[:2]).n_unique().alias("n_policies"))
-    per_trace = done.group_by(*_GROUP[2:], "trace_id").agg(pl.struct(_GROUP[:2]).n_unique().alias("n_done"))
-    whole = per_trace.join(per_budget, on=_GROUP[2:]).filter(pl.col("n_done") == pl.col("n_policies"))
-    return done.join(whole, on=[*_GROUP[2:], "trace_id"], how="semi", maintain_order="left")
+    per_budget = done.group_by(GROUP[2:]).agg(pl.struct(GROUP[:2]).n_unique().alias("n_policies"))
+    per_trace = done.group_by(*GROUP[2:], "trace_id").agg(pl.struct(GROUP[:2]).n_unique().alias("n_done"))
+    whole = per_trace.join(per_budget, on=GROUP[2:]).filter(pl.col("n_done") == pl.col("n_policies"))
+    return done.join(whole, on=[*GROUP[2:], "trace_id"], how="semi", maintain_order="left")
 
 
 def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:
     """Bootstrap the mean mass of every policy at one budget, and its distance to the best."""
     groups = [
-        (key, group.sort("trace_id")) for key, group in same_budget.group_by(_GROUP, maintain_order=True)
+        (key, group.sort("trace_id")) for key, group in same_budget.group_by(GROUP, maintain_order=True)
     ]
     masses = [group["mass_mean"].to_numpy() for _, group in groups]
     held = [float(group["bytes_mean"].to_numpy().mean()) for _, group in groups]
@@ -199,20 +199,21 @@ def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: i
     best = max(evicting, key=lambda i: masses[i].mean(), default=None)
     rows = []
     for i, (key, _) in enumerate(groups):
-        low, high = _bootstrap(masses[i], rng, resamples)
-        row = dict(zip(_GROUP, key, strict=True)) | {"n_traces": len(masses[i])}
+        low, high = bootstrap(masses[i], rng, resamples)
+        row = dict(zip(GROUP, key, strict=True)) | {"n_traces": len(masses[i])}
         row |= {"mass_low": low, "mass_high": high, "is_best": i == best}
         row |= dict.fromkeys(("memory_to_best", "behind", "behind_low", "behind_high"))
         if best is not None and i in evicting and i != best:
             behind = masses[best] - masses[i]
-            low, high = _bootstrap(behind, rng, resamples)
+            low, high = bootstrap(behind, rng, resamples)
             row |= {"behind": float(behind.mean()), "behind_low": low, "behind_high": high}
             row["memory_to_best"] = held[i] / held[best] - 1
         rows.append(row)
     return rows
 
 
-def _bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> tuple[float, float]:
+def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> tuple[float, float]:
+    """Give the 95% interval of a mean, float64 (n_traces,) resampled over traces."""
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

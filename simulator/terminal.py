@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 import polars as pl
-from rich.box import SIMPLE_HEAD
+from rich.box import MARKDOWN, SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from simulator.results import summarise
+from simulator.standings import METRICS
 
 # Column name to header, in order.
 _HEADERS = {
@@ -46,8 +47,7 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     shared = _shared_parameters(rows)
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        label = f"{row['budget_asked']:g}" + ("" if row["budget_unit"] == "entries" else row["budget_unit"])
-        groups.setdefault(label, []).append(_cells(row, shared))
+        groups.setdefault(_budget_label(row), []).append(_cells(row, shared))
     columns = [name for name in _HEADERS if several or name not in _BETWEEN_TRACES]
     shown = _layout(groups, columns)
     left_out = []
@@ -64,6 +64,54 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
         note = f"The terminal is too narrow for {names}; --format csv has all columns."
         console.print(note, highlight=False, soft_wrap=True)
     console.print(shown)
+
+
+def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_markdown: bool = False) -> None:
+    """Print who leads at each budget: one row per policy, best first, one column per budget.
+
+    Parameters
+    ----------
+    table : polars.DataFrame
+        Of ``standings.standings``.
+    metric : str
+        What it compares.
+    """
+    rows = table.to_dicts()
+    shared = _shared_parameters(rows)
+    budgets = list(dict.fromkeys(_budget_label(row) for row in rows))
+    by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_policy.setdefault((row["policy"], row["policy_params"]), {})[_budget_label(row)] = row
+    sign = -1 if METRICS[metric] else 1
+    ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
+    shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
+    shown.add_column("policy", no_wrap=True)
+    for budget in budgets:
+        shown.add_column(budget, justify="right", no_wrap=True)
+    shown.add_column("memory", justify="right", no_wrap=True)
+    for own in ranked:
+        any_row = next(iter(own.values()))
+        cells = [_standing(own[budget]) if budget in own else "" for budget in budgets]
+        memory = sum(row["memory"] for row in own.values()) / len(own)
+        shown.add_row(_policy_label(any_row, shared), *cells, f"{memory:+.0%}" if abs(memory) > 0.005 else "")
+    told = "".join(f", {name} {value}" for name, value in shared.items())
+    least, most = min(row["n_traces"] for row in rows), max(row["n_traces"] for row in rows)
+    counted = f"{most}" if least == most else f"{least} to {most}"
+    better = "more" if METRICS[metric] else "less"
+    caption = (
+        f"{metric} ({better} is better) over {counted} traces{told}, ±95% bootstrapped over traces.\n"
+        "= not told apart from the best at this budget; memory: against the median policy, where it differs."
+    )
+    console.print(caption, highlight=False, soft_wrap=True)
+    console.print(shown)
+
+
+def _standing(row: dict[str, Any]) -> str:
+    return f"{'= ' if row['is_tied'] else ''}{row['mean']:.4f} ±{(row['high'] - row['low']) / 2:.4f}"
+
+
+def _budget_label(row: dict[str, Any]) -> str:
+    return f"{row['budget_asked']:g}" + ("" if row["budget_unit"] == "entries" else row["budget_unit"])
 
 
 def _layout(groups: dict[str, list[dict[str, str]]], columns: list[str]) -> Table:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import count
 
 import numpy as np
 import pytest
 
 from traces import write_trace
+from validate import cli
 
 
 @pytest.fixture
@@ -37,6 +39,20 @@ def make_trace(rng, tmp_path):
         return write_trace(path, *arrays, prompt_tokens=prompt_tokens, **options)
 
     return make
+
+
+@pytest.fixture
+def run_sim(monkeypatch, capsys):
+    """Run one command in this process; give exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

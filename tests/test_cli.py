@@ -15,21 +15,6 @@ from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORE
 from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
 from traces.manifest import content_id
 from traces.store import open_trace
-from validate import cli
-
-
-@pytest.fixture
-def run_sim(monkeypatch, capsys):
-    """Run one command in this process; give exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from simulator.cells import run_replay
 from simulator.policy import parse_policy, split_list
 from simulator.terminal import _changed_parameters
 from traces.errors import UserError
-from validate import cli
 
 HEAD = """
 from __future__ import annotations
@@ -104,18 +103,6 @@ def own(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text(SCORER + HEADS + LAYERS + TRIGGER)
     return path
-
-
-@pytest.fixture
-def run_sim(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from simulator.commands import calibrate, policies_app, replay
+from simulator.results_command import results
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from validate.record_command import record
@@ -25,6 +26,7 @@ app.add_typer(trace_app, name="trace")
 app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
+app.command()(results)
 app.command()(validate)
 
 

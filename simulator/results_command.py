@@ -1,0 +1,68 @@
+"""``sim results``: read rows that a replay wrote, and say who leads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def results(
+    files: Annotated[list[Path], typer.Argument(help="Rows of sim replay -o: Parquet, CSV or JSON.")],
+    metric: Annotated[
+        str | None, typer.Option(help="Compare policies by this column, budget by budget.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="Only these policies, as their rows call them.")
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only traces of these families; repeats.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="table, csv, json, parquet; markdown with --metric.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap over traces.")] = 0,
+) -> None:
+    """Read, filter and compare rows that sim replay wrote."""
+    import polars as pl
+    from rich.console import Console
+
+    from simulator.output import choose_format, write_rows
+    from simulator.policy import split_list
+    from simulator.standings import METRICS, read_rows, standings
+    from simulator.terminal import print_standings
+    from traces.errors import UserError
+
+    if metric is not None and metric not in METRICS:
+        raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
+    as_markdown = format == "markdown"
+    if as_markdown and (metric is None or output is not None):
+        raise UserError(
+            "--format markdown is for a terminal, with --metric; allowed: table, csv, json, parquet"
+        )
+    chosen = "table" if as_markdown else choose_format(format, output)
+    if metric is not None and output is not None and chosen == "table":
+        raise UserError(f"-o {output}: standings go to a terminal, or as rows; allowed: csv, json, parquet")
+    table = read_rows(files)
+    for name, option, asked in (
+        ("policy", "--policy", [p for text in policy or [] for p in split_list(text)]),
+        ("family", "--family", list(family or [])),
+    ):
+        unknown = sorted(set(asked) - set(table[name].drop_nulls()))
+        if unknown:
+            known = ", ".join(sorted(set(table[name].drop_nulls())))
+            raise UserError(f"{option} is '{unknown[0]}'; the rows have: {known}")
+        if asked:
+            table = table.filter(pl.col(name).is_in(asked))
+    if metric is None:
+        write_rows(table, output, chosen)
+        return
+    found = standings(table, metric, seed=seed)
+    if found.is_empty():
+        raise UserError("no row is of a policy that evicted; nothing to compare")
+    if chosen == "table":
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        print_standings(found, metric, console, as_markdown=as_markdown)
+    else:
+        write_rows(found, output, chosen)

@@ -1,0 +1,105 @@
+"""Who leads at each budget, in one number, and which differences are noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from simulator.results import GROUP, bootstrap, comparable
+from traces.errors import UserError
+
+# Whether more is better.
+METRICS = {
+    "mass_mean": True,
+    "mass_p05": True,
+    "mass_min_head": True,
+    "gap": False,
+    "miss_rate": False,
+    "low_mass_rate": False,
+    "lost_lookup_rate": False,
+    "lost_lookup_rms": False,
+}
+_READERS: dict[str, Callable[..., pl.DataFrame]] = {
+    ".parquet": pl.read_parquet,
+    ".csv": pl.read_csv,
+    ".json": pl.read_json,
+}
+
+
+def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
+    """Read result rows back from files of ``sim replay -o``.
+
+    Raises
+    ------
+    UserError
+        If a file is missing, of another kind, or lacks a column.
+    """
+    frames = []
+    for path in paths:
+        if path.suffix not in _READERS:
+            raise UserError(f"{path}: suffix is '{path.suffix}'; allowed: {', '.join(_READERS)}")
+        try:
+            frame = _READERS[path.suffix](path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or 'no such file, or it cannot be read'}") from None
+        except (pl.exceptions.PolarsError, ValueError):
+            raise UserError(f"{path} is damaged or no {path.suffix[1:]} file") from None
+        needed = [*GROUP, *METRICS, "trace_id", "bytes_mean", "status"]
+        missing = [name for name in needed if name not in frame.columns]
+        if missing:
+            raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")
+        frames.append(frame)
+    return pl.concat(frames, how="diagonal_relaxed")
+
+
+def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:
+    """Compare policies at each budget by one number, trace by trace.
+
+    Parameters
+    ----------
+    table : polars.DataFrame
+        Result rows.
+    metric : str
+        One of ``METRICS``.
+    seed, resamples : int
+        Of the bootstrap over traces.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per policy, parameters and budget: ``n_traces``, ``mean`` and its 95% interval ``low`` to
+        ``high``; ``memory``, the mean bytes over those of the budget's median policy, less 1; ``is_tied``,
+        whether the paired interval of its distance to the budget's best policy holds 0. Policies that evict
+        nothing are left out. Where some cells failed, a budget's rows average the traces that all its
+        policies replayed.
+    """
+    done = comparable(table).filter(pl.col("n_evictions") > 0)
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for _, same_budget in done.group_by(GROUP[2:], maintain_order=True):
+        groups = {key: own.sort("trace_id") for key, own in same_budget.group_by(GROUP, maintain_order=True)}
+        # A policy that did not evict on some trace is compared on the traces that all share.
+        shared = set.intersection(*(set(own["trace_id"]) for own in groups.values()))
+        if not shared:
+            continue
+        values = {
+            key: own.filter(pl.col("trace_id").is_in(shared))[metric].to_numpy()
+            for key, own in groups.items()
+        }
+        choose = max if METRICS[metric] else min
+        best = choose(values, key=lambda key: float(values[key].mean()))
+        held = {key: float(own["bytes_mean"].to_numpy().mean()) for key, own in groups.items()}
+        usual = float(np.median(list(held.values())))
+        for key, own in values.items():
+            low, high = bootstrap(own, rng, resamples)
+            behind_low, behind_high = bootstrap(own - values[best], rng, resamples)
+            rows.append(
+                dict(zip(GROUP, key, strict=True))
+                | {"n_traces": len(own), "mean": float(own.mean()), "low": low, "high": high}
+                | {"memory": held[key] / usual - 1, "is_tied": behind_low <= 0 <= behind_high}
+            )
+    return pl.DataFrame(rows, infer_schema_length=None)

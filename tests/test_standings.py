@@ -1,0 +1,118 @@
+"""Rows are read back, and the standings at each budget are what resampling over traces says."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from simulator.cells import run_replay
+from simulator.standings import METRICS, read_rows, standings
+from traces.errors import UserError
+
+POLICIES = ["fullkv", "streamingllm:sinks=0,buffer=4", "streamingllm:buffer=4", "rkv:buffer=4"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    from traces import write_trace
+
+    rng = np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("standings")
+    for number in range(6):
+        arrays = rng.normal(size=(1, 2, 60, 8)), rng.normal(size=(1, 1, 60, 8))
+        task = {"family": "even" if number % 2 == 0 else "odd"}
+        write_trace(folder / f"t{number}.kvtrace", *arrays, prompt_tokens=10, task=task)
+    return run_replay([str(folder)], POLICIES, ["12", "30"]).table
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_standings_are_means_and_paired_differences_over_traces(metric, table):
+    found = standings(table, metric)
+    assert len(found) == 3 * 2  # the full cache evicts nothing
+    for (budget,), own in found.group_by("budget_asked"):
+        rows = table.filter((pl.col("budget_asked") == budget) & (pl.col("policy") != "fullkv"))
+        values = {
+            key: group.sort("trace_id")[metric].to_numpy()
+            for key, group in rows.group_by("policy", "policy_params")
+        }
+        pick = max if METRICS[metric] else min
+        best = pick(values, key=lambda key: values[key].mean())
+        for row in own.iter_rows(named=True):
+            key = row["policy"], row["policy_params"]
+            assert row["n_traces"] == 6
+            assert row["mean"] == pytest.approx(values[key].mean())
+            assert row["low"] <= row["mean"] <= row["high"]
+            assert row["is_tied"] or key != best
+            difference = values[key] - values[best]
+            if (np.sign(difference) == np.sign(difference[0])).all() and difference.all():
+                assert not row["is_tied"]  # worse on every trace
+
+
+def test_memory_is_compared_with_the_median_policy(table):
+    wide = table.with_columns(
+        bytes_mean=pl.when(pl.col("policy") == "rkv").then(pl.col("bytes_mean") * 2).otherwise("bytes_mean")
+    )
+    found = standings(wide, "mass_mean")
+    assert set(found.filter(pl.col("policy") != "rkv")["memory"]) == {0.0}
+    assert found.filter(policy="rkv")["memory"].to_list() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
+def test_rows_come_back_from_every_format(suffix, table, tmp_path, run_sim):
+    file = tmp_path / f"rows.{suffix}"
+    table.write_parquet(tmp_path / "all.parquet")
+    code, _, _ = run_sim("results", str(tmp_path / "all.parquet"), "-o", str(file))
+    assert code == 0
+    assert standings(read_rows([file]), "mass_mean").equals(standings(table, "mass_mean"))
+
+
+def test_the_command_filters_and_prints(table, tmp_path, run_sim):
+    file = tmp_path / "rows.parquet"
+    table.write_parquet(file)
+    code, out, _ = run_sim("results", str(file), "--metric", "lost_lookup_rate", "--family", "odd")
+    assert code == 0
+    assert "lost_lookup_rate (less is better) over 3 traces, buffer 4" in out
+    assert "streamingllm:sinks=0" in out
+    code, out, _ = run_sim(
+        "results", str(file), "--metric", "mass_mean", "--policy", "rkv", "--format", "markdown"
+    )
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert code == 0
+    assert len(lines) == 3
+    assert lines[2].startswith("| rkv:buffer=4 ")
+    code, out, _ = run_sim("results", str(file))
+    assert code == 0
+    assert "fullkv" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--metric", "speed"], "--metric is 'speed'; allowed: mass_mean"),
+        (["--policy", "h2o"], "--policy is 'h2o'; the rows have: fullkv, rkv, streamingllm"),
+        (["--family", "none"], "--family is 'none'; the rows have: even, odd"),
+        (["--format", "markdown"], "--format markdown is for a terminal, with --metric"),
+        (["--metric", "gap", "--policy", "fullkv"], "no row is of a policy that evicted"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tmp_path, run_sim):
+    file = tmp_path / "rows.parquet"
+    table.write_parquet(file)
+    code, _, errors = run_sim("results", str(file), *arguments)
+    assert code == 2
+    assert words in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_files_that_are_no_rows_are_refused(tmp_path):
+    for name, content, words in (
+        ("gone.parquet", None, "no such file"),
+        ("rows.txt", b"", r"suffix is '\.txt'"),
+        ("bad.parquet", b"PAR1", "damaged"),
+        ("other.csv", b"a,b\n1,2\n", "no column 'policy'"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            read_rows([tmp_path / name])
