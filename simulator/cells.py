@@ -157,7 +157,7 @@ def run_replay(
                     if keep_trajectory:
                         trajectory.append(trajectory_table(labels, spans(trace, outcome)))
                     codes.append(0)
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     told = error if isinstance(error, UserError) else failure(policy.parts.values(), error)
                     if told is None:
                         raise

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from simulator.contract import asked_allocator, asked_trigger, checked_budgets, checked_notes, checked_scores
+from simulator.contract import (
+    asked_allocator,
+    asked_quota,
+    asked_trigger,
+    checked_budgets,
+    checked_notes,
+    checked_scores,
+)
 from simulator.policies.base import HeadRequest
 from simulator.policy import Policy
 from simulator.rope import Rope
@@ -207,7 +214,7 @@ class Compressor:
 
     def _quotas(self, n_tokens: int) -> np.ndarray:
         scorer, protected = self.policy.scorer, self.policy.protected_of(self.prompt_tokens)
-        quotas = np.array([scorer.quota(int(budget), n_tokens) for budget in self.budgets], np.int64)
+        quotas = np.array([asked_quota(scorer, int(budget), n_tokens) for budget in self.budgets], np.int64)
         # What is protected stays, whatever the scorer grants; no budget is smaller.
         return np.maximum(quotas, np.minimum(self.budgets, protected))
 

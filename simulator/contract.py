@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 
 import numpy as np
@@ -40,7 +41,8 @@ def checked_scores(scorer: Scorer, views: Sequence[CacheView], keep_prompt: bool
     PolicyError
         If the scorer raises, returns other shapes, or a score that is not finite.
     """
-    found = _ask(scorer, scorer.score_heads, views)
+    with _guarded("scorer", scorer.name):
+        found = list(scorer.score_heads(views))
     if len(found) != len(views):
         raise PolicyError(
             f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {len(views)}"
@@ -63,22 +65,38 @@ def checked_notes(scorer: Scorer, views: Sequence[CacheView]) -> list[np.ndarray
     PolicyError
         As for scores.
     """
-    found = _ask(scorer, lambda every: [scorer.observe(view) for view in every], views)
+    with _guarded("scorer", scorer.name):
+        found = [scorer.observe(view) for view in views]
     return [_checked_array(scorer, "notes", own, view) for own, view in zip(found, views, strict=True)]
 
 
-def _ask(
-    scorer: Scorer,
-    question: Callable[[Sequence[CacheView]], Sequence[np.ndarray]],
-    views: Sequence[CacheView],
-) -> Sequence[np.ndarray]:
+def asked_quota(scorer: Scorer, budget: int, n_tokens: int) -> int:
+    """Ask how much of its budget a head may fill.
+
+    Raises
+    ------
+    PolicyError
+        If the scorer raises, or gives anything but a whole number from 0 to the budget.
+    """
+    with _guarded("scorer", scorer.name):
+        found = scorer.quota(budget, n_tokens)
+    if not isinstance(found, Integral) or isinstance(found, bool) or not 0 <= found <= budget:
+        raise PolicyError(
+            f"scorer '{scorer.name}' gave a quota of {found!r} at {n_tokens} tokens; allowed: a whole number "
+            f"from 0 to the budget, {budget}"
+        )
+    return int(found)
+
+
+@contextmanager
+def _guarded(kind: str, name: str) -> Iterator[None]:
+    """Turn whatever a user's part raises into the failure of its own cell, not of the others."""
     try:
-        return question(views)
+        yield
     except UserError:
         raise
-    except Exception as error:
-        # Whatever a user's scorer raises is the failure of its own cell, not of the others.
-        raise PolicyError(f"scorer '{scorer.name}' raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PolicyError(f"{kind} '{name}' raised {type(error).__name__}: {error}") from error
 
 
 def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView) -> np.ndarray:
@@ -109,13 +127,9 @@ def asked_allocator(
     PolicyError
         If it raises, or does not return budgets and a truth value.
     """
-    try:
+    with _guarded("allocator", allocator.name):
         budgets, binding = allocator.allocate(request)  # type: ignore[arg-type]
-    except UserError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"allocator '{allocator.name}' raised {type(error).__name__}: {error}") from error
-    return budgets, bool(binding)
+        return np.asarray(budgets), bool(binding)
 
 
 def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
@@ -127,12 +141,8 @@ def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n
         If the trigger raises, or gives anything but a later token count or None: a past one would have the
         clock stand still.
     """
-    try:
+    with _guarded("trigger", trigger.name):
         found = trigger.next_compression(n_tokens, n_entries, total, n_kv_heads)
-    except UserError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"trigger '{trigger.name}' raised {type(error).__name__}: {error}") from error
     if found is None:
         return None
     if not isinstance(found, Integral) or isinstance(found, bool) or found <= n_tokens:
@@ -141,6 +151,24 @@ def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n
             "allowed: a larger whole number, or None for never"
         )
     return int(found)
+
+
+def asked_to_fire(trigger: Trigger, token_ids: np.ndarray) -> np.ndarray:
+    """Ask at which newest tokens a due compression happens; bool, as ``token_ids``.
+
+    Raises
+    ------
+    PolicyError
+        If the trigger raises or gives anything else.
+    """
+    with _guarded("trigger", trigger.name):
+        found = np.asarray(trigger.fires_on(token_ids))
+    if found.dtype != bool or found.shape != token_ids.shape:
+        raise PolicyError(
+            f"trigger '{trigger.name}' fires on {found.dtype} of shape {found.shape}; allowed: bool of shape "
+            f"{token_ids.shape}"
+        )
+    return found
 
 
 def checked_table(heads: HeadAllocator, request: LayerRequest) -> np.ndarray | None:
@@ -154,7 +182,8 @@ def checked_table(heads: HeadAllocator, request: LayerRequest) -> np.ndarray | N
     table = heads.table(request)
     if table is None:
         return None
-    found, allowed = np.asarray(table), (request.n_layers, request.n_kv_heads)
+    with _guarded("allocator", heads.name):
+        found, allowed = np.asarray(table, np.float64), (request.n_layers, request.n_kv_heads)
     if found.shape != allowed:
         raise PolicyError(f"allocator '{heads.name}' has a table of shape {found.shape}; allowed: {allowed}")
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.compression import Compressor
+from simulator.contract import asked_to_fire
 from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
 from simulator.policy import Policy
@@ -112,7 +113,7 @@ class LayerReplay:
         earliest = self.compressor.next_compression(self._n_tokens, self.ledger.n_entries)
         if earliest is None or (earliest == self._n_tokens == self.trace.prompt_tokens):
             return earliest
-        fires = self.policy.trigger.fires_on(self._token_ids[earliest - 1 :])
+        fires = asked_to_fire(self.policy.trigger, self._token_ids[earliest - 1 :])
         return earliest + int(fires.argmax()) if fires.any() else None
 
     def reallocation_due(self, n_tokens: int) -> bool:

@@ -116,7 +116,7 @@ class Request:
         # A dynamic allocator divides once it has seen the prompt.
         budgets, self._layers_binding = (
             (np.full(shape.n_layers, entries), False)
-            if policy.divides_layers_again
+            if policy.layers.dynamic
             else divide_over_layers(policy, self._asked)
         )
         self.layers = [

@@ -69,15 +69,21 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
         )
     if kind not in KINDS:
         raise MissingDataError(f"rope_type is '{kind}'; allowed: {', '.join(KINDS)}")
-    n = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0))) // 2
-    frequencies = float(theta) ** (-np.arange(n) / n)
     try:
-        if kind == "linear":
-            frequencies = frequencies / float(parameters["factor"])
-        elif kind == "llama3":
-            frequencies = _llama3(frequencies, parameters)
-    except (KeyError, TypeError, ValueError) as error:
+        n = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0))) // 2
+        frequencies = float(theta) ** (-np.arange(n) / max(n, 1))
+        with np.errstate(all="ignore"):  # refused below
+            if kind == "linear":
+                frequencies = frequencies / float(parameters["factor"])
+            elif kind == "llama3":
+                frequencies = _llama3(frequencies, parameters)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise MissingDataError(f"rope_type '{kind}' lacks or misstates {error}") from None
+    if not 1 <= n <= head_dim // 2 or not (np.isfinite(frequencies) & (frequencies > 0)).all():
+        raise MissingDataError(
+            f"RoPE parameters {dict(parameters)} turn {n} pairs of a head's {head_dim} channels; allowed: "
+            f"1 to {head_dim // 2} pairs at finite frequencies above 0"
+        )
     return Rope(frequencies)
 
 

@@ -78,7 +78,7 @@ def sources(parts: Iterable[object]) -> str | None:
     parts = list(parts)
     found = [_source(type(part)) for part in parts if is_users(part)]
     named = [getattr(part, name) for part in parts for name in getattr(part, "files", ())]
-    found += [f"{Path(path).name} {_hash(Path(path).read_bytes())}" for path in named if os.path.isfile(path)]
+    found += [_file_digest(Path(path)) for path in named if os.path.isfile(path)]
     return ", ".join(dict.fromkeys(source for source in found if source)) or None
 
 
@@ -98,7 +98,7 @@ def require_sound_part(text: str, role: str, part: Any) -> None:
             raise UserError(f"policy '{text}': {name} is {value!r}; allowed: {allowed}")
 
 
-def failure(parts: Iterable[object], error: Exception) -> PolicyError | None:
+def failure(parts: Iterable[object], error: BaseException) -> PolicyError | None:
     """Put what was raised in a replay into words, if a user's part may have caused it; else None."""
     users = [part for part in parts if is_users(part)]
     if not users:
@@ -258,6 +258,13 @@ def _digest(module: str, file: str) -> str:
 
 def _hash(content: bytes) -> str:
     return sha256(content).hexdigest()[:12]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return f"{path.name} {_hash(path.read_bytes())}"
+    except OSError:
+        return f"{path.name} unreadable"  # whoever needs it says so
 
 
 def _told(error: BaseException) -> str:

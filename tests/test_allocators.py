@@ -569,6 +569,20 @@ def test_utility_heads_are_unchanged():
     assert [item.name for item in fields(UtilityHeads)] == ["delta", "beta", "mu", "head_cap", "pooling"]
 
 
+@pytest.mark.parametrize("text", ["fullkv+cake", "rkv+cake:trigger=never", "rkv+wave-dynamic:trigger=never"])
+def test_what_never_evicts_needs_no_division(text, make_trace):
+    (outcome,) = Engine([Request(make_trace(), parse_policy(text), 10)]).run()
+    assert (outcome.mass == 1).all()
+
+
+def test_cake_leaves_every_layer_an_entry(make_trace, rng):
+    keys = rng.normal(size=(2, 2, 60, 8))
+    keys[1] = 0  # attends alike to everything, at all times
+    trace = make_trace(arrays=(rng.normal(size=(2, 4, 60, 8)), keys))
+    (outcome,) = Engine([Request(trace, parse_policy("tova+cake:tau2=0.1,buffer=4"), 10)]).run()
+    assert {int(division.budgets.min()) for division in outcome.divisions if division.layer == 1} == {1}
+
+
 def test_results_tell_the_content_of_a_file_of_shares(tmp_path):
     file = tmp_path / "shares.json"
     texts = [f"rkv+custom:layer_shares={file}", f"rkv+headkv:head_table={file}"]

@@ -139,6 +139,30 @@ def test_budgets_that_move_between_layers_take_tokens_one_by_one(model, waves):
             model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("text", ["h2o", "h2o+cake:cake_window=6"])
+def test_the_queries_of_a_prompt_are_let_go_of_with_it(text, model, waves):
+    cache = EvictingCache(model, policy_of(text), ENTRIES, name="tiny", waves=waves)
+    ids = torch.randint(3, N_TOKEN_IDS, (1, 700), generator=torch.Generator().manual_seed(4))
+    with evicting(model, cache), torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+    assert max(layer._queries.shape[2] for layer in cache.evicting_layers) <= 6
+
+
+def test_a_trigger_that_waits_for_tokens_has_to_see_them(model):
+    policy = policy_of("rkv:trigger=segment,segment=5/9")
+    cache, ids = EvictingCache(model, policy, ENTRIES), torch.tensor([PROMPT])
+    with evicting(model, cache), torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+        embedded = model.get_input_embeddings()(ids[:, :1])
+        with pytest.raises(UserError, match="'segment' waits for certain tokens; found: a model fed without"):
+            model(inputs_embeds=embedded, past_key_values=cache)
+    cache = EvictingCache(model, policy_of("rkv"), ENTRIES)
+    with evicting(model, cache), torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+        model(inputs_embeds=embedded, past_key_values=cache)
+    assert cache.evicting_layers[0].n_tokens.tolist() == [N_PROMPT + 1]
+
+
 def test_a_kept_prompt_has_to_fit_into_the_budget(model):
     policy = policy_of("rkv:prompt=keep")
     cache = EvictingCache(model, policy, N_PROMPT + 8)

@@ -257,7 +257,9 @@ class Bad({base}):
 
 
 SCORE, ALLOCATE = "score(self, view)", "allocate(self, request)"
+QUOTA = "score(self, view): return view.positions\n    def quota(self, budget, n_tokens)"
 NEXT = "next_compression(self, n_tokens, n_entries, total, n_kv_heads)"
+FIRES = NEXT + ": return 50\n    def fires_on(self, token_ids)"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,21 @@ NEXT = "next_compression(self, n_tokens, n_entries, total, n_kv_heads)"
         ("Trigger", NEXT, "return -1", "trigger 'bad' gave -1 as the next compression"),
         ("Trigger", NEXT, "return 1 / 0", "trigger 'bad' raised ZeroDivisionError"),
         ("Trigger", NEXT, "return True", "trigger 'bad' gave True"),
-        ("Trigger", NEXT + ": return 50\n    def fires_on(self, token_ids)", "return 1 / 0", "(mine.py,"),
+        ("Trigger", FIRES, "return 1 / 0", "trigger 'bad' raised ZeroDivisionError"),
+        ("Trigger", FIRES, "return [True]", "trigger 'bad' fires on bool of shape (1,)"),
+        ("Scorer", SCORE, "raise SystemExit(3)", "scorer 'bad' raised SystemExit: 3"),
+        ("Scorer", QUOTA, "return 2 * budget", "scorer 'bad' gave a quota of 28 at 20 tokens"),
+        ("Scorer", QUOTA, "return -1", "allowed: a whole number from 0 to the budget, 14"),
+        ("Scorer", QUOTA, "return budget / 2", "gave a quota of 7.0"),
+        ("Scorer", QUOTA, "return 1 / 0", "scorer 'bad' raised ZeroDivisionError"),
+        (
+            "Scorer",
+            "score(self, view): pass\n    def score_heads(self, views)",
+            "return None",
+            "raised TypeError",
+        ),
+        ("HeadAllocator", ALLOCATE, "return [[1], [2, 3]], False", "allocator 'bad' raised ValueError"),
+        ("HeadAllocator", ALLOCATE, "return np.ones(2), np.ones(2)", "allocator 'bad' raised ValueError"),
     ],
 )
 def test_a_part_that_breaks_its_contract_fails_its_own_cell(

@@ -232,17 +232,20 @@ class HeadAllocator(ABC):
 
 
 class Trigger(ABC):
-    """Says when a layer compresses.
-
-    Attributes
-    ----------
-    reads_text : bool
-        Whether ``resolved`` has to know the text of tokens.
-    """
+    """Says when a layer compresses."""
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
-    reads_text: ClassVar[bool] = False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``fires_on`` looks at tokens."""
+        return type(self).fires_on is not Trigger.fires_on
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether ``resolved`` has to know the text of tokens."""
+        return False
 
     @property
     def prompt(self) -> str:

@@ -65,8 +65,10 @@ class Cake(LayerAllocator):
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries plus a share of the rest by preference."""
         preferences = np.array([self._preference(views) for views in request.views])
-        evictable = request.n_layers * (request.entries - request.protected)
-        return request.protected + divide(fractions(preferences) * evictable, evictable), False
+        # A layer that hardly prefers anything still has to hold an entry.
+        least = max(1, request.protected)
+        evictable = request.n_layers * (request.entries - least)
+        return least + divide(fractions(preferences) * evictable, evictable), False
 
     def _preference(self, views: Sequence[CacheView]) -> float:
         spread, shift = np.mean([spread_and_shift(view) for view in views], axis=0)

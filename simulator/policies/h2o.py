@@ -33,6 +33,10 @@ class H2O(Scorer):
     ``buffer=1`` does, and keeps one set per query head. Published ports (KVCache-Factory) compress the prompt
     only, and protect a window of 8.
 
+    The budget is the one in force before the heads are divided anew: a head that then falls below
+    ``recent_share`` of it keeps recent entries only. Sums of different heads are not on one scale, which
+    matters to head allocators that let entries of all heads compete.
+
     References
     ----------
     Zhang et al. 2023, "H2O: Heavy-Hitter Oracle" (arXiv 2306.14048), section 4, algorithm 1.

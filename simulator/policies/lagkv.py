@@ -32,7 +32,9 @@ class LagKV(Scorer):
     on the scale of the next partition's smallest and largest value; an entry's spread is the unbiased
     standard deviation over its channels, then a softmax runs over the partition, and keys and values are
     averaged. The score is the rank in the partition divided by ``lag``, ties to the later entry. With fewer
-    than ``sinks`` + 2 ``lag`` entries nothing is ranked: the score rises with the slot, so the newest stay.
+    than ``sinks`` + 2 ``lag`` entries nothing is ranked: the score rises with the slot, so the newest stay,
+    as under ``streamingllm``. Budget and buffer together have to reach that: at small budgets take a smaller
+    ``lag``.
     A channel that is constant in the next partition has no scale and counts as 0 (the published code divides
     by zero there), which keeps every score finite.
 
@@ -53,7 +55,7 @@ class LagKV(Scorer):
 
     def __post_init__(self) -> None:
         refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
-        refuse_unless(self.lag >= 1, "lag", self.lag, "1 or more")
+        refuse_unless(self.lag >= 2, "lag", self.lag, "2 or more: one entry has no rank")
         known = self.score_source in SCORE_SOURCES
         refuse_unless(known, "score_source", self.score_source, ", ".join(SCORE_SOURCES))
 

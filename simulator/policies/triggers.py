@@ -140,6 +140,11 @@ class Segment(Trigger):
         refuse_unless(known, "segment", self.segment, "newline, or token ids joined by /")
         refuse_unless(self.prompt in PROMPT_MODES, "prompt", self.prompt, ", ".join(PROMPT_MODES))
 
+    @property
+    def reads_text(self) -> bool:
+        """Newlines are found by the text of tokens."""
+        return self.segment == NEWLINE
+
     def resolved(self, vocabulary: Mapping[int, str]) -> Segment:
         """Give the trigger with the ids of newline tokens in place of their name; empty if there are none.
 

@@ -144,7 +144,7 @@ class EvictingCache(Cache):
         # What is infeasible whatever the prompts are is refused before they are read.
         self._budgets = self._divide([0] * len(self._asked))
         self._prompts = np.zeros(0, np.int64)
-        self._tokens: np.ndarray | None = None
+        self._tokens: torch.Tensor | None = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows and free the others."""
@@ -207,12 +207,20 @@ class EvictingCache(Cache):
             self._divide_again()
         return output
 
-    def note_tokens(self, token_ids: torch.Tensor) -> None:
-        """Take note of the tokens that are about to be read, int (n_rows, n_new)."""
-        self._tokens = token_ids.detach().cpu().numpy()
+    def note_tokens(self, token_ids: torch.Tensor | None) -> None:
+        """Take note of the tokens about to be read, int (n_rows, n_new); None if nobody knows them."""
+        self._tokens = token_ids
 
     def _new_tokens(self, length: int) -> np.ndarray | None:
-        return None if self._tokens is None else self._tokens[:, -length:]
+        """Give the tokens being read, for triggers that wait for certain ones; int (n_rows, n_new)."""
+        trigger = self.policy.trigger
+        if not trigger.reads_tokens:
+            return None
+        if self._tokens is None:
+            raise UserError(
+                f"trigger '{trigger.name}' waits for certain tokens; found: a model fed without ids"
+            )
+        return self._tokens[:, -length:].detach().cpu().numpy()
 
     def _require_rows(self, n_rows: int) -> None:
         n_budgets = n_rows if self._one_budget else len(self._budgets)
@@ -238,7 +246,7 @@ class EvictingCache(Cache):
             request = self._request_of(entries, prompt)
             found[entries, prompt] = (
                 np.full(request.n_layers, entries)
-                if self.policy.divides_layers_again
+                if self.policy.layers.dynamic
                 else divide_over_layers(self.policy, request)[0]
             )
         return np.array([found[key] for key in keys])
@@ -251,13 +259,26 @@ class EvictingCache(Cache):
             n_decoded = int(n_tokens - prompt)
             if n_decoded and not (delta and n_decoded % delta == 0):
                 continue
-            views = [layer.views(row) for layer in layers]
+            views = _Views(layers, row)
             request = self._request_of(self._asked[0 if self._one_budget else row], int(prompt))
             budgets, _ = divide_over_layers(self.policy, replace(request, views=views))
             for layer, entries in zip(layers, budgets.tolist(), strict=True):
                 layer.resize(row, entries)
         for layer in layers:
             layer.compress_overdue()
+
+
+class _Views(Sequence):
+    """What every layer holds of one row, brought to the processor one layer at a time."""
+
+    def __init__(self, layers: Sequence[EvictingLayer], row: int) -> None:
+        self._layers, self._row = layers, row
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer):
+        return self._layers[layer].views(self._row)
 
 
 def _prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
@@ -331,6 +352,4 @@ def evicting(model: PreTrainedModel, cache: EvictingCache) -> Iterator[EvictingC
 
 
 def _note_tokens(cache: EvictingCache, _: torch.nn.Module, given: tuple, named: dict) -> None:
-    token_ids = named.get("input_ids", given[0] if given else None)
-    if token_ids is not None:
-        cache.note_tokens(token_ids)
+    cache.note_tokens(named.get("input_ids", given[0] if given else None))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from simulator.compression import Compressor
+from simulator.contract import asked_to_fire
 from simulator.policy import Policy
 from simulator.rope import Rope
 from simulator.view import CacheView
@@ -121,6 +122,8 @@ class EvictingLayer:
         for row in range(n_rows):
             self._schedule(row, int(n_entries[row]))
         self.pool.fill(key, value, held, padding, self._room())
+        if not self._waits:
+            self._let_go_of_prompts()
         return output
 
     def step(
@@ -154,7 +157,7 @@ class EvictingLayer:
             self._remember(query[:, :, at])
             self._overdue = self._due <= self.n_tokens
             if token_ids is not None:
-                self._overdue &= self.policy.trigger.fires_on(token_ids[:, at])
+                self._overdue &= asked_to_fire(self.policy.trigger, token_ids[:, at])
             if not self._waits:
                 self.compress_overdue()
         return torch.stack(outputs, 2)
@@ -164,6 +167,8 @@ class EvictingLayer:
         for row in np.flatnonzero(self._overdue).tolist():
             self.compress(row)
         self._overdue = np.zeros(len(self.n_tokens), bool)
+        if self._waits and self._queries.shape[2] > 2 * max(_AHEAD, self._n_wanted()):
+            self._let_go_of_prompts()
 
     def views(self, row: int) -> list[CacheView]:
         """Show what every KV head of a row holds, with the queries that the layer allocator observes."""
@@ -254,18 +259,29 @@ class EvictingLayer:
         capacity = self._queries.shape[2]
         if not capacity:
             return
-        wanted = max(
-            compressor.n_queries(int(n))
-            for compressor, n in zip(self.compressors, self.n_tokens, strict=True)
-        )
-        # A span may outgrow the ring; and one that held a prompt is too large for those that follow.
-        if not wanted <= capacity <= 4 * max(wanted, _AHEAD):
-            kept = self._queries.roll(-1 - self._newest, 2)[:, :, -min(wanted, capacity) :]
-            self._queries = query.new_zeros(*kept.shape[:2], 2 * wanted, kept.shape[3])
-            self._queries[:, :, -kept.shape[2] :] = kept
-            capacity, self._newest = 2 * wanted, 2 * wanted - 1
+        if self.policy.scorer.sees_span and self._n_wanted() > capacity:
+            self._resize_ring(2 * self._n_wanted())
+            capacity = self._queries.shape[2]
         self._newest = (self._newest + 1) % capacity
         self._queries[:, :, self._newest] = query
+
+    def _n_wanted(self) -> int:
+        """Give how many queries the policy may ask for now, of the row with the longest span."""
+        counts = zip(self.compressors, self.n_tokens.tolist(), strict=True)
+        return max((compressor.n_queries(n) for compressor, n in counts), default=0)
+
+    def _resize_ring(self, capacity: int) -> None:
+        """Make room for so many queries, and keep the newest of those that are there."""
+        ring = self._queries
+        kept = ring.roll(-1 - self._newest, 2)[:, :, -min(capacity, ring.shape[2]) :]
+        self._queries = ring.new_zeros(*ring.shape[:2], capacity, ring.shape[3])
+        self._queries[:, :, capacity - kept.shape[2] :] = kept
+        self._newest = capacity - 1
+
+    def _let_go_of_prompts(self) -> None:
+        """Shrink a ring that held whole prompts, once those are compressed."""
+        if self.policy.evicts and self.policy.scorer.sees_span:
+            self._resize_ring(max(self._n_wanted(), self.policy.layers.window, 1))
 
     def _last_queries(self, row: int, n: int) -> np.ndarray:
         """Give a row's last queries, oldest first; float32 (n_query_heads, n, head_dim)."""
