@@ -1,4 +1,4 @@
-"""The simulator's verbs: replay, calibrate, policies. Heavy imports wait inside the verb that needs them."""
+"""Verbs of the simulator: replay, calibrate, policies. Heavy imports wait inside the verb that needs them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def replay(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what it took.")] = False,
 ) -> None:
     """Replay policies x budgets over recorded traces and print one table."""
+    from simulator.blas import use_one_thread, warn
+
+    use_one_thread()
     from simulator.cells import run_replay
     from simulator.output import choose_format, require_places, write_parquet, write_rows
     from simulator.policy import parse_policy, split_list
@@ -75,13 +78,15 @@ def replay(
     ]
     budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
     paths = find_traces(trace)
-    with _progress(len(paths) * len(policies) * len(budgets), quiet) as advance:
+    workers = worker_count(jobs)
+    warn(workers)
+    with progress("replaying", len(paths) * len(policies) * len(budgets), quiet) as advance:
         result = run_replay(
             paths,
             policies,
             budgets,
             seed=seed,
-            jobs=_threads(jobs),
+            jobs=workers,
             waves=wave or [],
             keep_retained=retained is not None,
             keep_trajectory=trajectory is not None,
@@ -114,6 +119,9 @@ def calibrate(
     check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
 ) -> None:
     """Measure a model's Reasoning Wave: the entries each layer needs, for the wave allocator."""
+    from simulator.blas import use_one_thread, warn
+
+    use_one_thread()
     from simulator.output import require_place
     from simulator.wave import calibrate as measure
     from traces.errors import UserError
@@ -122,6 +130,7 @@ def calibrate(
     if steps < 1:
         raise UserError(f"--steps is {steps}; allowed: 1 or more")
     require_place(out, "--out")
+    warn(n_workers=1)
     wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps, check=check)
     wave.write(out)
     print(f"wave of {wave.model} from {len(wave.trace_ids)} traces, {wave.n_steps} decode steps")
@@ -175,7 +184,14 @@ def _width() -> int:
     return max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
 
 
-def _threads(jobs: int) -> int:
+def worker_count(jobs: int) -> int:
+    """Give the threads that ``--jobs`` stands for.
+
+    Raises
+    ------
+    UserError
+        If it is negative.
+    """
     import os
 
     from traces.errors import UserError
@@ -188,13 +204,14 @@ def _threads(jobs: int) -> int:
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+def progress(doing: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Show a bar on a terminal while ``doing``; gives what advances it by one of ``total``."""
     if quiet or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("replaying", total=total)
-        yield lambda: progress.advance(task)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda: bar.advance(task)

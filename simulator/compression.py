@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class Compressor:
         self.since = self.n_compressions = 0
         self.protection_binding = False
         self._notes: list[np.ndarray] | None = None
+        self._memos: list[dict[str, Any]] = [{} for _ in range(n_kv_heads)]
         self._n_tokens = prompt_tokens
 
     def resize(self, entries: int) -> None:
@@ -144,6 +146,7 @@ class Compressor:
                 budget=int(self.budgets[kv_head]),
                 since=self.since,
                 rope=self.rope,
+                memo=self._memos[kv_head],
             )
             for kv_head in range(self.n_kv_heads)
         ]

@@ -8,6 +8,7 @@ from numbers import Integral
 
 import numpy as np
 
+from simulator.kernels import protect
 from simulator.policies.base import (
     HeadAllocator,
     HeadRequest,
@@ -47,13 +48,14 @@ def checked_scores(scorer: Scorer, views: Sequence[CacheView], keep_prompt: bool
         raise PolicyError(
             f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {len(views)}"
         )
+    n_leading = max(scorer.sinks, views[0].prompt_tokens) if keep_prompt else scorer.sinks
     checked = []
     for view, given in zip(views, found, strict=True):
         scores = _checked_array(scorer, "scores", given, view)
-        protected = (view.positions < scorer.sinks) | (view.positions >= view.n_tokens - scorer.recent)
-        if keep_prompt:
-            protected |= view.positions < view.prompt_tokens
-        checked.append(np.where(protected, np.float32(np.inf), scores))
+        protected = np.empty(view.n_entries, np.float32)
+        bad = protect(scores, view.positions, n_leading, view.n_tokens - scorer.recent, protected)
+        _refuse_infinite(scorer, "scores", scores, view, bad)
+        checked.append(protected)
     return checked
 
 
@@ -67,7 +69,11 @@ def checked_notes(scorer: Scorer, views: Sequence[CacheView]) -> list[np.ndarray
     """
     with _guarded("scorer", scorer.name):
         found = [scorer.observe(view) for view in views]
-    return [_checked_array(scorer, "notes", own, view) for own, view in zip(found, views, strict=True)]
+    notes = [_checked_array(scorer, "notes", own, view) for own, view in zip(found, views, strict=True)]
+    for own, view in zip(notes, views, strict=True):
+        bad = np.flatnonzero(~np.isfinite(own))
+        _refuse_infinite(scorer, "notes", own, view, int(bad[0]) if len(bad) else -1)
+    return notes
 
 
 def asked_quota(scorer: Scorer, budget: int, n_tokens: int) -> int:
@@ -108,13 +114,15 @@ def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView
         raise PolicyError(
             f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {view.positions.shape}"
         )
-    if not np.isfinite(found).all():
-        bad = int(np.flatnonzero(~np.isfinite(found))[0])
+    return np.ascontiguousarray(found)
+
+
+def _refuse_infinite(scorer: Scorer, what: str, found: np.ndarray, view: CacheView, bad: int) -> None:
+    if bad >= 0:
         raise PolicyError(
             f"scorer '{scorer.name}' returned {found[bad]} at slot {bad} of layer {view.layer}, "
             f"KV head {view.kv_head}; allowed: finite {what}"
         )
-    return found
 
 
 def asked_allocator(

@@ -10,16 +10,21 @@ from numba import njit
 VECTORISE = {"reassoc", "contract"}
 
 _LOG2E = np.float32(1.4426950408889634)
-# Taylor coefficients of 2**z; |z| <= 1/2 leaves a relative error below 2e-7.
-_C1 = np.float32(0.6931471805599453)
-_C2 = np.float32(0.2402265069591007)
-_C3 = np.float32(0.05550410866482158)
-_C4 = np.float32(0.009618129107628477)
-_C5 = np.float32(0.0013333558146428443)
-_C6 = np.float32(0.00015403530393381608)
+# Minimax coefficients of 2**z that give 1 at 0; |z| <= 1/2 leaves a relative error below 1e-7, and rounding
+# as much again.
+_C1 = np.float32(0.6931469775932727)
+_C2 = np.float32(0.24022242078878983)
+_C3 = np.float32(0.055507337521310894)
+_C4 = np.float32(0.009671512937712574)
+_C5 = np.float32(0.0013264724480800364)
 _ONE = np.float32(1.0)
 _HALF = np.float32(0.5)
 _LOWEST = np.float32(-126.0)
+
+# Rows of a narrow array that are turned into columns at once.
+_FEW_ENTRIES = 16
+# Stands for a slot that was known and is held no more.
+LOST = -2
 
 
 @njit(inline="always")
@@ -29,8 +34,7 @@ def exp(x):
     y = max(x * _LOG2E, _LOWEST)
     whole = np.floor(y + _HALF)
     z = y - whole
-    p = _C6 * z + _C5
-    p = p * z + _C4
+    p = _C5 * z + _C4
     p = p * z + _C3
     p = p * z + _C2
     p = p * z + _C1
@@ -39,29 +43,41 @@ def exp(x):
     return p * np.int32(bits).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
-def add_attention_mass(products, scale, lse, n_visible, mass):
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def add_attention_mass(products, scale, lse, n_shared, group_size, mass):
     """Write each query's full-cache attention mass on the entries it can see.
 
     Parameters
     ----------
-    products : float32 (n_rows, n_entries)
-        Query-key dot products, unscaled.
+    products : float32 (n_entries, n_tokens * group_size)
+        Key-query dot products, unscaled; the queries of one token stand together, in time order.
     scale : float32
-    lse : float32 (n_rows,)
+    lse : float32 (n_tokens * group_size,)
         Log-sum-exp of each query over the full causal cache.
-    n_visible : int64 (n_rows,)
-        Row r sees the first ``n_visible[r]`` entries; later ones lie in its future.
-    mass : float32 (n_rows,)
+    n_shared : int
+        Leading entries that every query sees. The others are those of the queries' own tokens, in time order,
+        seen from their own token on.
+    group_size : int
+    mass : float32 (n_tokens * group_size,)
         Written.
     """
-    for row in range(products.shape[0]):
-        total = np.float32(0.0)
-        shift = lse[row]
-        for j in range(n_visible[row]):
+    n_entries, n_queries = products.shape
+    mass[:] = 0
+    n_quads = n_shared // 4 * 4
+    # Four entries at once keep the sums in registers; queries side by side need no sum across lanes.
+    for j in range(0, n_quads, 4):
+        for query in range(n_queries):
             # Subtract before scaling to base 2: the difference is small where the weight is large.
-            total += exp(products[row, j] * scale - shift)
-        mass[row] = total
+            shift = lse[query]
+            early = exp(products[j, query] * scale - shift) + exp(products[j + 1, query] * scale - shift)
+            late = exp(products[j + 2, query] * scale - shift) + exp(products[j + 3, query] * scale - shift)
+            mass[query] += early + late
+    for j in range(n_quads, n_entries):
+        first = max(0, j - n_shared) * group_size
+        # Slices that begin at 0 vectorise; ranges that begin at ``first`` do not.
+        own, shifts, sums = products[j, first:], lse[first:], mass[first:]
+        for query in range(n_queries - first):
+            sums[query] += exp(own[query] * scale - shifts[query])
 
 
 # A largest value vectorises only if NaN and the sign of zero may be ignored; products are finite.
@@ -82,47 +98,240 @@ def strongest_positions(products, n_visible, positions):
         positions[row] = where
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
 def max_pool(values, kernel_size, pooled):
     """Write the running maximum over ``kernel_size`` neighbours, cut at both ends; float32 (n,)."""
-    half = kernel_size // 2
     n = values.shape[0]
-    for j in range(n):
-        best = values[j]
-        for i in range(max(0, j - half), min(n, j + half + 1)):
-            if values[i] > best:
-                best = values[i]
-        pooled[j] = best
+    pooled[:] = values
+    for shift in range(1, min(kernel_size // 2, n - 1) + 1):
+        earlier, later = values[: n - shift], values[shift:]
+        from_start, to_end = pooled[: n - shift], pooled[shift:]
+        for j in range(n - shift):
+            from_start[j] = max(from_start[j], later[j])
+        for j in range(n - shift):
+            to_end[j] = max(to_end[j], earlier[j])
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def merge_logits(products, scale, n_merged, logits):
+    """Write the largest of ``n_merged`` logits, less the largest of its row.
+
+    ``products`` is float32 (n_entries, n_merged * n_queries), where columns that differ by ``n_queries``
+    are merged; ``logits`` float32 (n_queries, n_entries) is written.
+    """
+    n_queries, n_entries = logits.shape
+    for first in range(0, n_entries, _FEW_ENTRIES):
+        some = products[first : first + _FEW_ENTRIES]
+        for query in range(n_queries):
+            merged = logits[query, first : first + _FEW_ENTRIES]
+            for j in range(merged.shape[0]):
+                merged[j] = some[j, query]
+            for member in range(1, n_merged):
+                others = some[:, member * n_queries + query :]
+                for j in range(merged.shape[0]):
+                    merged[j] = max(merged[j], others[j, 0])
+    for query in range(n_queries):
+        row = logits[query]
+        largest = row[0]
+        for j in range(n_entries):
+            largest = max(largest, row[j])
+        for j in range(n_entries):
+            row[j] = row[j] * scale - largest * scale
+
+
+@njit(nogil=True, cache=True, fastmath=VECTORISE)
+def mean_weights(weights, n_merged, means):
+    """Write each entry's mean weight, every row normalised to 1 and then ``n_merged`` of them merged.
+
+    ``weights`` is float32 (n_merged * n_queries, n_entries), positive, and is normalised in place; of rows
+    that differ by ``n_queries`` the largest counts. ``means`` float32 (n_entries,) is written.
+    """
+    n_rows, n_entries = weights.shape
+    n_queries = n_rows // n_merged
+    for row in range(n_rows):
+        total = np.float32(0.0)
+        for j in range(n_entries):
+            total += weights[row, j]
+        share = np.float32(1.0) / total
+        for j in range(n_entries):
+            weights[row, j] *= share
+    means[:] = 0
+    for query in range(n_queries):
+        best = weights[query]
+        for member in range(1, n_merged):
+            other = weights[member * n_queries + query]
+            for j in range(n_entries):
+                best[j] = max(best[j], other[j])
+        for j in range(n_entries):
+            means[j] += best[j]
+    for j in range(n_entries):
+        means[j] /= np.float32(n_queries)
 
 
 @njit(nogil=True, cache=True)
-def add_similarity(similarity, first, threshold, first_on_no_match, sums):
-    """Add up each key's similarity to a block of keys, sparing the newest duplicate of every block key.
-
-    A row removes its contribution to the last column whose similarity exceeds ``threshold``. A row without
-    one removes nothing, or, with ``first_on_no_match``, its contribution to column 0 (as the published
-    R-KV code does).
+def carry_duplicates(before, newest_before, inverse_before, positions, newest, inverse):
+    """Bring what is known of entries to the slots they have now; give how many entries are known.
 
     Parameters
     ----------
-    similarity : float32 (n_rows, n)
-        Cosine similarities of keys ``first`` onwards to all keys; a key's own is ignored.
-    first : int
-    threshold : float
-    first_on_no_match : bool
-    sums : float64 (n,)
-        Updated in place.
+    before : int32 (n_before,)
+        Positions of the entries known, increasing.
+    newest_before : int32 (n_before,)
+        Slot of each one's newest duplicate then, -1 for none.
+    inverse_before : float32 (n_before,)
+        Inverse norms of their keys.
+    positions : int32 (n_entries,)
+        Positions held now, increasing: some of the known ones, then others.
+    newest : int32 (n_entries,)
+        Written for known entries: the duplicate's slot now, -1 for none, ``LOST`` if it was evicted.
+    inverse : float32 (n_entries,)
+        Written for known entries.
     """
-    n_rows, n = similarity.shape
-    for i in range(n_rows):
-        own = first + i
-        last = -1
-        for j in range(n - 1, -1, -1):
-            if j != own and similarity[i, j] > threshold:
-                last = j
-                break
-        if last < 0 and first_on_no_match:
-            last = 0
-        for j in range(n):
-            if j != own and j != last:
-                sums[j] += similarity[i, j]
+    moved = np.full(before.shape[0], LOST, np.int32)
+    n_known = 0
+    for slot in range(before.shape[0]):
+        if n_known < positions.shape[0] and positions[n_known] == before[slot]:
+            moved[slot] = n_known
+            n_known += 1
+    for slot in range(before.shape[0]):
+        if moved[slot] >= 0:
+            duplicate = newest_before[slot]
+            newest[moved[slot]] = moved[duplicate] if duplicate >= 0 else -1
+            inverse[moved[slot]] = inverse_before[slot]
+    return n_known
+
+
+@njit(nogil=True, cache=True)
+def find_duplicates(products, inverse, threshold, first, newest):
+    """Find the newest duplicates that a block of entries brings, of its own entries and of all before.
+
+    Parameters
+    ----------
+    products : float32 (first + n_block, n_block)
+        Dot products of all keys so far, in slot order, with those of slots ``first`` onwards.
+    inverse : float32 (first + n_block,)
+        Inverse norms of the keys.
+    threshold : float32
+        Cosine above which, strictly, one key duplicates another.
+    first : int
+    newest : int32 (first + n_block,)
+        Slot of the newest duplicate, negative where none is known; updated.
+    """
+    for j in range(products.shape[0]):
+        # A pair counts once, seen from its earlier entry: the later ones of the block begin here.
+        after = max(0, j + 1 - first)
+        later, scales, found = products[j, after:], inverse[first + after :], newest[first + after :]
+        own, last = inverse[j], np.int32(-1)
+        for i in range(later.shape[0]):
+            is_duplicate = later[i] * own * scales[i] > threshold
+            # Earlier entries come in slot order, so that the last to write is the newest.
+            found[i] = np.int32(j) if is_duplicate else found[i]
+            last = max(last, np.int32(i) if is_duplicate else np.int32(-1))
+        if last >= 0:
+            newest[j] = first + after + last
+
+
+@njit(nogil=True, cache=True)
+def find_duplicates_again(products, inverse, threshold, slots, newest):
+    """Find the newest duplicate, among leading entries, of those that lost theirs.
+
+    ``products`` is float32 (n_leading, n_slots) with the keys at ``slots``, int64 (n_slots,); ``inverse``
+    float32 holds all keys' inverse norms; ``newest`` int32 (n_slots,) is written, -1 for none.
+    """
+    newest[:] = -1
+    scales = inverse[slots]
+    for j in range(products.shape[0]):
+        own = inverse[j]
+        for i in range(slots.shape[0]):
+            is_duplicate = (products[j, i] * own * scales[i] > threshold) & (slots[i] != j)
+            newest[i] = np.int32(j) if is_duplicate else newest[i]
+
+
+@njit(nogil=True, cache=True, fastmath=VECTORISE)
+def add_similarity(keys, inverse, newest, sums):
+    """Write how similar all other keys are to each, where every key spares its newest duplicate.
+
+    The sum of a key's cosines is its product with the sum of all unit keys; what does not count is taken off.
+
+    Parameters
+    ----------
+    keys : float32 (n_entries, head_dim)
+    inverse : float32 (n_entries,)
+        Inverse norms of the keys.
+    newest : int32 (n_entries,)
+        Slot of the entry that each one spares, negative for none.
+    sums : float64 (n_entries,)
+        Written.
+    """
+    n_entries, head_dim = keys.shape
+    total = np.zeros(head_dim, np.float64)
+    for j in range(n_entries):
+        for d in range(head_dim):
+            total[d] += np.float64(keys[j, d] * inverse[j])
+    for j in range(n_entries):
+        product, square = np.float64(0.0), np.float32(0.0)
+        for d in range(head_dim):
+            product += total[d] * keys[j, d]
+            square += keys[j, d] * keys[j, d]
+        sums[j] = (product - np.float64(square * inverse[j])) * inverse[j]
+    for j in range(n_entries):
+        spared = newest[j]
+        if spared >= 0:
+            product32 = np.float32(0.0)
+            for d in range(head_dim):
+                product32 += keys[j, d] * keys[spared, d]
+            sums[spared] -= product32 * inverse[j] * inverse[spared]
+
+
+@njit(nogil=True, cache=True)
+def protect(scores, positions, n_leading, first_recent, checked):
+    """Write scores with plus infinity where an entry is protected; give the first slot that is not finite.
+
+    Protected are positions below ``n_leading`` and from ``first_recent`` on. All arrays are (n_entries,);
+    -1 says that every score is finite.
+    """
+    bad = -1
+    for slot in range(scores.shape[0] - 1, -1, -1):
+        is_protected = positions[slot] < n_leading or positions[slot] >= first_recent
+        checked[slot] = np.float32(np.inf) if is_protected else scores[slot]
+        if not np.isfinite(scores[slot]):
+            bad = slot
+    return bad
+
+
+@njit(nogil=True, cache=True)
+def keep_best(scores, threshold, slots):
+    """Write the slots of the best scores in slot order, ties to the later slot.
+
+    ``threshold`` is the smallest score to keep, of which only so many are kept that ``slots``, int64
+    (n_kept,), is full.
+    """
+    n_ties = slots.shape[0]
+    for slot in range(scores.shape[0]):
+        n_ties -= scores[slot] > threshold
+    at = slots.shape[0]
+    for slot in range(scores.shape[0] - 1, -1, -1):
+        is_tie = scores[slot] == threshold and n_ties > 0
+        if is_tie or scores[slot] > threshold:
+            n_ties -= is_tie
+            at -= 1
+            slots[at] = slot
+
+
+@njit(nogil=True, cache=True)
+def increases(numbers):
+    """Say whether each number is larger than the one before."""
+    rises = True
+    for i in range(1, numbers.shape[0]):
+        rises &= numbers[i] > numbers[i - 1]
+    return rises
+
+
+@njit(nogil=True, cache=True)
+def close_up(rows, slots):
+    """Move the rows at ``slots``, which increase, to the front; updated in place."""
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        if slot != i:
+            for d in range(rows.shape[1]):
+                rows[i, d] = rows[slot, d]

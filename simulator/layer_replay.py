@@ -12,12 +12,16 @@ from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
 from simulator.policy import Policy
 from simulator.rope import Rope
+from simulator.scratch import scratch
 from simulator.view import CacheView
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-# Products of one block, in float32: 8 MB stay close to the cache and bound the memory of long spans.
-_BLOCK_ELEMENTS = 2**21
+# Queries of one matrix product: enough for its full speed, so few that the products stay in the cache and
+# that hardly any of them lie in a query's future.
+_BLOCK_QUERIES = 128
+# Tokens read at once; bounds the memory of long spans.
+_BLOCK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +79,8 @@ class LayerReplay:
         shape = trace.shape
         n_steps = trace.total_tokens - trace.prompt_tokens
         self.trace, self.layer, self.policy = trace, layer, policy
+        # The trace builds its shape anew each time.
+        self._shape, self._scale = shape, np.float32(trace.scale)
         self.compressor = Compressor(
             policy,
             layer,
@@ -123,14 +129,10 @@ class LayerReplay:
     def advance(self, n_tokens: int) -> None:
         """Decode up to ``n_tokens`` tokens: append their entries and measure their attention."""
         while self._n_tokens < n_tokens:
-            longest = int(self.ledger.lengths.max())
-            group_size = self.trace.shape.group_size
-            # The block holds group_size * n rows of up to longest + n products each.
-            fitting = max(1, _BLOCK_ELEMENTS // (group_size * (longest + 512)))
-            self._advance_block(min(n_tokens, self._n_tokens + min(fitting, 512)))
+            self._advance_block(min(n_tokens, self._n_tokens + _BLOCK_TOKENS))
 
     def _advance_block(self, stop: int) -> None:
-        start, shape = self._n_tokens, self.trace.shape
+        start, shape = self._n_tokens, self._shape
         n_tokens, step = stop - start, start - self.trace.prompt_tokens
         before = self.ledger.n_entries
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
@@ -140,19 +142,31 @@ class LayerReplay:
         partial = [h for h in range(shape.n_kv_heads) if self.ledger.lengths[h] < stop]
         if not partial:
             return
-        queries = self._read("queries", start, stop)
-        lse = self._stored["lse"][:, start:stop]
-        scale = np.float32(self.trace.scale)
-        rows = np.tile(np.arange(1, n_tokens + 1), shape.group_size)
         for kv_head in partial:
             group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
-            keys = self.ledger.keys(kv_head)
-            products = queries[group].reshape(-1, shape.head_dim) @ keys.T
-            # The block's own entries stand last, in time order: slots past a row's own lie in its future.
-            n_visible = len(keys) - n_tokens + rows
-            mass = np.empty(len(products), np.float32)
-            add_attention_mass(products, scale, np.ascontiguousarray(lse[group]).reshape(-1), n_visible, mass)
-            self.mass[group, step : step + n_tokens] = mass.reshape(shape.group_size, n_tokens)
+            # Queries by token, so that those of a few tokens stand together.
+            queries = self._stored["queries"][group, start:stop].transpose(1, 0, 2)
+            lse = np.ascontiguousarray(self._stored["lse"][group, start:stop].T)
+            mass = np.empty(lse.shape, np.float32)
+            self._measure(kv_head, to_float32(queries, shape.dtype), lse, mass)
+            self.mass[group, step : step + n_tokens] = mass.T
+
+    def _measure(self, kv_head: int, queries: np.ndarray, lse: np.ndarray, mass: np.ndarray) -> None:
+        """Write the mass that the newest tokens' queries find in one KV head.
+
+        ``queries`` is float32 (n_tokens, group_size, head_dim), ``lse`` and ``mass`` (n_tokens, group_size).
+        """
+        n_tokens, group_size, head_dim = queries.shape
+        queries, lse, mass = queries.reshape(-1, head_dim), lse.reshape(-1), mass.reshape(-1)
+        keys = self.ledger.keys(kv_head)
+        n_before = len(keys) - n_tokens
+        n_at_once = max(1, _BLOCK_QUERIES // group_size)
+        for first in range(0, n_tokens, n_at_once):
+            last = min(first + n_at_once, n_tokens)
+            block = slice(first * group_size, last * group_size)
+            products = scratch(n_before + last, (last - first) * group_size)
+            np.matmul(keys[: n_before + last], queries[block].T, out=products)
+            add_attention_mass(products, self._scale, lse[block], n_before + first, group_size, mass[block])
 
     def reallocate(self) -> None:
         """Divide the layer's budget over its KV heads by the scores of now."""
@@ -190,21 +204,21 @@ class LayerReplay:
             values = self._read("values", start, stop) if self._with_values else None
             self.ledger.append(start, self._read("keys", start, stop), values)
         else:
-            self.ledger.append(start, np.empty((self.trace.shape.n_kv_heads, stop - start, 0), np.float32))
+            self.ledger.append(start, np.empty((self._shape.n_kv_heads, stop - start, 0), np.float32))
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return to_float32(self._stored[name][:, start:stop], self.trace.shape.dtype)
+        return to_float32(self._stored[name][:, start:stop], self._shape.dtype)
 
     def _held(self) -> list[np.ndarray]:
-        return [self.ledger.positions(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
+        return [self.ledger.positions(kv_head) for kv_head in range(self._shape.n_kv_heads)]
 
     def _held_keys(self) -> list[np.ndarray]:
-        return [self.ledger.keys(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
+        return [self.ledger.keys(kv_head) for kv_head in range(self._shape.n_kv_heads)]
 
     def _score_heads(self) -> list[np.ndarray]:
         first = self._n_tokens - self.compressor.n_queries(self._n_tokens)
         queries = self._read("queries", first, self._n_tokens)
         values = None
         if self._with_values:
-            values = [self.ledger.values(kv_head) for kv_head in range(self.trace.shape.n_kv_heads)]
+            values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
         return self.compressor.score(self._held_keys(), self._held(), queries, self._n_tokens, values)

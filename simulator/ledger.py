@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.kernels import close_up, increases
+
 NEVER = np.iinfo(np.int32).max
 
 
@@ -62,8 +64,13 @@ class Ledger:
         evicted = np.ones(len(positions), bool)
         evicted[slots] = False
         self.evicted_at[kv_head, positions[evicted]] = n_tokens
-        self._keys[kv_head][: len(slots)] = self.keys(kv_head)[slots]
-        self._values[kv_head][: len(slots)] = self.values(kv_head)[slots]
+        for rows in (self._keys[kv_head], self._values[kv_head]):
+            if not rows.shape[1]:
+                continue
+            if increases(slots):
+                close_up(rows, slots)
+            else:
+                rows[: len(slots)] = rows[slots]
         self._positions[kv_head][: len(slots)] = positions[slots]
         self.lengths[kv_head] = len(slots)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulator.kernels import increases, keep_best
+
 
 def select_slots(scores: np.ndarray, positions: np.ndarray, n_kept: int, slot_order: str) -> np.ndarray:
     """Choose the ``n_kept`` best slots; ties go to the later position.
@@ -23,6 +25,11 @@ def select_slots(scores: np.ndarray, positions: np.ndarray, n_kept: int, slot_or
     -------
     int64 (n_kept,), slots in their new order.
     """
+    n_entries = len(scores)
+    if slot_order == "chronological" and 0 < n_kept < n_entries and increases(positions):
+        slots = np.empty(n_kept, np.int64)
+        keep_best(scores, np.partition(scores, n_entries - n_kept)[n_entries - n_kept], slots)
+        return slots
     kept = np.lexsort((-positions, -scores))[:n_kept]
     if slot_order == "chronological":
         return kept[np.argsort(positions[kept])]

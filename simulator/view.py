@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
+    memo : dict, optional
+        Kept for this KV head from one compression to the next: a scorer may leave here what it would
+        otherwise compute again, by position. It may make scores come sooner, never other; who shows a scorer
+        other keys shows it no memo.
     """
 
     keys: np.ndarray
@@ -57,6 +62,7 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
+    memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("keys", "positions", "queries", "values", "state"):

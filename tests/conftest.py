@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from traces import write_trace
 from validate import cli
+
+
+@pytest.fixture(autouse=True)
+def _no_word_of_the_machine(monkeypatch):
+    """Keep what ``sim`` says of a slow BLAS out of the tests, wherever they run; see test_bench."""
+    monkeypatch.setattr("simulator.blas._CPUINFO", Path("no such file"))
+    monkeypatch.setattr("simulator.blas._loaded_threads", lambda: 1)
 
 
 @pytest.fixture

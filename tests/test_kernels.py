@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.kernels import add_attention_mass, add_similarity, max_pool
+from simulator.kernels import (
+    LOST,
+    add_attention_mass,
+    add_similarity,
+    carry_duplicates,
+    close_up,
+    find_duplicates,
+    find_duplicates_again,
+    increases,
+    keep_best,
+    max_pool,
+    mean_weights,
+    merge_logits,
+    protect,
+)
 
 
 def masses(logits, lse=0.0, scale=1.0):
     """Give the mass of single entries, one per logit."""
-    products = np.array(logits, np.float32)[:, None]
-    mass = np.empty(len(products), np.float32)
-    rows = np.full(len(products), lse, np.float32), np.ones(len(products), np.int64)
-    add_attention_mass(products, np.float32(scale), *rows, mass)
+    products = np.array(logits, np.float32)[None]
+    n_queries = products.shape[1]
+    mass = np.empty(n_queries, np.float32)
+    add_attention_mass(products, np.float32(scale), np.full(n_queries, lse, np.float32), 1, 1, mass)
     return mass
 
 
@@ -31,15 +47,20 @@ def test_hopeless_entries_add_nothing_that_counts():
     assert masses([50.0], lse=100.0, scale=2.0)[0] == 1
 
 
-def test_rows_see_what_is_visible_to_them(rng):
-    products = rng.normal(size=(4, 9)).astype(np.float32)
-    n_visible, lse = np.array([1, 4, 9, 0]), np.array([1.5, 2, 3, 2], np.float32)
-    mass = np.empty(4, np.float32)
-    add_attention_mass(products, np.float32(0.5), lse, n_visible, mass)
+@given(st.integers(0, 13), st.integers(1, 5), st.integers(1, 3), st.randoms(use_true_random=False))
+@MODERATE
+def test_queries_see_what_is_not_in_their_future(n_shared, n_tokens, group_size, random):
+    rng = np.random.default_rng(random.randint(0, 10**6))
+    n_entries, n_queries = n_shared + n_tokens, n_tokens * group_size
+    products = rng.normal(size=(n_entries, n_queries)).astype(np.float32)
+    lse = rng.normal(2, 1, size=n_queries).astype(np.float32)
+    mass = np.empty(n_queries, np.float32)
+    add_attention_mass(products, np.float32(0.5), lse, n_shared, group_size, mass)
     expected = [
-        sum(np.exp(0.5 * products[row, j] - lse[row]) for j in range(n_visible[row])) for row in range(4)
+        sum(np.exp(0.5 * products[j, query] - lse[query]) for j in range(n_shared + query // group_size + 1))
+        for query in range(n_queries)
     ]
-    np.testing.assert_allclose(mass, expected, rtol=1e-6)
+    np.testing.assert_allclose(mass, expected, rtol=2e-6)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.sampled_from([1, 3, 5, 7, 31, 99]))
@@ -52,15 +73,128 @@ def test_max_pool_takes_the_best_neighbour(values, kernel_size):
     assert pooled.tolist() == expected
 
 
-def test_add_similarity_by_hand():
-    similarity = np.array(
-        [[9, 0.6, 0.7, 0.1], [0.6, 9, 0.5, 0.2], [0.7, 0.5, 9, 0.3], [0.1, 0.2, 0.3, 9]], np.float32
+def logit_rows(products, n_merged):
+    """Merge columns of products a list at a time, and take off each row's largest."""
+    n_queries = products.shape[1] // n_merged
+    rows = [
+        [max(entry[member * n_queries + query] for member in range(n_merged)) for entry in products.tolist()]
+        for query in range(n_queries)
+    ]
+    return [[0.5 * (logit - max(row)) for logit in row] for row in rows]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6))
+@MODERATE
+def test_window_attention_is_normalised_by_row_and_merged(n_entries, n_queries, n_merged, seed):
+    products = np.random.default_rng(seed).normal(size=(n_entries, n_queries * n_merged)).astype(np.float32)
+    logits = np.empty((n_queries, n_entries), np.float32)
+    merge_logits(products, np.float32(0.5), n_merged, logits)
+    np.testing.assert_allclose(logits, logit_rows(products, n_merged), atol=1e-6)
+
+    means = np.empty(n_entries, np.float32)
+    weights = np.exp(products.T.copy())
+    shares = [[weight / sum(row) for weight in row] for row in weights.tolist()]
+    expected = [
+        sum(
+            max(shares[member * n_queries + query][j] for member in range(n_merged))
+            for query in range(n_queries)
+        )
+        / n_queries
+        for j in range(n_entries)
+    ]
+    mean_weights(weights, n_merged, means)
+    np.testing.assert_allclose(means, expected, rtol=2e-6)
+
+
+def duplicates_of(keys, threshold):
+    """Give each key's newest duplicate, -1 for none, and how far the nearest cosine is from the threshold."""
+    unit = keys.astype(np.float64) / np.linalg.norm(keys.astype(np.float64), axis=1)[:, None]
+    similar = unit @ unit.T
+    np.fill_diagonal(similar, -2)
+    newest = [max([j for j, value in enumerate(row) if value > threshold], default=-1) for row in similar]
+    return newest, np.abs(similar - threshold).min()
+
+
+def inverse_norms(keys):
+    return (1 / np.linalg.norm(keys, axis=1)).astype(np.float32)
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.sampled_from([-1.0, 0.0, 0.3, 0.9]), st.integers(0, 10**6))
+@MODERATE
+def test_duplicates_are_found_block_by_block_and_again(n_entries, block, threshold, seed):
+    keys = np.random.default_rng(seed).normal(size=(n_entries, 4)).astype(np.float32)
+    expected, margin = duplicates_of(keys, threshold)
+    if margin < 1e-5:
+        return
+    inverse, newest = inverse_norms(keys), np.full(n_entries, -1, np.int32)
+    for first in range(0, n_entries, block):
+        stop = min(first + block, n_entries)
+        products = keys[:stop] @ keys[first:stop].T
+        find_duplicates(products, inverse[:stop], np.float32(threshold), first, newest[:stop])
+    assert newest.tolist() == expected
+    slots = np.arange(n_entries)[::2]
+    again = np.empty(len(slots), np.int32)
+    find_duplicates_again(keys @ keys[slots].T, inverse, np.float32(threshold), slots, again)
+    assert again.tolist() == expected[::2]
+
+
+def test_what_is_known_of_entries_moves_with_them():
+    before, newest_before = np.array([2, 3, 7, 9], np.int32), np.array([3, -1, 1, 0], np.int32)
+    inverse_before = np.array([0.2, 0.3, 0.7, 0.9], np.float32)
+    positions = np.array([2, 7, 9, 11], np.int32)
+    newest, inverse = np.full(4, -1, np.int32), np.zeros(4, np.float32)
+    known = carry_duplicates(before, newest_before, inverse_before, positions, newest, inverse)
+    assert known == 3
+    assert newest.tolist() == [2, LOST, 0, -1]
+    np.testing.assert_array_equal(inverse, np.array([0.2, 0.7, 0.9, 0], np.float32))
+
+
+@given(st.integers(1, 20), st.integers(0, 10**6))
+@MODERATE
+def test_add_similarity_leaves_out_oneself_and_whom_one_spares(n_entries, seed):
+    rng = np.random.default_rng(seed)
+    keys = rng.normal(size=(n_entries, 5)).astype(np.float32)
+    newest = np.array(
+        [rng.choice([j for j in range(-1, n_entries) if j != i]) for i in range(n_entries)], np.int32
     )
-    # Rows spare: 0 its entry 2, 1 its entry 0, 2 its entry 0; 0.5 does not exceed 0.5. Row 3 spares nothing,
-    # or its entry 0, as the published code does.
-    for spare_column0, expected in ((False, [0.1, 1.3, 0.8, 0.6]), (True, [0, 1.3, 0.8, 0.6])):
-        sums = np.zeros(4)
-        for first in (0, 3):  # in two blocks
-            block = similarity[first : first + 3]
-            add_similarity(block, first, np.float32(0.5), spare_column0, sums)
-        np.testing.assert_allclose(sums, expected, rtol=1e-6, atol=1e-7)
+    unit = keys / np.linalg.norm(keys, axis=1)[:, None]
+    expected = [
+        sum(unit[i] @ unit[j] for i in range(n_entries) if i != j and newest[i] != j)
+        for j in range(n_entries)
+    ]
+    sums = np.empty(n_entries)
+    add_similarity(keys, inverse_norms(keys), newest, sums)
+    np.testing.assert_allclose(sums, expected, atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.data())
+@MODERATE
+def test_best_are_kept_in_slot_order(scores, data):
+    n_kept = data.draw(st.integers(1, len(scores)))
+    best = sorted(range(len(scores)), key=lambda slot: (scores[slot], slot))[-n_kept:]
+    slots = np.empty(n_kept, np.int64)
+    keep_best(np.array(scores, np.float32), np.float32(sorted(scores)[-n_kept]), slots)
+    assert slots.tolist() == sorted(best)
+
+
+def test_protected_entries_are_infinite_and_the_first_bad_one_is_told():
+    scores, positions = np.array([1, np.nan, 3, -np.inf, 5], np.float32), np.array([0, 4, 5, 8, 9], np.int32)
+    checked = np.empty(5, np.float32)
+    assert protect(scores, positions, 1, 8, checked) == 1
+    np.testing.assert_array_equal(checked, np.array([np.inf, np.nan, 3, np.inf, np.inf], np.float32))
+    assert protect(scores[2:3], positions[2:3], 0, 99, checked[:1]) == -1
+
+
+@given(st.lists(st.integers(-3, 9), max_size=8))
+@MODERATE
+def test_increases_is_strict(numbers):
+    assert increases(np.array(numbers, np.int32)) == all(a < b for a, b in pairwise(numbers))
+
+
+@given(st.sets(st.integers(0, 9), max_size=10))
+@MODERATE
+def test_rows_close_up(slots):
+    rows, order = np.arange(30, dtype=np.float32).reshape(10, 3), np.array(sorted(slots), np.int64)
+    expected = rows[order]
+    close_up(rows, order)
+    np.testing.assert_array_equal(rows[: len(order)], expected)

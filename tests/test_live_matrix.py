@@ -549,18 +549,18 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
 def test_what_a_users_part_raises_fails_its_batch_in_words(folder, tmp_path, worker):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from simulator.policies.recency import Recency\n\n\n"
+        "from simulator.policies.heads import UtilityHeads\n\n\n"
         "@dataclass(frozen=True)\n"
-        "class Mine(Recency):\n"
+        "class Mine(UtilityHeads):\n"
         "    name = 'mine'\n\n"
-        "    def quota(self, budget, n_tokens):\n"
+        "    def table(self, request):\n"
         "        raise KeyError('horizon')\n"
     )
     asked = settings_for(folder)
     Matrix(tmp_path, asked, 2)
     matrix._start_worker(asked)
     matrix._run_batch(tmp_path, Batch(FULL, None, 0, 2))
-    policy = parse_policy(f"{tmp_path}/mine.py:Mine", buffer=2)
+    policy = parse_policy(f"rkv+{tmp_path}/mine.py:Mine:window=2", buffer=2)
     with pytest.raises(UserError, match=r"'mine' failed: KeyError: 'horizon' \(mine.py, line 10\)"):
         matrix._run_batch(tmp_path, Batch(policy, parse_budget("20"), 0, 2))
 

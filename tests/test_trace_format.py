@@ -29,6 +29,8 @@ def test_float16_and_bfloat16_become_float32_exactly():
     half = half[~np.isnan(half)]
     assert to_float32(half, "float16").tolist() == [float(number) for number in half]
     assert np.isnan(to_float32(np.array([np.nan], np.float16), "float16")).all()
+    finite = half[np.isfinite(half)].reshape(2, -1).T  # in columns, subnormal numbers and -0 among them
+    assert to_float32(finite, "float16").tobytes() == finite.astype(np.float32).tobytes()
     brain = to_float32(bits, "bfloat16")
     by_hand = np.frombuffer(b"".join(b"\0\0" + int(b).to_bytes(2, "little") for b in bits), "<f4")
     assert brain.tobytes() == by_hand.tobytes()

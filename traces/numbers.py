@@ -34,11 +34,30 @@ def to_float32(stored: np.ndarray, dtype: str) -> np.ndarray:
     np.ndarray
         A new C-contiguous float32 array of the same shape.
     """
+    if dtype == "float16":
+        return _from_float16(stored)
     if dtype != "bfloat16":
         return np.array(stored, dtype=np.float32, order="C")
     bits = np.empty(stored.shape, dtype=np.uint32)
     np.left_shift(stored, np.uint32(16), out=bits, dtype=np.uint32)
     return bits.view(np.float32)
+
+
+def _from_float16(stored: np.ndarray) -> np.ndarray:
+    patterns = stored.view(np.uint16)
+    bits = np.empty(stored.shape, np.uint32)
+    np.bitwise_and(patterns, np.uint32(0x7FFF), out=bits, dtype=np.uint32)
+    if bits.size and bits.max() >= 0x7C00:  # infinite or NaN
+        return np.array(stored, dtype=np.float32, order="C")
+    # NumPy converts one number at a time. Shifted, the bits are those of a float32 whose exponent is 112 too
+    # small, subnormal numbers included.
+    bits <<= 13
+    converted = bits.view(np.float32)
+    converted *= np.float32(2.0**112)
+    signs = np.bitwise_and(patterns, np.uint32(0x8000), dtype=np.uint32)
+    signs <<= 16
+    bits |= signs
+    return converted
 
 
 def round_to_storage(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -7,6 +7,8 @@ import sys
 
 import typer
 
+from simulator.bench_command import bench
+from simulator.blas import use_one_thread
 from simulator.commands import calibrate, policies_app, replay
 from simulator.results_command import results
 from traces.commands import trace_app
@@ -27,13 +29,14 @@ app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
 app.command()(results)
+app.command()(bench)
 app.command()(validate)
 
 
 def main() -> None:
     """Run one verb; every error is one line on standard error."""
-    # One BLAS thread per worker: layers are replayed side by side, and two pools would fight for the cores.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # NumPy's usual library only: torch, which some verbs load, has others and threads of its own.
+    use_one_thread("openblas")
     try:
         code = app(standalone_mode=False)
     except UserError as error:

@@ -7,16 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.kernels import add_similarity
 from simulator.policies.base import refuse_unless
+from simulator.policies.redundancy import redundancy
 from simulator.policies.snapkv import SnapKV
 from simulator.view import CacheView
 
-# Rows of similarities held at once: a long prompt has too many for all of them.
-_BLOCK_ROWS = 1024
 NO_MATCH = ("skip", "column0")
-# Added to the norm, as the published code does; it keeps a zero key finite.
-_NORM_EPSILON = np.float32(1e-8)
 
 
 @dataclass(frozen=True)
@@ -62,21 +58,14 @@ class RKV(SnapKV):
         scores = SnapKV.score(self, view)
         n_candidates = view.n_entries - self.window
         if n_candidates > 0:
-            spare_column0 = self.no_match == "column0"
-            repeated = redundancy(view.keys, self.similarity_threshold, spare_column0)[:n_candidates]
+            memo = view.memo if self.slot_order == "chronological" else None
+            repeated = redundancy(
+                view.keys,
+                view.positions,
+                self.similarity_threshold,
+                spare_column0=self.no_match == "column0",
+                memo=memo,
+            )[:n_candidates]
             scores[:n_candidates] *= np.float32(self.alpha)
             scores[:n_candidates] -= np.float32(1 - self.alpha) * repeated
         return scores
-
-
-def redundancy(keys: np.ndarray, threshold: float, spare_column0: bool) -> np.ndarray:
-    """Give each key's share of repetition, float32 (n_entries,), summing to 1."""
-    norms = np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float32))
-    unit = keys / (norms + _NORM_EPSILON)[:, None]
-    means = np.zeros(len(keys), np.float64)
-    for first in range(0, len(keys), _BLOCK_ROWS):
-        block = unit[first : first + _BLOCK_ROWS] @ unit.T
-        add_similarity(block, first, np.float32(threshold), spare_column0, means)
-    means /= len(keys)
-    weights = np.exp(means - means.max())
-    return (weights / weights.sum()).astype(np.float32)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.kernels import max_pool
+from simulator.kernels import max_pool, mean_weights, merge_logits
 from simulator.policies.base import Scorer, refuse_unless
+from simulator.scratch import scratch
 from simulator.view import CacheView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
@@ -77,12 +78,14 @@ class SnapKV(Scorer):
 def window_attention(view: CacheView, n_candidates: int, group_reduce: str) -> np.ndarray:
     """Average the window's attention over the first ``n_candidates`` slots; float32 (n_candidates,)."""
     group_size, n_window, head_dim = view.queries.shape
-    products = view.queries.reshape(-1, head_dim) @ view.keys[:n_candidates].T
-    logits = products.reshape(group_size, n_window, n_candidates) * np.float32(view.scale)
-    if group_reduce == "max_logits":
-        logits = logits.max(axis=0, keepdims=True)
-    # Subtract the row maximum first: logits reach 100 and float32 exp overflows at 88.
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    reduced = weights.max(axis=0) if group_reduce == "max_weights" else weights.mean(axis=0)
-    return reduced.mean(axis=0)
+    n_columns = group_size * n_window
+    products = scratch(n_candidates, n_columns)
+    np.matmul(view.keys[:n_candidates], view.queries.reshape(n_columns, head_dim).T, out=products)
+    n_merged = group_size if group_reduce == "max_logits" else 1
+    # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
+    weights = np.empty((n_columns // n_merged, n_candidates), np.float32)
+    merge_logits(products, np.float32(view.scale), n_merged, weights)
+    np.exp(weights, out=weights)
+    means = np.empty(n_candidates, np.float32)
+    mean_weights(weights, group_size if group_reduce == "max_weights" else 1, means)
+    return means
