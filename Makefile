@@ -8,11 +8,12 @@ CARD := validate/reasoner/weights
 POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
 # Every named policy; the windows and lags that suit traces of some 700 tokens.
 EVERY := streamingllm,recency,h2o,tova,snapkv,snapkv-paper:window=8,keydiff,knorm,lagkv:lag=16,expected-attention,vatp:sinks=4,criticalkv:window=8,append-only,rkv,rkv-code,pyramid-rkv,rkv+pyramid-code,rkv+wave,rkv+wave-dynamic,rkv+cake:cake_window=8,rkv+squeeze,rkv+table,rkv+adakv,rkv+utility,rkv+headkv,rkv+duo,reasonalloc,pyramidkv:window=8,ada-snapkv:window=8,headkv-snapkv:window=8,cakekv:window=8,cake_window=8,h2o+adakv,random,random-prompt
+OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-paper:window=8,keydiff
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results policies validate wave card lint format clean
+.PHONY: help demo test traces results policies validate others wave card lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -42,6 +43,13 @@ validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
 	  --out runs/live --simulated runs/simulated.parquet --calibration simulator/calibrations/$(REASONER).json --report runs/report.html
 	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
+
+others: traces ## the same for 8 policies and 256 problems that no number was chosen on (1 hour, resumes)
+	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(OTHERS) --budget 15%,20%,30%,50% --buffer 32 -o runs/simulated-others.parquet
+	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
+	  --out runs/live-others --simulated runs/simulated-others.parquet
+	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs

@@ -37,6 +37,9 @@ class Metrics:
     lost_lookup_rms : float
         Root mean square over steps of the share of (layer, query head) that lose a lookup at that step: what
         one head cannot find others may, but not if all lose it at once.
+    lost_lookup_peak : float
+        The largest share of one step's lookups that were lost, over steps with at least two: a chain of
+        thought breaks at its worst step.
     oracle_mass, gap : float
         The bound of ``FullCache.oracle_mass`` at this memory, and how far the policy stays below it at the
         same steps.
@@ -55,6 +58,7 @@ class Metrics:
     low_mass_rate: float
     lost_lookup_rate: float
     lost_lookup_rms: float
+    lost_lookup_peak: float
     oracle_mass: float
     gap: float
     n_steps: int
@@ -70,7 +74,10 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
     at_steps = mass[:, :, full.oracle_steps].mean(axis=(0, 1), dtype=np.float64)
     oracle = full.oracle_mass(held)
     missed = _missed(trace, outcome, full)
-    lost_per_step = (missed & (full.largest > LOOKUP)).mean(axis=(0, 1))
+    lookups = full.largest > LOOKUP
+    lost_per_step = (missed & lookups).mean(axis=(0, 1))
+    tried_per_step = lookups.mean(axis=(0, 1))
+    several = lookups.sum(axis=(0, 1)) >= 2
     return Metrics(
         entries_mean=float(held.mean()) / n_heads,
         entries_peak=float(held.max()) / n_heads,
@@ -83,6 +90,7 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
         low_mass_rate=float((mass < 0.5).mean()),
         lost_lookup_rate=float(lost_per_step.mean()),
         lost_lookup_rms=float(np.sqrt(np.square(lost_per_step).mean())),
+        lost_lookup_peak=float((lost_per_step[several] / tried_per_step[several]).max(initial=0.0)),
         oracle_mass=float(oracle.mean()),
         gap=float((oracle - at_steps).mean()),
         n_steps=mass.shape[2],

@@ -41,6 +41,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "low_mass_rate": pl.Float64,
     "lost_lookup_rate": pl.Float64,
     "lost_lookup_rms": pl.Float64,
+    "lost_lookup_peak": pl.Float64,
     "protection_binding": pl.Boolean,
 }
 

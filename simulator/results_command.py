@@ -58,6 +58,8 @@ def results(
     if metric is None:
         write_rows(table, output, chosen)
         return
+    if metric not in table.columns:
+        raise UserError(f"{files[0]} has no column '{metric}'; allowed: rows of a version that writes it")
     found = standings(table, metric, seed=seed)
     if found.is_empty():
         raise UserError("no row is of a policy that evicted; nothing to compare")

@@ -12,7 +12,7 @@ import polars as pl
 from simulator.results import GROUP, bootstrap, comparable
 from traces.errors import UserError
 
-# Whether more is better.
+# Numbers of a row that may tell policies apart, and whether more is better.
 METRICS = {
     "mass_mean": True,
     "mass_p05": True,
@@ -22,6 +22,7 @@ METRICS = {
     "low_mass_rate": False,
     "lost_lookup_rate": False,
     "lost_lookup_rms": False,
+    "lost_lookup_peak": False,
 }
 _READERS: dict[str, Callable[..., pl.DataFrame]] = {
     ".parquet": pl.read_parquet,
@@ -48,7 +49,7 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
             raise UserError(f"{path}: {error.strerror or 'no such file, or it cannot be read'}") from None
         except (pl.exceptions.PolarsError, ValueError):
             raise UserError(f"{path} is damaged or no {path.suffix[1:]} file") from None
-        needed = [*GROUP, *METRICS, "trace_id", "bytes_mean", "status"]
+        needed = [*GROUP, "trace_id", "bytes_mean", "n_evictions", "status"]
         missing = [name for name in needed if name not in frame.columns]
         if missing:
             raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")

@@ -44,6 +44,9 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
     assert row["lost_lookup_rate"] == pytest.approx(lost.mean(), abs=1e-12)
     per_step = lost.mean(axis=(0, 1))
     assert row["lost_lookup_rms"] == pytest.approx(np.sqrt((per_step**2).mean()), abs=1e-12)
+    tried = (np.array(largest) > 0.5).sum(axis=(0, 1))
+    shares = [lost[:, :, s].sum() / n for s, n in enumerate(tried) if n >= 2]
+    assert row["lost_lookup_peak"] == pytest.approx(max(shares, default=0.0), abs=1e-12)
     assert row["oracle_mass"] == pytest.approx(oracle.mean(), **near)
     assert row["gap"] == pytest.approx(oracle.mean() - run.mass.mean(), **near)
     assert row["n_steps"] == 40

@@ -105,6 +105,15 @@ def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tm
     assert len(errors.splitlines()) == 1
 
 
+def test_rows_of_an_older_version_are_compared_by_what_they_have(table, tmp_path, run_sim):
+    file = tmp_path / "rows.parquet"
+    table.drop("lost_lookup_peak").write_parquet(file)
+    assert run_sim("results", str(file), "--metric", "mass_mean")[0] == 0
+    code, _, errors = run_sim("results", str(file), "--metric", "lost_lookup_peak")
+    assert code == 2
+    assert "has no column 'lost_lookup_peak'" in errors
+
+
 def test_files_that_are_no_rows_are_refused(tmp_path):
     for name, content, words in (
         ("gone.parquet", None, "no such file"),

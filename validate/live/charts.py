@@ -37,6 +37,7 @@ METRIC_NAMES = {
     "low_mass_rate": "less than half the mass retained",
     "lost_lookup_rate": "lost lookups",
     "lost_lookup_rms": "lost lookups, at once",
+    "lost_lookup_peak": "lost lookups, worst step",
     "gap": "gap to the oracle",
     LIVE_HALF: "half of the problems, decoded",
 }

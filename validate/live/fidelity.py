@@ -11,22 +11,12 @@ import polars as pl
 from scipy import optimize, stats
 
 from simulator.calibration import Calibration
+from simulator.standings import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
 
 RESAMPLES = 500
 LIVE_HALF = "live_half"
-# Numbers of a replay's rows that may predict accuracy, and whether more is better.
-METRICS = {
-    "mass_mean": True,
-    "mass_p05": True,
-    "mass_min_head": True,
-    "miss_rate": False,
-    "low_mass_rate": False,
-    "lost_lookup_rate": False,
-    "lost_lookup_rms": False,
-    "gap": False,
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
