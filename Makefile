@@ -32,10 +32,9 @@ traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of
 results: traces ## replay all policies on those traces: the table of the README
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
 
-policies: traces ## replay every named policy on 30 of those traces: the standings of the README (30 minutes)
+policies: traces ## replay every named policy on 30 of those traces: the standings of the README (6 minutes)
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(EVERY) --buffer 32 -o runs/policies.parquet
-	$(BIN)/sim results runs/policies.parquet --metric lost_lookup_rate
-	$(BIN)/sim results runs/policies.parquet --metric mass_mean
+	for metric in lost_lookup_peak lost_lookup_rate mass_mean; do $(BIN)/sim results runs/policies.parquet --metric $$metric; done
 
 validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (3 hours, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
