@@ -11,6 +11,8 @@ EVERY := streamingllm,recency,h2o,tova,snapkv,snapkv-paper:window=8,keydiff,knor
 OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-paper:window=8,keydiff
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
+# Processes that run tests.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test traces results policies validate others wave card lint format clean
@@ -22,7 +24,7 @@ demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torc
 	$(BIN)/sim replay --trace sample --buffer 32
 
 test: .venv/.full lint ## install everything, check the code, run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (490 MB in runs/)
 	mkdir -p runs
