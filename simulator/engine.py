@@ -35,12 +35,6 @@ class Engine:
         self._jobs = jobs
         self._queue = EventQueue()
         self._valid: dict[tuple[int, int, Kind], Event] = {}
-        self._handlers = {
-            Kind.ARRIVAL: self._arrive,
-            Kind.REALLOCATION: self._reallocate,
-            Kind.COMPRESSION: self._compress,
-            Kind.COMPLETION: self._complete,
-        }
 
     def run(self) -> list[Outcome]:
         """Replay every request from arrival to completion."""
@@ -51,8 +45,19 @@ class Engine:
             apply = pool.map if pool else map
             while self._queue:
                 batch = self._queue.pop_simultaneous()
-                self._handlers[batch[0].kind](batch, apply)
+                self._handle(batch, apply)
         return [request.outcome() for request in self._requests]
+
+    def _handle(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+        # Looked up here and not kept: bound methods in an attribute would hold the engine, and every mapped
+        # trace with it, until the next garbage collection.
+        handlers = {
+            Kind.ARRIVAL: self._arrive,
+            Kind.REALLOCATION: self._reallocate,
+            Kind.COMPRESSION: self._compress,
+            Kind.COMPLETION: self._complete,
+        }
+        handlers[batch[0].kind](batch, apply)
 
     def _arrive(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
         for event in batch:

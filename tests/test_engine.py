@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -260,3 +262,15 @@ def test_allocators_that_miss_the_total_are_refused(make_trace):
 def test_a_request_cannot_arrive_before_the_clock_starts(make_trace):
     with pytest.raises(UserError, match="arrival is -1"):
         Request(make_trace(), parse_policy("rkv"), 12, arrival=-1)
+
+
+def test_a_finished_engine_lets_go_of_its_requests(make_trace):
+    gc.disable()
+    try:
+        engine = Engine([Request(make_trace(), parse_policy("rkv:buffer=4"), 14)])
+        engine.run()
+        layer = weakref.ref(engine._requests[0].layers[0])
+        del engine
+        assert layer() is None
+    finally:
+        gc.enable()
