@@ -98,15 +98,22 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     least, most = min(row["n_traces"] for row in rows), max(row["n_traces"] for row in rows)
     counted = f"{most}" if least == most else f"{least} to {most}"
     better = "more" if METRICS[metric] else "less"
+    if most == 1:
+        intervals, marks = "no interval: one trace has no spread", ""
+    else:
+        intervals = "±95% bootstrapped over traces"
+        marks = "= not told apart from the best at this budget; "
     caption = (
-        f"{metric} ({better} is better) over {counted} traces{told}, ±95% bootstrapped over traces.\n"
-        "= not told apart from the best at this budget; memory: against the median policy, where it differs."
+        f"{metric} ({better} is better) over {counted} trace{'s' * (most > 1)}{told}, {intervals}.\n"
+        f"{marks}memory: against the median policy, where it differs."
     )
     console.print(caption, highlight=False, soft_wrap=True)
     console.print(shown)
 
 
 def _standing(row: dict[str, Any]) -> str:
+    if row["n_traces"] == 1:
+        return f"{row['mean']:.4f}"
     return f"{'= ' if row['is_tied'] else ''}{row['mean']:.4f} ±{(row['high'] - row['low']) / 2:.4f}"
 
 

@@ -105,6 +105,16 @@ def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tm
     assert len(errors.splitlines()) == 1
 
 
+def test_one_trace_has_no_spread(table, tmp_path, run_sim):
+    file = tmp_path / "rows.parquet"
+    table.filter(pl.col("trace") == "t0.kvtrace").write_parquet(file)
+    code, out, _ = run_sim("results", str(file), "--metric", "mass_mean")
+    assert code == 0
+    assert "over 1 trace, buffer 4, no interval: one trace has no spread" in out
+    assert "±" not in out
+    assert " = " not in out
+
+
 def test_rows_of_an_older_version_are_compared_by_what_they_have(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
     table.drop("lost_lookup_peak").write_parquet(file)
