@@ -150,7 +150,8 @@ class EvictingCache(Cache):
         """Keep only some rows and free the others."""
         super().batch_select_indices(indices)
         rows = indices.cpu().numpy()
-        self._prompts = self._prompts[rows]
+        if len(self._prompts):
+            self._prompts = self._prompts[rows]
         if not self._one_budget:
             self._asked = [self._asked[row] for row in rows]
 
