@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,13 +16,14 @@ import polars as pl
 from simulator.budget import Budget, parse_budget
 from simulator.engine import Engine
 from simulator.full_cache import FullCache
+from simulator.layer_replay import Retained
 from simulator.metrics import measure
 from simulator.policy import Policy, parse_policy, split_list
 from simulator.request import Request
 from simulator.results import result_table, retained_table, trajectory_table
 from simulator.trajectory import spans
 from simulator.user_policies import failure
-from simulator.wave import known_waves
+from simulator.wave import Wave, known_waves
 from traces.check import check_trace
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
@@ -50,6 +51,33 @@ class Replay:
     retained: pl.DataFrame
     trajectory: pl.DataFrame
     exit_code: int
+
+
+@dataclass(slots=True, eq=False)
+class Cell:
+    """One trace, policy and budget.
+
+    Attributes
+    ----------
+    row : dict
+        Columns of ``results.ROW_SCHEMA``.
+    budget : Budget
+    retained : list of Retained
+    trajectory : polars.DataFrame or None
+    exit_code : int
+        0, or the code of what went wrong.
+    """
+
+    row: dict[str, Any]
+    budget: Budget
+    retained: list[Retained] = field(default_factory=list)
+    trajectory: pl.DataFrame | None = None
+    exit_code: int = 0
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells this cell apart in the tables beside the results."""
+        return {name: self.row[name] for name in _IDENTITY} | {"budget": str(self.budget)}
 
 
 # What tells the cells of a trace apart in the tables beside the results.
@@ -135,40 +163,77 @@ def run_replay(
     if not opened or not parsed or not asked:
         raise UserError("a replay needs at least one trace, one policy and one budget")
     known = known_waves(_as_list(waves))
-    rows, retained, codes = [], [], []
-    trajectory = [trajectory_table({}, [])]
+    cells = []
     for trace in opened:
-        full = FullCache(trace, jobs)
+        prepared = PreparedTrace(trace, jobs=jobs)
         for policy in parsed:
             for budget in asked:
-                row = _labels(trace, policy, budget)
-                started = time.perf_counter()
-                try:
-                    entries = budget.entries(trace.shape, trace.total_tokens)
-                    request = Request(
-                        trace, policy, entries, seed=seed, waves=known, keep_retained=keep_retained
+                cells.append(
+                    prepared.replay(
+                        policy,
+                        budget,
+                        seed=seed,
+                        waves=known,
+                        keep_retained=keep_retained,
+                        keep_trajectory=keep_trajectory,
                     )
-                    (outcome,) = Engine([request], jobs).run()
-                    row |= asdict(measure(trace, outcome, full))
-                    row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
-                    row["status"] = "ok"
-                    labels = {name: row[name] for name in _IDENTITY} | {"budget": str(budget)}
-                    retained.append((labels, outcome.retained))
-                    if keep_trajectory:
-                        trajectory.append(trajectory_table(labels, spans(trace, outcome)))
-                    codes.append(0)
-                except (Exception, SystemExit) as error:
-                    told = error if isinstance(error, UserError) else failure(policy.parts.values(), error)
-                    if told is None:
-                        raise
-                    row |= {"status": "error", "error": " ".join(str(told).split())}
-                    codes.append(told.exit_code)
-                row["seconds"] = time.perf_counter() - started
-                rows.append(row)
+                )
                 on_cell()
-    failed = [code for code in codes if code]
-    exit_code = 0 if not failed else failed[0] if len(failed) == len(codes) else 1
-    return Replay(result_table(rows), retained_table(retained), pl.concat(trajectory), exit_code)
+    failed = [cell.exit_code for cell in cells if cell.exit_code]
+    return Replay(
+        result_table(cell.row for cell in cells),
+        retained_table((cell.labels, cell.retained) for cell in cells),
+        pl.concat([trajectory_table({}, []), *(c.trajectory for c in cells if c.trajectory is not None)]),
+        0 if not failed else failed[0] if len(failed) == len(cells) else 1,
+    )
+
+
+class PreparedTrace:
+    """A trace whose full cache is measured once, for any number of policies and budgets.
+
+    Parameters
+    ----------
+    trace : Trace
+    jobs : int
+        Threads over layers.
+    """
+
+    def __init__(self, trace: Trace, *, jobs: int = 1) -> None:
+        self.trace, self._jobs = trace, jobs
+        self._full = FullCache(trace, jobs)
+
+    def replay(
+        self,
+        policy: Policy,
+        budget: Budget,
+        *,
+        seed: int,
+        waves: dict[str, Wave],
+        keep_retained: bool = False,
+        keep_trajectory: bool = False,
+    ) -> Cell:
+        """Replay one cell; what goes wrong in it by a user's or a policy's fault stands in its row."""
+        trace = self.trace
+        cell = Cell(_labels(trace, policy, budget), budget)
+        started = time.perf_counter()
+        try:
+            entries = budget.entries(trace.shape, trace.total_tokens)
+            request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=keep_retained)
+            (outcome,) = Engine([request], self._jobs).run()
+            cell.row |= asdict(measure(trace, outcome, self._full))
+            cell.row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
+            cell.row["status"] = "ok"
+            cell.retained = outcome.retained
+            if keep_trajectory:
+                cell.trajectory = trajectory_table(cell.labels, spans(trace, outcome))
+        except (Exception, SystemExit) as error:
+            told = error if isinstance(error, UserError) else failure(policy.parts.values(), error)
+            if told is None:
+                raise
+            cell.row |= {"status": "error", "error": " ".join(str(told).split())}
+            cell.exit_code = told.exit_code
+        cell.row["seconds"] = time.perf_counter() - started
+        return cell
 
 
 def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
