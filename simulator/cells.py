@@ -21,6 +21,7 @@ from simulator.metrics import measure
 from simulator.policy import Policy, parse_policy, split_list
 from simulator.request import Request
 from simulator.results import result_table, retained_table, trajectory_table
+from simulator.sampling import EVERYTHING, Sampling
 from simulator.trajectory import spans
 from simulator.user_policies import failure
 from simulator.wave import Wave, known_waves
@@ -119,6 +120,7 @@ def run_replay(
     waves: str | Path | Iterable[str | Path] = (),
     keep_retained: bool = False,
     keep_trajectory: bool = False,
+    sampling: Sampling = EVERYTHING,
     check: bool = True,
     on_cell: Callable[[], None] = lambda: None,
 ) -> Replay:
@@ -140,6 +142,8 @@ def run_replay(
         Keep who is retained after every compression.
     keep_trajectory : bool
         Keep how budgets and mass went on over time.
+    sampling : Sampling
+        How much is measured; the policies decide from everything.
     check : bool
         Check every trace whole (checksums, finiteness, log-sum-exps) before it is replayed.
     on_cell : callable
@@ -148,6 +152,10 @@ def run_replay(
     for name, value, least in (("seed", seed, 0), ("jobs", jobs, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; allowed: {least} or more")
+    if keep_trajectory and sampling != EVERYTHING:
+        raise UserError(
+            f"a trajectory is of every decode step, and only {sampling} is measured; allowed: either"
+        )
     # A policy or budget that is asked twice, in whatever words, is replayed once.
     parsed = list(dict.fromkeys(parse_policy(policy) for policy in policies))
     asked = list(dict.fromkeys(parse_budget(budget) for budget in budgets))
@@ -165,14 +173,13 @@ def run_replay(
     known = known_waves(_as_list(waves))
     cells = []
     for trace in opened:
-        prepared = PreparedTrace(trace, jobs=jobs)
+        prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed)
         for policy in parsed:
             for budget in asked:
                 cells.append(
                     prepared.replay(
                         policy,
                         budget,
-                        seed=seed,
                         waves=known,
                         keep_retained=keep_retained,
                         keep_trajectory=keep_trajectory,
@@ -195,19 +202,29 @@ class PreparedTrace:
     ----------
     trace : Trace
     jobs : int
-        Threads over layers.
+        Threads.
+    sampling : Sampling
+        How much of it is measured.
+    seed : int
+        For the sample, and for policies that draw at random.
+
+    Raises
+    ------
+    UserError
+        If the trace has fewer steps, layers or heads than are to be measured.
     """
 
-    def __init__(self, trace: Trace, *, jobs: int = 1) -> None:
-        self.trace, self._jobs = trace, jobs
-        self._full = FullCache(trace, jobs)
+    def __init__(
+        self, trace: Trace, *, jobs: int = 1, sampling: Sampling = EVERYTHING, seed: int = 0
+    ) -> None:
+        self.trace, self._jobs, self._seed, self._sampling = trace, jobs, seed, sampling
+        self._full = FullCache(trace, jobs, sampling.draw(trace, seed))
 
     def replay(
         self,
         policy: Policy,
         budget: Budget,
         *,
-        seed: int,
         waves: dict[str, Wave],
         keep_retained: bool = False,
         keep_trajectory: bool = False,
@@ -215,10 +232,19 @@ class PreparedTrace:
         """Replay one cell; what goes wrong in it by a user's or a policy's fault stands in its row."""
         trace = self.trace
         cell = Cell(_labels(trace, policy, budget), budget)
+        cell.row["sampling"] = str(self._sampling) or None
         started = time.perf_counter()
         try:
             entries = budget.entries(trace.shape, trace.total_tokens)
-            request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=keep_retained)
+            request = Request(
+                trace,
+                policy,
+                entries,
+                seed=self._seed,
+                waves=waves,
+                keep_retained=keep_retained,
+                sample=self._full.sample,
+            )
             (outcome,) = Engine([request], self._jobs).run()
             cell.row |= asdict(measure(trace, outcome, self._full))
             cell.row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}

@@ -53,7 +53,12 @@ def replay(
     format: Annotated[str | None, typer.Option(help="table, csv, json or parquet.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")] = None,
     check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
-    seed: Annotated[int, typer.Option(help="For policies that draw at random.")] = 0,
+    sample_queries: Annotated[
+        str | None, typer.Option(help="Share of decode steps to measure, such as 1/8; all decide.")
+    ] = None,
+    sample_layers: Annotated[int | None, typer.Option(help="Layers to measure; all are replayed.")] = None,
+    sample_heads: Annotated[int | None, typer.Option(help="KV heads of a layer to measure.")] = None,
+    seed: Annotated[int, typer.Option(help="For policies that draw at random, and samples.")] = 0,
     jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what it took.")] = False,
@@ -65,9 +70,11 @@ def replay(
     from simulator.cells import run_replay
     from simulator.output import choose_format, require_places, write_parquet, write_rows
     from simulator.policy import parse_policy, split_list
+    from simulator.sampling import parse_sampling
     from traces.errors import UserError
     from traces.store import find_traces
 
+    sampling = parse_sampling(sample_queries, sample_layers, sample_heads)
     chosen = choose_format(format, output)
     require_places({"-o": output, "--retained": retained, "--trajectory": trajectory})
     if seed < 0:
@@ -90,6 +97,7 @@ def replay(
             waves=wave or [],
             keep_retained=retained is not None,
             keep_trajectory=trajectory is not None,
+            sampling=sampling,
             check=check,
             on_cell=advance,
         )

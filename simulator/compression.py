@@ -204,6 +204,11 @@ class Compressor:
             ]
         return chosen
 
+    def forget(self) -> None:
+        """Let go of what is known of the entries; none will be scored again."""
+        self._notes = None
+        self._memos = [{} for _ in range(self.n_kv_heads)]
+
     def _n_scored(self, n_tokens: int) -> int:
         scorer = self.policy.scorer
         return min(n_tokens - self.since if scorer.sees_span else scorer.window, n_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,16 @@ from simulator.events import Event, EventQueue, Kind
 from simulator.layer_replay import LayerReplay
 from simulator.request import Outcome, Request
 
+# Calls a function on each of many: one after the other, or side by side.
+_Apply = Callable[..., Iterable[Any]]
+
 
 class Engine:
     """One clock over any number of requests.
 
-    Layers that have an event of one kind at one time are handled in parallel: they share nothing, so the
-    result does not depend on ``jobs``.
+    Layers whose budgets are settled beforehand share nothing: each is a lane that runs to its completion by
+    itself, so that only those at work hold keys. Layers whose budgets move together are one lane. Results
+    do not depend on ``jobs``.
 
     Parameters
     ----------
@@ -33,92 +38,118 @@ class Engine:
     def __init__(self, requests: Sequence[Request], jobs: int = 1) -> None:
         self._requests = requests
         self._jobs = jobs
-        self._queue = EventQueue()
-        self._valid: dict[tuple[int, int, Kind], Event] = {}
 
     def run(self) -> list[Outcome]:
         """Replay every request from arrival to completion."""
-        for index, request in enumerate(self._requests):
-            self._queue.push(request.arrival, Kind.ARRIVAL, index)
+        alone: list[_Lane] = []
+        together: list[_Lane] = []
+        for request in self._requests:
+            layers = range(len(request.layers))
+            if request.policy.divides_layers_again:
+                together.append(_Lane(request, layers))
+            else:
+                alone += [_Lane(request, [layer]) for layer in layers]
         pool = ThreadPoolExecutor(self._jobs) if self._jobs > 1 else None
         with pool or nullcontext():
             apply = pool.map if pool else map
-            while self._queue:
-                batch = self._queue.pop_simultaneous()
-                self._handle(batch, apply)
+            try:
+                list(apply(_Lane.run, alone))
+                for lane in together:
+                    lane.run(apply)
+            except BaseException:
+                for lane in alone:
+                    lane.stop()
+                raise
         return [request.outcome() for request in self._requests]
 
-    def _handle(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
-        # Looked up here and not kept: bound methods in an attribute would hold the engine, and every mapped
-        # trace with it, until the next garbage collection.
+
+class _Lane:
+    """Layers of one request that wait for each other, and the events of theirs that are to come."""
+
+    def __init__(self, request: Request, layers: Sequence[int]) -> None:
+        self._request = request
+        self._layers = layers
+        self._queue = EventQueue()
+        self._valid: dict[tuple[int, Kind], Event] = {}
+        self._is_stopped = False
+
+    def run(self, apply: _Apply = map) -> None:
+        """Handle all events from arrival to completion; layers of one lane by ``apply``, side by side."""
         handlers = {
             Kind.ARRIVAL: self._arrive,
             Kind.REALLOCATION: self._reallocate,
             Kind.COMPRESSION: self._compress,
             Kind.COMPLETION: self._complete,
         }
-        handlers[batch[0].kind](batch, apply)
+        self._queue.push(self._request.arrival, Kind.ARRIVAL)
+        while self._queue and not self._is_stopped:
+            batch = self._queue.pop_simultaneous()
+            handlers[batch[0].kind](batch, apply)
 
-    def _arrive(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
-        for event in batch:
-            request = self._requests[event.request]
-            list(apply(LayerReplay.prefill, request.layers))
-            self._queue.push(request.completion, Kind.COMPLETION, event.request)
-            if request.policy.divides_layers_again:
-                self._queue.push(event.time, Kind.REALLOCATION, event.request)
-            for layer in range(len(request.layers)):
-                self._schedule(event.request, layer)
+    def stop(self) -> None:
+        """Let the event at hand be the last."""
+        self._is_stopped = True
 
-    def _reallocate(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+    def _arrive(self, batch: list[Event], apply: _Apply) -> None:
+        request = self._request
+        list(apply(LayerReplay.prefill, self._replays()))
+        self._queue.push(request.completion, Kind.COMPLETION)
+        if request.policy.divides_layers_again:
+            self._queue.push(batch[0].time, Kind.REALLOCATION)
+        for layer in self._layers:
+            self._schedule(layer)
+
+    def _reallocate(self, batch: list[Event], apply: _Apply) -> None:
         for event in batch:
             if event.layer < 0:
                 self._reallocate_layers(event, apply)
 
         def handle(event: Event) -> None:
-            request = self._requests[event.request]
-            layer = request.layers[event.layer]
-            layer.advance(request.tokens_at(event.time))
+            layer = self._request.layers[event.layer]
+            layer.advance(self._request.tokens_at(event.time))
             layer.reallocate()
 
         list(apply(handle, [event for event in batch if event.layer >= 0 and self._is_valid(event)]))
 
-    def _reallocate_layers(self, event: Event, apply: Callable[..., Iterable[None]]) -> None:
-        request = self._requests[event.request]
+    def _reallocate_layers(self, event: Event, apply: _Apply) -> None:
+        request = self._request
         n_tokens = request.tokens_at(event.time)
-        list(apply(lambda layer: layer.advance(n_tokens), request.layers))
+        list(apply(lambda layer: layer.advance(n_tokens), self._replays()))
         request.reallocate_layers()
-        for layer in range(len(request.layers)):
+        for layer in self._layers:
             # A compression that is due now stays so; every other one depends on the new budgets.
-            due = self._valid.get((event.request, layer, Kind.COMPRESSION))
+            due = self._valid.get((layer, Kind.COMPRESSION))
             is_due = due is not None and due.time == event.time
-            self._schedule(event.request, layer, n_tokens if is_due else None)
+            self._schedule(layer, n_tokens if is_due else None)
         delta = request.policy.layers.layer_delta
         if delta and event.time + delta < request.completion:
-            self._queue.push(event.time + delta, Kind.REALLOCATION, event.request)
+            self._queue.push(event.time + delta, Kind.REALLOCATION)
 
-    def _compress(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
+    def _compress(self, batch: list[Event], apply: _Apply) -> None:
         def handle(event: Event) -> None:
-            request = self._requests[event.request]
-            layer = request.layers[event.layer]
-            layer.advance(request.tokens_at(event.time))
+            layer = self._request.layers[event.layer]
+            layer.advance(self._request.tokens_at(event.time))
             layer.compress()
 
         batch = [event for event in batch if self._is_valid(event)]
         list(apply(handle, batch))
         for event in batch:
-            self._schedule(event.request, event.layer)
+            self._schedule(event.layer)
 
-    def _complete(self, batch: list[Event], apply: Callable[..., Iterable[None]]) -> None:
-        for event in batch:
-            request = self._requests[event.request]
-            total_tokens = request.trace.total_tokens
-            list(apply(lambda layer, n=total_tokens: layer.advance(n), request.layers))
+    def _complete(self, batch: list[Event], apply: _Apply) -> None:
+        total_tokens = self._request.trace.total_tokens
 
-    def _schedule(self, index: int, layer: int, n_tokens: int | None = None) -> None:
+        def handle(layer: LayerReplay) -> None:
+            layer.advance(total_tokens)
+            layer.complete()
+
+        list(apply(handle, self._replays()))
+
+    def _schedule(self, layer: int, n_tokens: int | None = None) -> None:
         """Schedule a layer's next compression, at ``n_tokens`` or when it is due, and forget any other."""
-        request = self._requests[index]
+        request = self._request
         for kind in (Kind.REALLOCATION, Kind.COMPRESSION):
-            self._valid.pop((index, layer, kind), None)
+            self._valid.pop((layer, kind), None)
         if n_tokens is None:
             n_tokens = request.layers[layer].next_compression()
         if n_tokens is None or n_tokens >= request.trace.total_tokens:
@@ -127,12 +158,14 @@ class Engine:
         if request.layers[layer].reallocation_due(n_tokens):
             kinds.insert(0, Kind.REALLOCATION)
         for kind in kinds:
-            pushed = self._queue.push(request.time_of(n_tokens), kind, index, layer)
-            self._valid[index, layer, kind] = pushed
+            self._valid[layer, kind] = self._queue.push(request.time_of(n_tokens), kind, layer)
 
     def _is_valid(self, event: Event) -> bool:
         """Say whether an event still stands: a change of layer budgets replaces those scheduled before."""
-        return self._valid.get((event.request, event.layer, event.kind)) is event
+        return self._valid.get((event.layer, event.kind)) is event
+
+    def _replays(self) -> list[LayerReplay]:
+        return [self._request.layers[layer] for layer in self._layers]
 
 
 def memory_over_time(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> np.ndarray:

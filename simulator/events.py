@@ -28,14 +28,13 @@ class Event:
     kind : Kind
     serial : int
         Order of scheduling; settles events of equal time and kind.
-    request, layer : int
-        Whom it concerns; ``layer`` is -1 for the whole request.
+    layer : int
+        Whom it concerns; -1 for the whole request.
     """
 
     time: int
     kind: Kind
     serial: int
-    request: int
     layer: int = -1
 
 
@@ -49,9 +48,9 @@ class EventQueue:
     def __bool__(self) -> bool:
         return bool(self._heap)
 
-    def push(self, time: int, kind: Kind, request: int, layer: int = -1) -> Event:
+    def push(self, time: int, kind: Kind, layer: int = -1) -> Event:
         """Schedule an event and give it."""
-        event = Event(time, kind, next(self._serial), request, layer)
+        event = Event(time, kind, next(self._serial), layer)
         heapq.heappush(self._heap, (time, kind, event.serial, event))
         return event
 

@@ -7,20 +7,29 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from simulator.kernels import strongest_positions
+from simulator.kernels import raise_strongest
+from simulator.sampling import EVERYTHING, Sample
+from simulator.scratch import scratch
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-# Products of one block, float32: 16 MB.
-_BLOCK_ELEMENTS = 2**22
-# Weights kept for the oracle, float32: at most 256 MB, at least this many decode steps.
-_ORACLE_ELEMENTS = 2**26
+# Queries and keys of one product: few enough that the products stay in the cache.
+_BLOCK_QUERIES = 128
+_BLOCK_KEYS = 1024
+# Tokens whose queries are read at once.
+_BLOCK_TOKENS = 512
+# Weights of one block of queries, float32: 16 MB.
+_BLOCK_WEIGHTS = 2**22
+# Weights kept for the oracle, float32: at most 128 MB, at least this many decode steps.
+_ORACLE_ELEMENTS = 2**25
 _ORACLE_STEPS = 8
 
 
 def sampled_steps(n_steps: int, n_samples: int) -> np.ndarray:
     """Spread at most ``n_samples`` decode steps evenly, the last one included; int64, increasing."""
     n_samples = min(n_steps, n_samples)
+    if not n_samples:
+        return np.empty(0, np.int64)
     return np.unique(np.round(np.linspace(n_steps / n_samples, n_steps, n_samples)).astype(int) - 1)
 
 
@@ -38,15 +47,26 @@ def group_weights(trace: Trace, layer: int, positions: np.ndarray) -> Iterator[n
     ------
     float32 (n_kv_heads, position + 1), rows summing to 1.
     """
-    shape = trace.shape
-    keys = trace.keys(layer, 0, int(positions[-1]) + 1)
-    queries = to_float32(trace.stored(layer, "queries")[:, positions], shape.dtype)
-    queries = queries.reshape(shape.n_kv_heads, shape.group_size, len(positions), shape.head_dim)
-    lse = trace.stored(layer, "lse")[:, positions]
-    lse = lse.reshape(shape.n_kv_heads, shape.group_size, len(positions), 1)
-    for i, position in enumerate(positions):
-        products = queries[:, :, i] @ keys[:, : position + 1].transpose(0, 2, 1)
-        yield np.exp(products * np.float32(trace.scale) - lse[:, :, i]).mean(axis=1)
+    shape, scale = trace.shape, np.float32(trace.scale)
+    stored = {name: trace.stored(layer, name) for name in ("queries", "keys", "lse")}
+    n_at_once = max(1, _BLOCK_WEIGHTS // (shape.n_kv_heads * (int(positions[-1]) + 1)))
+    for first in range(0, len(positions), n_at_once):
+        own = positions[first : first + n_at_once]
+        n_keys = int(own[-1]) + 1
+        weights = np.empty((shape.n_kv_heads, len(own), n_keys), np.float32)
+        for kv_head in range(shape.n_kv_heads):
+            group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
+            keys = to_float32(stored["keys"][kv_head, :n_keys], shape.dtype)
+            queries = to_float32(stored["queries"][group, own], shape.dtype)
+            logits = queries.reshape(-1, shape.head_dim) @ keys.T
+            logits *= scale
+            logits -= stored["lse"][group, own].reshape(-1, 1)
+            # What lies in a query's future may overflow, and is cut off.
+            with np.errstate(over="ignore"):
+                np.exp(logits, out=logits)
+                logits.reshape(shape.group_size, len(own), n_keys).mean(axis=0, out=weights[kv_head])
+        for i, position in enumerate(own):
+            yield weights[:, i, : position + 1]
 
 
 class FullCache:
@@ -56,35 +76,41 @@ class FullCache:
     ----------
     trace : Trace
     jobs : int
-        Threads over layers.
+        Threads over KV heads.
+    sample : Sample, optional
+        What is measured; everything by default.
 
     Attributes
     ----------
+    sample : Sample
     strongest : int32 (n_layers, n_query_heads, n_steps)
-        Position of the key with the largest weight, ties to the later one.
+        Position of the key with the largest weight, ties to the later one, of all layers, query heads and
+        decode steps, or of those of ``sample``.
     largest : float32 (n_layers, n_query_heads, n_steps)
         That weight.
-    oracle_steps : int64 (n_sampled,)
-        Decode steps at which the oracle is evaluated: all of them unless the trace is very large.
+    oracle_at : int64 (n_oracle,)
+        Where in the sampled steps the oracle is evaluated: at all of them unless the trace is very large, at
+        none if only some heads are measured.
     """
 
-    def __init__(self, trace: Trace, jobs: int = 1) -> None:
-        shape, n_steps = trace.shape, trace.total_tokens - trace.prompt_tokens
+    def __init__(self, trace: Trace, jobs: int = 1, sample: Sample | None = None) -> None:
+        shape = trace.shape
+        self.sample = sample = sample or EVERYTHING.draw(trace, 0)
         self._prompt_tokens = trace.prompt_tokens
         self._n_heads = shape.n_layers * shape.n_kv_heads
-        self.strongest = np.empty((shape.n_layers, shape.n_query_heads, n_steps), np.int32)
+        n_layers, n_kv_heads = sample.kv_heads.shape
+        n_sampled = len(sample.steps)
+        self.strongest = np.empty((n_layers, n_kv_heads * shape.group_size, n_sampled), np.int32)
         self.largest = np.empty(self.strongest.shape, np.float32)
-        fitting = _ORACLE_ELEMENTS // (self._n_heads * trace.total_tokens)
-        self.oracle_steps = sampled_steps(n_steps, max(_ORACLE_STEPS, fitting))
-        sizes = (self.oracle_steps + trace.prompt_tokens + 1) * self._n_heads
+        fitting = max(_ORACLE_STEPS, _ORACLE_ELEMENTS // (self._n_heads * trace.total_tokens))
+        self.oracle_at = sampled_steps(n_sampled if sample.has_every_head else 0, fitting)
+        sizes = (sample.steps[self.oracle_at] + trace.prompt_tokens + 1) * self._n_heads
         self._weights = [np.empty(size, np.float32) for size in sizes]
-
-        def observe(layer: int) -> None:
-            self._find_strongest(trace, layer)
-            self._collect_weights(trace, layer)
-
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(observe, range(shape.n_layers)))
+            heads = [(row, at) for row in range(n_layers) for at in range(n_kv_heads)]
+            list(pool.map(lambda where: self._find_strongest(trace, *where), heads))
+            if len(self.oracle_at):
+                list(pool.map(lambda layer: self._collect_weights(trace, layer), range(shape.n_layers)))
         for weights in self._weights:
             weights[::-1].sort()
 
@@ -102,38 +128,66 @@ class FullCache:
 
         Returns
         -------
-        float64 (n_sampled,)
+        float64 (n_oracle,)
         """
+        counts = held[self.sample.steps[self.oracle_at]]
         return np.array(
             [
                 weights[:count].sum(dtype=np.float64) / self._n_heads
-                for weights, count in zip(self._weights, held[self.oracle_steps], strict=True)
+                for weights, count in zip(self._weights, counts, strict=True)
             ]
         )
 
-    def _find_strongest(self, trace: Trace, layer: int) -> None:
-        shape, first, last = trace.shape, trace.prompt_tokens, trace.total_tokens
-        keys = trace.keys(layer, 0, last)
-        lse, scale = trace.stored(layer, "lse"), np.float32(trace.scale)
-        n_rows = max(1, _BLOCK_ELEMENTS // (shape.group_size * last))
-        for start in range(first, last, n_rows):
-            stop = min(start + n_rows, last)
-            queries = trace.queries(layer, start, stop)
-            n_visible = np.tile(np.arange(start + 1, stop + 1), shape.group_size)
-            for kv_head in range(shape.n_kv_heads):
-                group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
-                products = queries[group].reshape(-1, shape.head_dim) @ keys[kv_head, :stop].T
-                found = np.empty(len(products), np.int32)
-                strongest_positions(products, n_visible, found)
-                where = slice(start - first, stop - first)
-                self.strongest[layer, group, where] = found.reshape(shape.group_size, -1)
-                logits = products[np.arange(len(products)), found].reshape(shape.group_size, -1) * scale
-                self.largest[layer, group, where] = np.exp(logits - lse[group, start:stop])
+    def _find_strongest(self, trace: Trace, row: int, at: int) -> None:
+        shape = trace.shape
+        layer, kv_head = int(self.sample.layers[row]), int(self.sample.kv_heads[row, at])
+        group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
+        measured = slice(at * shape.group_size, (at + 1) * shape.group_size)
+        stored, lse = trace.stored(layer, "queries"), trace.stored(layer, "lse")
+        keys = to_float32(trace.stored(layer, "keys")[kv_head], shape.dtype)
+        positions = self.sample.steps + self._prompt_tokens
+        for first in range(0, len(positions), _BLOCK_TOKENS):
+            tokens = positions[first : first + _BLOCK_TOKENS]
+            is_run = tokens[-1] - tokens[0] == len(tokens) - 1
+            # A slice where it is one: no copy of what is mapped.
+            where = slice(tokens[0], tokens[-1] + 1) if is_run else tokens
+            # Queries by token, so that those of a few tokens stand together.
+            queries = to_float32(stored[group, where].transpose(1, 0, 2), shape.dtype)
+            largest, strongest = _strongest(queries, keys, tokens)
+            block = slice(first, first + len(tokens))
+            self.strongest[row, measured, block] = strongest.T
+            logits = largest.T * np.float32(trace.scale)
+            self.largest[row, measured, block] = np.exp(logits - lse[group, where])
 
     def _collect_weights(self, trace: Trace, layer: int) -> None:
-        positions = self.oracle_steps + self._prompt_tokens
+        positions = self.sample.steps[self.oracle_at] + self._prompt_tokens
         n_kv_heads = trace.shape.n_kv_heads
         rows = group_weights(trace, layer, positions)
         for collected, position, weights in zip(self._weights, positions, rows, strict=True):
             size = n_kv_heads * (position + 1)
             collected[layer * size : (layer + 1) * size] = weights.reshape(-1)
+
+
+def _strongest(queries: np.ndarray, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the largest product of each query with the keys up to its own token, and that key's position.
+
+    ``queries`` is float32 (n_tokens, group_size, head_dim), ``keys`` (n_keys, head_dim), ``tokens`` int64
+    (n_tokens,), rising; gives float32 and int32 (n_tokens, group_size).
+    """
+    n_tokens, group_size, head_dim = queries.shape
+    queries = queries.reshape(-1, head_dim)
+    largest = np.full(len(queries), -np.inf, np.float32)
+    strongest = np.zeros(len(queries), np.int32)
+    n_at_once = max(1, _BLOCK_QUERIES // group_size)
+    for first in range(0, n_tokens, n_at_once):
+        own = tokens[first : first + n_at_once]
+        block = slice(first * group_size, (first + len(own)) * group_size)
+        n_seen = int(own[-1]) + 1
+        seen_from = np.searchsorted(own, np.arange(own[0], n_seen)) * group_size
+        for start in range(0, n_seen, _BLOCK_KEYS):
+            stop = min(start + _BLOCK_KEYS, n_seen)
+            products = scratch(stop - start, len(own) * group_size)
+            np.matmul(keys[start:stop], queries[block].T, out=products)
+            some = seen_from[max(0, start - own[0]) : max(0, stop - own[0])]
+            raise_strongest(products, start, some, largest[block], strongest[block])
+    return largest.reshape(n_tokens, group_size), strongest.reshape(n_tokens, group_size)

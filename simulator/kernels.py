@@ -44,24 +44,23 @@ def exp(x):
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def add_attention_mass(products, scale, lse, n_shared, group_size, mass):
+def add_attention_mass(products, scale, lse, seen_from, mass):
     """Write each query's full-cache attention mass on the entries it can see.
 
     Parameters
     ----------
-    products : float32 (n_entries, n_tokens * group_size)
-        Key-query dot products, unscaled; the queries of one token stand together, in time order.
+    products : float32 (n_entries, n_queries)
+        Key-query dot products, unscaled; queries in time order.
     scale : float32
-    lse : float32 (n_tokens * group_size,)
+    lse : float32 (n_queries,)
         Log-sum-exp of each query over the full causal cache.
-    n_shared : int
-        Leading entries that every query sees. The others are those of the queries' own tokens, in time order,
-        seen from their own token on.
-    group_size : int
-    mass : float32 (n_tokens * group_size,)
+    seen_from : int64 (n_own,)
+        The first query that sees each of the last entries, in rising order; all see those before.
+    mass : float32 (n_queries,)
         Written.
     """
     n_entries, n_queries = products.shape
+    n_shared = n_entries - seen_from.shape[0]
     mass[:] = 0
     n_quads = n_shared // 4 * 4
     # Four entries at once keep the sums in registers; queries side by side need no sum across lanes.
@@ -73,7 +72,7 @@ def add_attention_mass(products, scale, lse, n_shared, group_size, mass):
             late = exp(products[j + 2, query] * scale - shift) + exp(products[j + 3, query] * scale - shift)
             mass[query] += early + late
     for j in range(n_quads, n_entries):
-        first = max(0, j - n_shared) * group_size
+        first = 0 if j < n_shared else seen_from[j - n_shared]
         # Slices that begin at 0 vectorise; ranges that begin at ``first`` do not.
         own, shifts, sums = products[j, first:], lse[first:], mass[first:]
         for query in range(n_queries - first):
@@ -82,20 +81,58 @@ def add_attention_mass(products, scale, lse, n_shared, group_size, mass):
 
 # A largest value vectorises only if NaN and the sign of zero may be ignored; products are finite.
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def strongest_positions(products, n_visible, positions):
-    """Write the column of each row's largest product, ties to the later one.
+def raise_strongest(products, first, seen_from, largest, strongest):
+    """Keep each query's largest product so far and its key's position, ties to the later one.
 
-    ``products`` is float32 (n_rows, n_columns), of which row r sees ``n_visible[r]``; ``positions`` int32
-    (n_rows,) is written.
+    Parameters
+    ----------
+    products : float32 (n_keys, n_queries)
+        Of neighbouring keys; queries in time order. Those not seen are overwritten.
+    first : int
+        Position of the first key.
+    seen_from : int64 (n_own,)
+        The first query that sees each of the last keys, in rising order; all see those before.
+    largest : float32 (n_queries,)
+        Updated.
+    strongest : int32 (n_queries,)
+        Updated.
     """
-    for row in range(products.shape[0]):
-        best = products[row, 0]
-        for j in range(n_visible[row]):
-            best = max(best, products[row, j])
-        where = n_visible[row] - 1
-        while products[row, where] != best:
-            where -= 1
-        positions[row] = where
+    n_keys, n_queries = products.shape
+    n_own = seen_from.shape[0]
+    for j in range(n_own):
+        products[n_keys - n_own + j, : seen_from[j]] = -np.inf
+    # Maxima of a few rows at a time vectorise, and where there is a new largest one, few rows have to be
+    # looked through for it.
+    n_groups = (n_keys + 7) // 8
+    groups = np.empty((n_groups, n_queries), np.float32)
+    for group in range(n_groups):
+        first_row = min(8 * group, max(0, n_keys - 8))
+        rows, best = products[first_row : first_row + 8], groups[group]
+        if n_keys < 8:
+            best[:] = rows[0]
+            for j in range(1, n_keys):
+                for query in range(n_queries):
+                    best[query] = max(best[query], rows[j, query])
+        else:
+            for query in range(n_queries):
+                early = max(max(rows[0, query], rows[1, query]), max(rows[2, query], rows[3, query]))
+                late = max(max(rows[4, query], rows[5, query]), max(rows[6, query], rows[7, query]))
+                best[query] = max(early, late)
+    most = groups[0].copy()
+    for group in range(1, n_groups):
+        best = groups[group]
+        for query in range(n_queries):
+            most[query] = max(most[query], best[query])
+    for query in range(n_queries):
+        if most[query] >= largest[query]:
+            largest[query] = most[query]
+            group = n_groups - 1
+            while groups[group, query] != most[query]:
+                group -= 1
+            row = min(8 * group + 7, n_keys - 1)
+            while products[row, query] != most[query]:
+                row -= 1
+            strongest[query] = first + row
 
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})

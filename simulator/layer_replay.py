@@ -12,6 +12,7 @@ from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
 from simulator.policy import Policy
 from simulator.rope import Rope
+from simulator.sampling import Sample
 from simulator.scratch import scratch
 from simulator.view import CacheView
 from traces.numbers import to_float32
@@ -54,8 +55,8 @@ class LayerReplay:
     ledger : Ledger
     compressor : Compressor
         Decides who stays.
-    mass : float32 (n_query_heads, n_steps)
-        Retained attention mass of every decode step.
+    mass : float32 (n_measured_heads, n_sampled)
+        Retained attention mass of the measured query heads at the sampled decode steps.
     held : int64 (n_steps,)
         Entries held during the attention of every decode step.
     retained : list of Retained
@@ -73,11 +74,16 @@ class LayerReplay:
         *,
         seed: int,
         keep_retained: bool,
+        sample: Sample,
+        mass: np.ndarray,
         rope: Rope | None = None,
         table: np.ndarray | None = None,
     ) -> None:
         shape = trace.shape
         n_steps = trace.total_tokens - trace.prompt_tokens
+        row = sample.row_of(layer)
+        self._kv_heads = [] if row is None else sample.kv_heads[row].tolist()
+        self._steps = sample.steps
         self.trace, self.layer, self.policy = trace, layer, policy
         # The trace builds its shape anew each time.
         self._shape, self._scale = shape, np.float32(trace.scale)
@@ -96,7 +102,9 @@ class LayerReplay:
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
         width = shape.head_dim if policy.evicts else 0
         self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens, with_values=self._with_values)
-        self.mass = np.ones((shape.n_query_heads, n_steps), np.float32)
+        # A head that never evicted holds the full cache, whose mass is 1 by definition.
+        self.mass = mass
+        self.mass[:] = 1
         self.held = np.zeros(n_steps, np.int64)
         self.retained: list[Retained] = []
         self.divisions: list[Division] = []
@@ -138,35 +146,44 @@ class LayerReplay:
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
         self._append(start, stop)
         self._n_tokens = stop
-        # A head that never evicted holds the full cache, whose mass is 1 by definition.
-        partial = [h for h in range(shape.n_kv_heads) if self.ledger.lengths[h] < stop]
-        if not partial:
+        if not self._kv_heads:
             return
-        for kv_head in partial:
+        sampled = slice(*np.searchsorted(self._steps, (step, step + n_tokens)))
+        offsets = self._steps[sampled] - step
+        # A slice where it is one: no copy of what is mapped.
+        tokens = slice(start, stop) if len(offsets) == n_tokens else start + offsets
+        for row, kv_head in enumerate(self._kv_heads):
+            if self.ledger.lengths[kv_head] == stop or not len(offsets):
+                continue
             group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
             # Queries by token, so that those of a few tokens stand together.
-            queries = self._stored["queries"][group, start:stop].transpose(1, 0, 2)
-            lse = np.ascontiguousarray(self._stored["lse"][group, start:stop].T)
+            queries = self._stored["queries"][group, tokens].transpose(1, 0, 2)
+            lse = np.ascontiguousarray(self._stored["lse"][group, tokens].T)
             mass = np.empty(lse.shape, np.float32)
-            self._measure(kv_head, to_float32(queries, shape.dtype), lse, mass)
-            self.mass[group, step : step + n_tokens] = mass.T
+            keys = self.ledger.keys(kv_head)
+            n_before = len(keys) - n_tokens
+            self._measure(keys, n_before + offsets, to_float32(queries, shape.dtype), lse, mass)
+            self.mass[row * shape.group_size : (row + 1) * shape.group_size, sampled] = mass.T
 
-    def _measure(self, kv_head: int, queries: np.ndarray, lse: np.ndarray, mass: np.ndarray) -> None:
-        """Write the mass that the newest tokens' queries find in one KV head.
+    def _measure(
+        self, keys: np.ndarray, own: np.ndarray, queries: np.ndarray, lse: np.ndarray, mass: np.ndarray
+    ) -> None:
+        """Write the mass that some tokens' queries find in one KV head.
 
-        ``queries`` is float32 (n_tokens, group_size, head_dim), ``lse`` and ``mass`` (n_tokens, group_size).
+        ``own`` is int64 (n_tokens,), the slot of each token's own entry, the last that its queries see;
+        ``queries`` float32 (n_tokens, group_size, head_dim), ``lse`` and ``mass`` (n_tokens, group_size).
         """
         n_tokens, group_size, head_dim = queries.shape
         queries, lse, mass = queries.reshape(-1, head_dim), lse.reshape(-1), mass.reshape(-1)
-        keys = self.ledger.keys(kv_head)
-        n_before = len(keys) - n_tokens
         n_at_once = max(1, _BLOCK_QUERIES // group_size)
         for first in range(0, n_tokens, n_at_once):
             last = min(first + n_at_once, n_tokens)
             block = slice(first * group_size, last * group_size)
-            products = scratch(n_before + last, (last - first) * group_size)
-            np.matmul(keys[: n_before + last], queries[block].T, out=products)
-            add_attention_mass(products, self._scale, lse[block], n_before + first, group_size, mass[block])
+            n_seen = own[last - 1] + 1
+            products = scratch(n_seen, (last - first) * group_size)
+            np.matmul(keys[:n_seen], queries[block].T, out=products)
+            seen_from = np.searchsorted(own[first:last], np.arange(own[first], n_seen)) * group_size
+            add_attention_mass(products, self._scale, lse[block], seen_from, mass[block])
 
     def reallocate(self) -> None:
         """Divide the layer's budget over its KV heads by the scores of now."""
@@ -187,6 +204,11 @@ class LayerReplay:
                 self.retained.append(Retained(self.layer, kv_head, compression, self._n_tokens, kept))
         at = self.layer, compression, self._n_tokens
         self.divisions.append(Division(*at, self.compressor.budgets.copy(), self.ledger.lengths.copy()))
+
+    def complete(self) -> None:
+        """Let go of the keys; what was measured stays."""
+        self.ledger.release()
+        self.compressor.forget()
 
     def views(self) -> list[CacheView]:
         """Show what every KV head holds, with the queries that the layer allocator observes."""

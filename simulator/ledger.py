@@ -74,6 +74,12 @@ class Ledger:
         self._positions[kv_head][: len(slots)] = positions[slots]
         self.lengths[kv_head] = len(slots)
 
+    def release(self) -> None:
+        """Let go of keys, values and positions; ``lengths`` and ``evicted_at`` stay."""
+        self._keys = [keys[:0].copy() for keys in self._keys]
+        self._values = [values[:0].copy() for values in self._values]
+        self._positions = [positions[:0].copy() for positions in self._positions]
+
     def _reserve(self, kv_head: int, capacity: int) -> None:
         held = len(self._keys[kv_head])
         if capacity <= held:

@@ -8,6 +8,7 @@ import numpy as np
 
 from simulator.full_cache import FullCache
 from simulator.request import Outcome
+from simulator.sampling import Sample
 from traces.trace import Trace
 
 # A head looks something up when one key holds more than this share of its attention.
@@ -40,11 +41,16 @@ class Metrics:
     lost_lookup_peak : float
         The largest share of one step's lookups that were lost, over steps with at least two: a chain of
         thought breaks at its worst step.
-    oracle_mass, gap : float
+    oracle_mass, gap : float or None
         The bound of ``FullCache.oracle_mass`` at this memory, and how far the policy stays below it at the
         same steps.
     n_steps, n_evictions : int
         Decode steps, and entries evicted over all layers and KV heads.
+    mass_error : float or None
+        Half of the 95% interval of ``mass_mean`` where only a sample was measured.
+
+    Of a sample, means are unbiased, and what it cannot tell is None: the worst head and ``lost_lookup_rms``
+    and the oracle if only some heads were measured, the worst step if not all of everything was.
     """
 
     entries_mean: float
@@ -53,49 +59,59 @@ class Metrics:
     bytes_peak: int
     mass_mean: float
     mass_p05: float
-    mass_min_head: float
+    mass_min_head: float | None
     miss_rate: float
     low_mass_rate: float
     lost_lookup_rate: float
-    lost_lookup_rms: float
-    lost_lookup_peak: float
-    oracle_mass: float
-    gap: float
+    lost_lookup_rms: float | None
+    lost_lookup_peak: float | None
+    oracle_mass: float | None
+    gap: float | None
     n_steps: int
     n_evictions: int
+    mass_error: float | None
 
 
 def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
-    """Reduce an outcome to the numbers of a result row."""
-    shape = trace.shape
+    """Reduce an outcome to the numbers of a result row; both of the same sample."""
+    shape, sample = trace.shape, full.sample
     n_heads = shape.n_layers * shape.n_kv_heads
     mass, held = outcome.mass, outcome.held
-    per_head = mass.reshape(shape.n_layers, shape.n_kv_heads, -1).mean(axis=2, dtype=np.float64)
-    at_steps = mass[:, :, full.oracle_steps].mean(axis=(0, 1), dtype=np.float64)
+    at_steps = sample.layer_weights @ mass[:, :, full.oracle_at].mean(axis=1, dtype=np.float64)
     oracle = full.oracle_mass(held)
     missed = _missed(trace, outcome, full)
     lookups = full.largest > LOOKUP
-    lost_per_step = (missed & lookups).mean(axis=(0, 1))
-    tried_per_step = lookups.mean(axis=(0, 1))
-    several = lookups.sum(axis=(0, 1)) >= 2
+    lost = missed & lookups
+    per_head = mass.reshape(*sample.kv_heads.shape, shape.group_size, -1).mean(axis=2, dtype=np.float64)
     return Metrics(
         entries_mean=float(held.mean()) / n_heads,
         entries_peak=float(held.max()) / n_heads,
         bytes_mean=round(float(held.mean()) * shape.bytes_per_entry),
         bytes_peak=int(held.max()) * shape.bytes_per_entry,
-        mass_mean=float(mass.mean(dtype=np.float64)),
+        mass_mean=sample.mean(mass),
         mass_p05=float(np.quantile(mass, 0.05)),
-        mass_min_head=float(per_head.min()),
-        miss_rate=float(missed.mean()),
-        low_mass_rate=float((mass < 0.5).mean()),
-        lost_lookup_rate=float(lost_per_step.mean()),
-        lost_lookup_rms=float(np.sqrt(np.square(lost_per_step).mean())),
-        lost_lookup_peak=float((lost_per_step[several] / tried_per_step[several]).max(initial=0.0)),
-        oracle_mass=float(oracle.mean()),
-        gap=float((oracle - at_steps).mean()),
-        n_steps=mass.shape[2],
+        mass_min_head=float((per_head @ sample.step_weights).min()) if sample.has_every_head else None,
+        miss_rate=sample.mean(missed),
+        low_mass_rate=sample.mean(mass < 0.5),
+        lost_lookup_rate=sample.mean(lost),
+        lost_lookup_rms=_lost_at_once(lost, sample) if sample.has_every_head else None,
+        lost_lookup_peak=_worst_step(lost, lookups) if sample.is_whole else None,
+        oracle_mass=float(oracle.mean()) if len(oracle) else None,
+        gap=float((oracle - at_steps).mean()) if len(oracle) else None,
+        n_steps=len(held),
         n_evictions=outcome.n_evicted,
+        mass_error=sample.half_width(mass),
     )
+
+
+def _lost_at_once(lost: np.ndarray, sample: Sample) -> float:
+    return float(np.sqrt(np.square(lost.mean(axis=(0, 1))) @ sample.step_weights))
+
+
+def _worst_step(lost: np.ndarray, lookups: np.ndarray) -> float:
+    n_lost, n_tried = lost.sum(axis=(0, 1)), lookups.sum(axis=(0, 1))
+    several = n_tried >= 2
+    return float((n_lost[several] / n_tried[several]).max(initial=0.0))
 
 
 def lost_lookups(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:
@@ -110,10 +126,11 @@ def lost_lookups(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:
 
 def _missed(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:
     """Tell where the strongest key was gone; bool (n_layers, n_query_heads, n_steps)."""
-    heads = np.arange(trace.shape.n_query_heads) // trace.shape.group_size
+    sample = full.sample
     # The token decoded at step s is position prompt + s; an eviction at that many tokens preceded it.
-    now = np.arange(trace.prompt_tokens, trace.total_tokens)
+    now = trace.prompt_tokens + sample.steps
     missed = np.empty(full.strongest.shape, bool)
-    for layer, strongest in enumerate(full.strongest):
-        missed[layer] = outcome.evicted_at[layer][heads[:, None], strongest] <= now
+    for row, layer in enumerate(sample.layers):
+        heads = np.repeat(sample.kv_heads[row], trace.shape.group_size)
+        missed[row] = outcome.evicted_at[layer][heads[:, None], full.strongest[row]] <= now
     return missed

@@ -18,6 +18,7 @@ from simulator.layer_replay import Division, LayerReplay, Retained
 from simulator.policies.base import LayerRequest
 from simulator.policy import Policy
 from simulator.rope import Rope, read_rope
+from simulator.sampling import EVERYTHING, Sample
 from simulator.wave import Wave, known_waves
 from traces.errors import MissingDataError, UserError
 from traces.trace import Trace
@@ -30,7 +31,7 @@ class Outcome:
     Attributes
     ----------
     mass : float32 (n_layers, n_query_heads, n_steps)
-        Retained attention mass of every decode step.
+        Retained attention mass: of all layers, query heads and decode steps, or of those of ``sample``.
     held : int64 (n_steps,)
         Entries over all layers and KV heads during every decode step.
     evicted_at : int32 (n_layers, n_kv_heads, total_tokens)
@@ -43,6 +44,8 @@ class Outcome:
         Who was retained after every compression, if asked for.
     divisions : list of Division
         How memory was divided at every compression, by layer and compression.
+    sample : Sample
+        What was measured.
     """
 
     mass: np.ndarray
@@ -52,6 +55,7 @@ class Outcome:
     protection_binding: bool
     retained: list[Retained]
     divisions: list[Division]
+    sample: Sample
 
 
 class Request:
@@ -69,6 +73,8 @@ class Request:
         Known demand profiles by model name; those that ship with the package by default.
     keep_retained : bool
         Keep who is retained after every compression.
+    sample : Sample, optional
+        What is measured; everything by default.
 
     Raises
     ------
@@ -92,6 +98,7 @@ class Request:
         seed: int = 0,
         waves: dict[str, Wave] | None = None,
         keep_retained: bool = False,
+        sample: Sample | None = None,
     ) -> None:
         if arrival < 0:
             raise UserError(f"arrival is {arrival}; allowed: 0 or more")
@@ -119,6 +126,11 @@ class Request:
             if policy.layers.dynamic
             else divide_over_layers(policy, self._asked)
         )
+        self._sample = sample or EVERYTHING.draw(trace, seed)
+        n_rows, n_heads = self._sample.kv_heads.shape
+        self._mass = np.empty((n_rows, n_heads * shape.group_size, len(self._sample.steps)), np.float32)
+        unmeasured = np.empty((0, 0), np.float32)
+        rows = [self._sample.row_of(layer) for layer in range(shape.n_layers)]
         self.layers = [
             LayerReplay(
                 trace,
@@ -127,6 +139,8 @@ class Request:
                 int(budget),
                 seed=seed,
                 keep_retained=keep_retained,
+                sample=self._sample,
+                mass=unmeasured if rows[layer] is None else self._mass[rows[layer]],
                 rope=rope,
                 table=None if table is None else table[layer],
             )
@@ -157,7 +171,7 @@ class Request:
     def outcome(self) -> Outcome:
         """Collect what the layers measured, after completion."""
         return Outcome(
-            mass=np.stack([layer.mass for layer in self.layers]),
+            mass=self._mass,
             held=np.sum([layer.held for layer in self.layers], axis=0),
             evicted_at=np.stack([layer.ledger.evicted_at for layer in self.layers]),
             n_evicted=sum(layer.n_evicted for layer in self.layers),
@@ -165,6 +179,7 @@ class Request:
             or any(layer.compressor.protection_binding for layer in self.layers),
             retained=[kept for layer in self.layers for kept in layer.retained],
             divisions=[division for layer in self.layers for division in layer.divisions],
+            sample=self._sample,
         )
 
 

@@ -42,6 +42,8 @@ ROW_SCHEMA: dict[str, Any] = {
     "lost_lookup_rate": pl.Float64,
     "lost_lookup_rms": pl.Float64,
     "lost_lookup_peak": pl.Float64,
+    "sampling": pl.String,
+    "mass_error": pl.Float64,
     "protection_binding": pl.Boolean,
 }
 

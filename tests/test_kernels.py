@@ -31,7 +31,9 @@ def masses(logits, lse=0.0, scale=1.0):
     products = np.array(logits, np.float32)[None]
     n_queries = products.shape[1]
     mass = np.empty(n_queries, np.float32)
-    add_attention_mass(products, np.float32(scale), np.full(n_queries, lse, np.float32), 1, 1, mass)
+    add_attention_mass(
+        products, np.float32(scale), np.full(n_queries, lse, np.float32), np.empty(0, np.int64), mass
+    )
     return mass
 
 
@@ -55,7 +57,8 @@ def test_queries_see_what_is_not_in_their_future(n_shared, n_tokens, group_size,
     products = rng.normal(size=(n_entries, n_queries)).astype(np.float32)
     lse = rng.normal(2, 1, size=n_queries).astype(np.float32)
     mass = np.empty(n_queries, np.float32)
-    add_attention_mass(products, np.float32(0.5), lse, n_shared, group_size, mass)
+    seen_from = np.arange(len(products) - n_shared) * group_size
+    add_attention_mass(products, np.float32(0.5), lse, seen_from, mass)
     expected = [
         sum(np.exp(0.5 * products[j, query] - lse[query]) for j in range(n_shared + query // group_size + 1))
         for query in range(n_queries)

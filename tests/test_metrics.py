@@ -66,7 +66,7 @@ def test_the_oracle_is_a_bound(shared_folder, case):
     full = FullCache(trace)
     metrics = measure(trace, outcome, full)
     assert metrics.gap >= -1e-6
-    at_steps = outcome.mass[:, :, full.oracle_steps].mean(axis=(0, 1))
+    at_steps = outcome.mass[:, :, full.oracle_at].mean(axis=(0, 1))
     assert (full.oracle_mass(outcome.held) >= at_steps - 1e-6).all()
 
 
@@ -76,7 +76,7 @@ def test_gap_of_a_sampled_oracle_compares_the_same_steps(make_trace, monkeypatch
     monkeypatch.setattr("simulator.full_cache._ORACLE_ELEMENTS", 1)
     full = FullCache(trace)
     metrics = measure(trace, outcome, full)
-    at_steps = outcome.mass[:, :, full.oracle_steps].mean()
+    at_steps = outcome.mass[:, :, full.oracle_at].mean()
     assert metrics.gap == pytest.approx(full.oracle_mass(outcome.held).mean() - at_steps, abs=1e-6)
 
 
