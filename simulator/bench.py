@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from simulator.full_cache import FullCache
 from simulator.machine import PeakMemory, copy_rate, exp_time, n_cores, sgemm_rate
 from simulator.policy import parse_policy
 from simulator.request import Outcome, Request
+from simulator.sampling import Sampling
 from traces.errors import UserError
 from traces.shape import ModelShape
 from traces.store import open_trace
@@ -36,6 +38,7 @@ FULL_CACHE = "full cache"
 # first level, which costs nothing at replay time.
 POLICIES = ("snapkv", "rkv", "rkv+utility")
 _SCALED = "snapkv"
+_EIGHTH = Fraction(1, 8)
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,15 @@ class Case:
         Entries per KV head; None for the full cache.
     workers : int
         Threads over layers.
+    queries : Fraction
+        Share of the decode steps that is measured.
     """
 
     policy: str
     tokens: int
     budget: int | None
     workers: int
+    queries: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ class Plan:
         return sorted({case.tokens for case in self.cases})
 
 
-def make_plan(tokens: int, workers: int, *, repeat: int, quick: bool, long: bool) -> Plan:
+def make_plan(
+    tokens: int, workers: int, *, repeat: int, quick: bool, long: bool, layers: int | None = None
+) -> Plan:
     """Choose the cases: policies by budgets, then what tells how time grows.
 
     Parameters
@@ -83,19 +91,24 @@ def make_plan(tokens: int, workers: int, *, repeat: int, quick: bool, long: bool
     tokens : int
         Length of the standard trace.
     workers : int
-        Threads, and layers, so that every thread has one.
+        Threads.
     repeat : int
         Replays of each case, of which the fastest counts.
     quick : bool
         One budget, and nothing about growth.
     long : bool
         Time a trace four times as long as well.
+    layers : int, optional
+        Layers of the traces; one per thread by default.
 
     Raises
     ------
     UserError
-        If the trace is too short for its budgets.
+        If the trace is too short for its budgets, or there are fewer layers than threads.
     """
+    layers = workers if layers is None else layers
+    if layers < workers:
+        raise UserError(f"--layers is {layers}; allowed: {workers} or more, one for every thread")
     budgets = (128,) if quick else (1024, 128)
     least = 2 * (max(budgets) + BUFFER)
     if tokens < least:
@@ -107,7 +120,8 @@ def make_plan(tokens: int, workers: int, *, repeat: int, quick: bool, long: bool
         # The small budget evicts soon: a trace's first tokens, which cost nothing, hardly bend the line.
         cases += [Case(_SCALED, n, 128, workers) for n in (tokens // 4, 4 * tokens)[: 1 + long]]
         cases += [Case(_SCALED, tokens, 1024, 1)] if workers > 1 else []
-    return Plan(workers, tuple(cases), repeat, 0.05 if quick else 0.2)
+        cases += [Case(_SCALED, tokens, 1024, workers, _EIGHTH)]
+    return Plan(layers, tuple(cases), repeat, 0.05 if quick else 0.2)
 
 
 def run_bench(plan: Plan, on_case: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -181,6 +195,7 @@ def measure_case(case: Case, path: Path, warm: Path, repeat: int, seconds: float
         "fraction_of_sgemm": useful / min(times) / max(rates),
         "peak_rss_mb": memory.megabytes(),
         "workers": case.workers,
+        "queries": str(case.queries),
         "layers": trace.shape.n_layers,
         "sgemm_gflops": max(rates),
     }
@@ -190,7 +205,8 @@ def _replay(case: Case, trace: Trace) -> Outcome | None:
     if case.budget is None:
         FullCache(trace, case.workers)
         return None
-    request = Request(trace, parse_policy(case.policy, buffer=BUFFER), case.budget)
+    sample = Sampling(case.queries).draw(trace, seed=0)
+    request = Request(trace, parse_policy(case.policy, buffer=BUFFER), case.budget, sample=sample)
     return Engine([request], case.workers).run()[0]
 
 
@@ -223,7 +239,8 @@ def useful_flop(case: Case, shape: ModelShape, outcome: Outcome | None) -> float
                     n_pairs += n_new * n_old + n_new * (n_new - 1) // 2
             if after is not None:
                 start, lengths, met = stop, after, after
-    return 2.0 * shape.head_dim * n_pairs
+    # Of a sample, so much less has to be measured; nothing else of a sampled case counts.
+    return 2.0 * shape.head_dim * n_pairs * float(case.queries)
 
 
 def growth(cases: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -234,9 +251,11 @@ def growth(cases: Iterable[dict[str, Any]]) -> dict[str, float]:
     dict
         ``tokens_exponent``: of time in tokens, the steepest between neighbours. ``budget_exponent``: of time
         in the mean entries held, budget + buffer / 2. ``worker_speedup``: time of one worker over that of
-        all. Each only where there are cases for it.
+        all. ``eighth_of_queries``: time with an eighth of the queries measured over that with all. Each only
+        where there are cases for it.
     """
-    scaled = [case for case in cases if case["policy"] == _SCALED]
+    every = [case for case in cases if case["policy"] == _SCALED]
+    scaled = [case for case in every if case["queries"] == "1"]
     if not scaled:
         return {}
     workers = max(case["workers"] for case in scaled)
@@ -257,6 +276,9 @@ def growth(cases: Iterable[dict[str, Any]]) -> dict[str, float]:
     alone = [c for c in scaled if c["workers"] == 1 and c["budget"] == most["budget"]]
     if alone and workers > 1:
         found["worker_speedup"] = alone[0]["seconds"] / most["seconds"]
+    sampled = [case for case in every if case["queries"] == str(_EIGHTH)]
+    if sampled:
+        found["eighth_of_queries"] = sampled[0]["seconds"] / most["seconds"]
     return found
 
 

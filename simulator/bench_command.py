@@ -20,8 +20,11 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Replays of each case; the fastest counts.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A short trace and one budget: seconds.")] = False,
     long: Annotated[bool, typer.Option("--long", help="A trace four times as long as well.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the traces.", show_default="one per thread")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    jobs: Annotated[int, typer.Option(help="Threads, and layers replayed; 0 uses all cores.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Time standard replays and state each as a fraction of the machine's rate of matrix products."""
@@ -38,7 +41,7 @@ def bench(
         raise UserError("--quick and --long are both given; allowed: one of them")
     workers = worker_count(jobs)
     tokens = (_QUICK_TOKENS if quick else _TOKENS) if tokens is None else tokens
-    plan = make_plan(tokens, workers, repeat=repeat, quick=quick, long=long)
+    plan = make_plan(tokens, workers, repeat=repeat, quick=quick, long=long, layers=layers)
     warn(workers)
     with progress("measuring", len(plan.cases) + 1, quiet) as advance:
         result = run_bench(plan, advance)
@@ -77,7 +80,7 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
         shown.add_column(header, justify="right", no_wrap=True)
     for case in cases:
         shown.add_row(
-            case["policy"],
+            case["policy"] + ("" if case["queries"] == "1" else f", {case['queries']} of queries"),
             f"{case['tokens']:,}",
             "all" if case["budget"] is None else f"{case['budget']:,}",
             str(case["workers"]),
@@ -92,6 +95,7 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
         "tokens_exponent": "Time grows as tokens to the power of {:.2f}.",
         "budget_exponent": "Time grows as entries held (budget + buffer / 2) to the power of {:.2f}.",
         "worker_speedup": "All workers are {:.2f} times as fast as one.",
+        "eighth_of_queries": "With an eighth of the queries measured it takes {:.2f} of the time.",
     }
     for name, text in told.items():
         if name in result["growth"]:

@@ -48,7 +48,18 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault(_budget_label(row), []).append(_cells(row, shared))
-    columns = [name for name in _HEADERS if several or name not in _BETWEEN_TRACES]
+    sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
+    columns = [
+        name
+        for name in _HEADERS
+        if several or name not in _BETWEEN_TRACES or (name == "interval" and sampled)
+    ]
+    # What no row could tell, such as the oracle of a sample of heads.
+    columns = [
+        name
+        for name in columns
+        if name == "budget" or any(cells[name] for own in groups.values() for cells in own)
+    ]
     shown = _layout(groups, columns)
     left_out = []
     unbounded = console.options.update(max_width=10_000)
@@ -143,6 +154,10 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold;",
         "a lookup is lost if one key holds more than half of a head's attention and is gone.",
     ]
+    sampled = [] if "sampling" not in done.columns else done["sampling"].drop_nulls().unique().to_list()
+    if sampled:
+        interval = "" if several else "; ±95% is what that leaves open of the mass"
+        lines.append(f"Only a sample was measured: {' or '.join(sorted(sampled))}{interval}.")
     if several:
         lines.append("Intervals are bootstrapped over traces; noise: the paired interval holds 0.")
         if len(done) < len(table):
@@ -153,7 +168,7 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
-    halfwidth = (row["mass_high"] - row["mass_low"]) / 2
+    spread = row["mass_error"] if row["n_traces"] == 1 else (row["mass_high"] - row["mass_low"]) / 2
     return {
         "policy": _policy_label(row, shared),
         "entries": f"{row['entries_mean']:.1f}",
@@ -161,16 +176,20 @@ def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
         "memory": format_bytes(row["bytes_mean"]),
         "memory_peak": format_bytes(row["bytes_peak"]),
         "mass": f"{row['mass_mean']:.4f}",
-        "interval": f"{halfwidth:.4f}" if row["n_traces"] > 1 else "",
-        "p05": f"{row['mass_p05']:.4f}",
-        "worst_head": f"{row['mass_min_head']:.4f}",
-        "miss_rate": f"{row['miss_rate']:.4f}",
-        "lost_lookups": f"{row['lost_lookup_rate']:.4f}",
-        "oracle": f"{row['oracle_mass']:.4f}",
+        "interval": _four_digits(spread),
+        "p05": _four_digits(row["mass_p05"]),
+        "worst_head": _four_digits(row["mass_min_head"]),
+        "miss_rate": _four_digits(row["miss_rate"]),
+        "lost_lookups": _four_digits(row["lost_lookup_rate"]),
+        "oracle": _four_digits(row["oracle_mass"]),
         # A full cache may come out a rounding error above its bound.
-        "gap": f"{max(0.0, row['gap']):.4f}",
+        "gap": _four_digits(None if row["gap"] is None else max(0.0, row["gap"])),
         "behind": _behind(row),
     }
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _behind(row: dict[str, Any]) -> str:

@@ -51,9 +51,10 @@ def test_quick_bench_gives_what_is_promised(monkeypatch, capsys):
 
 
 def test_the_table_holds_every_case_and_what_is_known_of_growth(capsys):
-    def case(policy, tokens, budget, workers, seconds):
+    def case(policy, tokens, budget, workers, seconds, queries="1"):
         return {
             **{"policy": policy, "tokens": tokens, "budget": budget, "workers": workers, "layers": 2},
+            "queries": queries,
             **{"seconds": seconds, "useful_gflop": 2.0, "fraction_of_sgemm": 0.5, "sgemm_gflops": 40.0},
             "peak_rss_mb": 123.4,
         }
@@ -64,16 +65,19 @@ def test_the_table_holds_every_case_and_what_is_known_of_growth(capsys):
         case("snapkv", 1000, 128, 2, 192 / 1088),
         case("snapkv", 250, 128, 2, 96 / 1088),
         case("snapkv", 1000, 1024, 1, 1.9),
+        case("snapkv", 1000, 1024, 2, 0.25, "1/8"),
     ]
     growth = bench.growth(cases)
-    assert growth == pytest.approx({"tokens_exponent": 0.5, "budget_exponent": 1.0, "worker_speedup": 1.9})
+    expected = {"tokens_exponent": 0.5, "budget_exponent": 1.0, "worker_speedup": 1.9}
+    assert growth == pytest.approx(expected | {"eighth_of_queries": 0.25})
     assert bench.growth(cases[:2]) == {}
     rates = {"sgemm_gflops": 40.0, "exp_ns": 0.1, "copy_gbs": 8.0, "cores": 2, "sgemm_gflops_one_core": 21.0}
     print_bench(
         {"machine": rates | {"blas": "b", "openblas_coretype": None}, "cases": cases, "growth": growth}
     )
     out = capsys.readouterr().out
-    assert out.count("snapkv") == 4
+    assert out.count("snapkv") == 5
+    assert "snapkv, 1/8 of queries" in out
     for words in ("40 GFLOP/s", "0.10 ns an exp", "full cache", "50%", "power of 0.50", "1.90 times as fast"):
         assert words in out
 
@@ -159,6 +163,7 @@ def test_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path):
         (["--repeat", "0"], ["--repeat is 0", "1 or more"]),
         (["--jobs", "-2"], ["--jobs is -2"]),
         (["--quick", "--long"], ["--quick", "--long"]),
+        (["--jobs", "3", "--layers", "2"], ["--layers is 2", "3 or more"]),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(monkeypatch, capsys, arguments, words):
