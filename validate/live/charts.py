@@ -8,39 +8,14 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator.chart_style import COLOURS, over_plot
+from simulator import chart_style
+from simulator.chart_style import COLOURS, over_plot, policy_looks
+from simulator.naming import budget_label
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
-from validate.live.terminal import budget_label
 
-FULL_CACHE = "fullkv"
-CONTROLS = ("random", "random-prompt")
-CONTROL_COLOUR = "#9a9a9a"
-# Told apart by colour, by marker and by dashes.
-SHAPES = (
-    "circle",
-    "square",
-    "triangle-up",
-    "diamond",
-    "cross",
-    "triangle-down",
-    "triangle-right",
-    "triangle-left",
-)
-DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 1], [10, 3], [1, 3], [5, 1, 1, 1])
-# What the simulator's columns are called where people read them.
-METRIC_NAMES = {
-    "mass_mean": "retained mass, mean",
-    "mass_p05": "retained mass, 5th percentile",
-    "mass_min_head": "retained mass, worst head",
-    "miss_rate": "strongest key gone",
-    "low_mass_rate": "less than half the mass retained",
-    "lost_lookup_rate": "lost lookups",
-    "lost_lookup_rms": "lost lookups, at once",
-    "lost_lookup_peak": "lost lookups, worst step",
-    "gap": "gap to the oracle",
-    LIVE_HALF: "half of the problems, decoded",
-}
+# What the simulator's columns are called where people read them, and what a live run adds.
+METRIC_NAMES = chart_style.METRIC_NAMES | {LIVE_HALF: "half of the problems, decoded"}
 
 
 def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatChart:
@@ -51,12 +26,6 @@ def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatCh
         for i, family in enumerate(families)
     ]
     return alt.hconcat(*panels, spacing=26, bounds="flush")
-
-
-def ordered_policies(names: list[str]) -> list[str]:
-    """List evicting policies once each, as they came, the random controls last."""
-    evicting = [name for name in dict.fromkeys(names) if name != FULL_CACHE]
-    return sorted(evicting, key=lambda name: name in CONTROLS)
 
 
 def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmost: bool) -> Any:
@@ -100,22 +69,6 @@ def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmo
         text = rule.mark_text(align="left", dx=4, dy=8 if full[0] > 90 else -6, fontSize=10, color="black")
         layers.append(text.encode(x=alt.value(0), y="full:Q", text="text:N"))
     return alt.layer(*layers).properties(width=270, height=240, title=over_plot(family or "problems"))
-
-
-def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, alt.Shape, alt.StrokeDash]:
-    """Give every policy a colour, a marker and dashes; the random controls are grey."""
-    evicting = [policy for policy in policies if policy not in CONTROLS]
-    colours = [
-        CONTROL_COLOUR if policy in CONTROLS else COLOURS[evicting.index(policy) % len(COLOURS)]
-        for policy in policies
-    ]
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(policies))]
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(policies))]
-    return (
-        alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colours), legend=legend),
-        alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes), legend=legend),
-        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=None),
-    )
 
 
 def scatter_chart(
