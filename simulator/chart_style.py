@@ -51,7 +51,7 @@ def styled(chart: Any) -> Any:
     )
 
 
-def over_plot(title: str, subtitle: str = "") -> alt.TitleParams:
+def over_plot(title: str, subtitle: str | list[str] = "") -> alt.TitleParams:
     """Start a title at the left edge of the plot, not of its axis labels."""
     # An optional extra: the simulator has to load without it.
     import altair as alt

@@ -78,7 +78,9 @@ def scatter_chart(
     rows = [
         alt.hconcat(
             *(
-                _scatter_panel(own, fidelity, family, metric, policies, leftmost=i == 0)
+                scatter_panel(own, metric, policies, leftmost=i == 0).properties(
+                    title=_scatter_title(fidelity, family, metric)
+                )
                 for i, (family, own) in enumerate(cells.items())
             ),
             spacing=26,
@@ -89,9 +91,8 @@ def scatter_chart(
     return alt.vconcat(*rows, spacing=18)
 
 
-def _scatter_panel(
-    cells: Cells, fidelity: pl.DataFrame, family: str, metric: str, policies: list[str], leftmost: bool
-) -> Any:
+def scatter_panel(cells: Cells, metric: str, policies: list[str], leftmost: bool = True) -> alt.LayerChart:
+    """Draw one family's live accuracy against one metric; only the leftmost panel labels its axis."""
     sign = 1 if METRICS[metric] else -1
     values = [
         {"policy": label[0], "budget": label[2], "metric": float(sign * x), "accuracy": float(100 * y)}
@@ -103,9 +104,13 @@ def _scatter_panel(
         title=None, orient="bottom", columns=10, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
     )
     colour, shape, _ = policy_looks(policies, legend)
-    own = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric)).row(0, named=True)
     base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("metric:Q", title=METRIC_NAMES[metric], scale=alt.Scale(zero=False)),
+        x=alt.X(
+            "metric:Q",
+            title=METRIC_NAMES[metric],
+            scale=alt.Scale(zero=False),
+            axis=alt.Axis(tickCount=5),
+        ),
         y=alt.Y(
             "accuracy:Q",
             title="right answers, %" if leftmost else None,
@@ -116,11 +121,15 @@ def _scatter_panel(
     )
     lines = base.mark_line(strokeWidth=0.8, opacity=0.5).encode(order="budget:Q")
     points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
-    title = over_plot(
+    return (lines + points).properties(width=270, height=210)
+
+
+def _scatter_title(fidelity: pl.DataFrame, family: str, metric: str) -> alt.TitleParams:
+    own = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric)).row(0, named=True)
+    return over_plot(
         family or "problems",
         f"Spearman {own['spearman']:.2f}, within a budget {own['spearman_within']:.2f}",
     )
-    return (lines + points).properties(width=270, height=210, title=title)
 
 
 def ranking_chart(fidelity: pl.DataFrame) -> alt.HConcatChart:
