@@ -22,8 +22,22 @@ SHAPES = (
     "triangle-down",
     "triangle-right",
     "triangle-left",
+    # A star and an hourglass.
+    "M0,.5L.6,.8L.5,.1L1,-.3L.3,-.4L0,-1L-.3,-.4L-1,-.3L-.5,.1L-.6,.8L0,.5Z",
+    "M-.8,-.9L.8,-.9L-.8,.9L.8,.9Z",
 )
-DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 1], [10, 3], [1, 3], [5, 1, 1, 1])
+DASHES = (
+    [1, 0],
+    [6, 2],
+    [2, 2],
+    [8, 2, 2, 2],
+    [4, 1],
+    [10, 3],
+    [1, 3],
+    [5, 1, 1, 1],
+    [12, 2, 2, 2, 2, 2],
+    [3, 3, 9, 3],
+)
 # What columns of the results are called where people read them.
 METRIC_NAMES = {
     "mass_mean": "retained mass, mean",
@@ -79,5 +93,5 @@ def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, al
     return (
         alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colours), legend=legend),
         alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes), legend=legend),
-        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=None),
+        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=legend),
     )

@@ -92,14 +92,16 @@ def cell_panels(
     panels = []
     for number, key in enumerate(shown):
         trace_id, policy, budget = key
-        figures = head_figures(f"cell-{number}", summaries[key], *ranges) if key in summaries else []
+        where = f", {names.get(trace_id, trace_id[:12])}" if len(traces_met) > 1 else ""
+        title = f"{policy} at {budget}{where}"
+        name = f"cell-{number}"
+        figures = head_figures(name, title, summaries[key], *ranges) if key in summaries else []
         kept = None
         if retained is not None and trace_id in by_id:
             own = retained.filter(**dict(zip(KEY, key, strict=True)))
             if len(own):
                 kept = kept_tokens(own, by_id[trace_id]).encoded() | {"text": trace_id}
-        where = f", {names.get(trace_id, trace_id[:12])}" if len(traces_met) > 1 else ""
-        panels.append(CellPanel(f"cell-{number}", f"{policy} at {budget}{where}", figures, kept))
+        panels.append(CellPanel(name, title, figures, kept))
     texts = {
         trace_id: {"pieces": token_pieces(by_id[trace_id]), "prompt": by_id[trace_id].prompt_tokens}
         for trace_id in dict.fromkeys(panel.kept["text"] for panel in panels if panel.kept)

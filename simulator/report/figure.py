@@ -24,12 +24,15 @@ class Figure:
     title : str
     note : str
         A sentence that tells how to read it.
+    subject : str
+        What it shows, where the page says so once for several charts and a picture has to by itself.
     """
 
     name: str
     chart: Any
     title: str
     note: str = ""
+    subject: str = ""
 
     def specification(self) -> dict[str, Any]:
         """Give the Vega-Lite specification for the page, which writes title and note itself."""
@@ -48,7 +51,8 @@ class Figure:
         """
         import vl_convert
 
-        titled = styled(self.chart.properties(title=over_plot(self.title, _wrapped(self.note)))).to_dict()
+        title = f"{self.title}: {self.subject}" if self.subject else self.title
+        titled = styled(self.chart.properties(title=over_plot(title, _wrapped(self.note)))).to_dict()
         svg, png = folder / f"{self.name}.svg", folder / f"{self.name}.png"
         try:
             write_file(svg, lambda to: to.write_text(vl_convert.vegalite_to_svg(titled), encoding="utf-8"))

@@ -42,7 +42,11 @@ def head_summary(trajectory: pl.DataFrame) -> pl.DataFrame:
 
 
 def head_figures(
-    name: str, trajectory: pl.DataFrame, mass_range: tuple[float, float], budget_range: tuple[float, float]
+    name: str,
+    cell: str,
+    trajectory: pl.DataFrame,
+    mass_range: tuple[float, float],
+    budget_range: tuple[float, float],
 ) -> list[Figure]:
     """Draw one cell's heads: a map of mass, a map of budgets, and budgets over time.
 
@@ -50,6 +54,8 @@ def head_figures(
     ----------
     name : str
         Of the cell; figures' names end with it.
+    cell : str
+        As people read it.
     trajectory : polars.DataFrame
         Of that cell.
     mass_range, budget_range : (float, float)
@@ -62,6 +68,7 @@ def head_figures(
             _map(summary, "mass", "retained mass", ".0%", mass_range),
             "Retained mass, layer by head",
             "Mean over decode steps. Darker is more; shades mean the same for all policies here.",
+            cell,
         )
     ]
     if summary["budget"].null_count() == 0:
@@ -71,12 +78,14 @@ def head_figures(
                 _map(summary, "budget", "entries", ".0f", budget_range),
                 "Budget, layer by head",
                 "Entries after the last compression. Darker is more.",
+                cell,
             ),
             Figure(
                 f"budgets-{name}",
                 _untitled(head_budgets(trajectory)),
                 "Head budgets over time",
-                "A panel per layer, a line per KV head; dashed: the mean over layers and heads.",
+                "A panel per layer, a line per KV head; the thin straight line is the mean over layers and heads.",
+                cell,
             ),
         ]
     return figures
@@ -116,7 +125,8 @@ def _map(summary: pl.DataFrame, value: str, title: str, form: str, value_range: 
     )
     layers: list[Any] = [squares]
     if len(values) <= _MOST_NUMBERS:
-        dark = f"datum.value > {(low + high) / 2}"
+        # Where white and black print stand out equally.
+        dark = f"datum.value > {low + 0.62 * (high - low)}"
         layers.append(
             base.mark_text(fontSize=11).encode(
                 text=alt.Text("value:Q", format=form),

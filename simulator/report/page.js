@@ -26,10 +26,11 @@ function fitLegends(node, width) {
 function fitted(name, width) {
   const spec = structuredClone(DATA.figures[name]);
   fitLegends(spec, width);
+  Object.assign(spec.config.axis, {labelOverlap: "greedy", labelSeparation: 5});
   if (spec.facet) {
     const columns = Math.max(1, Math.min(spec.columns || 4, Math.floor(width / 150)));
     spec.columns = columns;
-    spec.spec.width = Math.floor((width - 75 - 20 * (columns - 1)) / columns);
+    spec.spec.width = Math.floor((width - 95 - 20 * (columns - 1)) / columns);
   } else {
     spec.width = width;
     spec.autosize = {type: "fit-x", contains: "padding"};
@@ -75,7 +76,7 @@ function paint(token, held, heads) {
   const share = held / heads;
   token.style.visibility = "";
   token.style.background = held ? shade(share) : "none";
-  token.style.color = held ? (share > 0.45 ? "#fff" : "#000") : "#767676";
+  token.style.color = held ? (share > 0.64 ? "#fff" : "#000") : "#767676";
 }
 
 function keptTokens(box) {

@@ -99,7 +99,7 @@ def standings_table(found: pl.DataFrame, metric: str) -> str:
     for budget in budgets:
         ranked = found.filter(pl.col("budget") == budget).sort(sign * pl.col("mean"), maintain_order=True)
         for place, row in enumerate(ranked.iter_rows(named=True)):
-            text = f"{row['mean']:.2%}"
+            text = _percent(row["mean"])
             if place == 0:
                 text = f"<strong>{text}</strong>"
             elif several and row["is_tied"]:
@@ -124,11 +124,16 @@ def means_table(rows: pl.DataFrame) -> str:
             html.escape(row["policy"]),
             budget_label(row["budget_asked"], row["budget_unit"]),
             str(row["n_traces"]),
-            *(format_bytes(row[name]) if name.startswith("bytes") else f"{row[name]:.2%}" for name in shown),
+            *(format_bytes(row[name]) if name.startswith("bytes") else _percent(row[name]) for name in shown),
         ]
         for row in means.iter_rows(named=True)
     ]
     return html_table(["policy", "budget", "traces", *(_MEANS[name] for name in shown)], lines)
+
+
+def _percent(share: float) -> str:
+    """Write a share with three digits or so: small ones differ in the second decimal."""
+    return f"{share:.1%}" if abs(share) >= 0.0995 else f"{share:.2%}"
 
 
 def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str = "") -> str:
