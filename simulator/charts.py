@@ -60,17 +60,18 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     before = pl.col("budget_entries").shift(1).over(head)
     is_last = pl.col("compression").is_null()
     steps = steps.filter(before.is_null() | (before != pl.col("budget_entries")) | is_last)
+    n_heads = trajectory["kv_head"].n_unique()
     values = [
         {
             "layer": f"layer {row['layer']}",
             "head": row["kv_head"],
+            "width": 2.6 - 1.4 * row["kv_head"] / max(1, n_heads - 1),
             "tokens": row["n_tokens"],
             "budget": row["budget_entries"],
             "mean": mean,
         }
         for row in steps.select(*head, "n_tokens", "budget_entries").iter_rows(named=True)
     ]
-    n_heads = trajectory["kv_head"].n_unique()
     base = alt.Chart(alt.Data(values=values))
     legend = alt.Legend(
         title="KV head",
@@ -88,9 +89,7 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
         color=_head_colours(n_heads, legend),
         strokeDash=_head_dashes(n_heads, legend),
         # Thinner lines are drawn over thicker ones, so that heads of equal budgets can all be seen.
-        strokeWidth=alt.StrokeWidth(
-            "head:Q", scale=alt.Scale(domain=[0, max(1, n_heads - 1)], range=[2.6, 1.2]), legend=None
-        ),
+        strokeWidth=alt.StrokeWidth("width:Q", scale=None),
     )
     rule = base.mark_rule(strokeWidth=0.8, color="#222222").encode(y="mean(mean):Q")
     layers = [f"layer {layer}" for layer in trajectory["layer"].unique().sort()]

@@ -16,11 +16,16 @@ _HOOKS = """<script>
 window.wrong = [];
 for (const name of ["error", "warn"]) {
   const told = console[name];
-  console[name] = (...words) => { window.wrong.push(name + ": " + words.join(" ")); told.apply(console, words); };
+  console[name] = (...words) => {
+    window.wrong.push(name + ": " + words.join(" "));
+    told.apply(console, words);
+  };
 }
 window.addEventListener("error", (event) => window.wrong.push("uncaught: " + event.message));
 window.addEventListener("unhandledrejection", (event) => window.wrong.push("rejected: " + event.reason));
-document.addEventListener("securitypolicyviolation", (event) => window.wrong.push("request: " + event.blockedURI));
+document.addEventListener("securitypolicyviolation", (event) => {
+  window.wrong.push("request: " + event.blockedURI);
+});
 </script>"""
 
 # Goes through every choice, as a reader would, and tells the frame around it what is there.

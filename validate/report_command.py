@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from simulator.cells import Replay
+    import polars as pl
 
 
 def report(
@@ -100,7 +100,7 @@ def report(
         sources = chosen(rows, over_time, kept, asked_policies, asked_budgets)
     else:
         replayed = _replay(trace or [], policy, budget, buffer, seed, jobs, quiet)
-        sources = chosen(replayed.table, replayed.trajectory, replayed.retained, [], [])
+        sources = chosen(*replayed, [], [])
     metrics = list(metric or [name for name in DEFAULT_METRICS if name in sources.rows.columns])
     section = None
     if fidelity is not None and accuracy is not None:
@@ -125,8 +125,8 @@ def _replay(
     seed: int,
     jobs: int,
     quiet: bool,
-) -> Replay:
-    """Replay everything the page can show.
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Replay everything the page can show: rows, and trajectory and retained rows of the first trace.
 
     Raises
     ------
@@ -136,6 +136,8 @@ def _replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    import polars as pl
+
     from simulator.cells import run_replay
     from simulator.commands import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
     from simulator.policy import parse_policy, split_list
@@ -149,17 +151,23 @@ def _replay(
     paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)
+    rows = []
     with progress("replaying", len(paths) * len(policies) * len(budgets), quiet) as advance:
-        replayed = run_replay(
-            paths,
-            policies,
-            budgets,
-            seed=seed,
-            jobs=workers,
-            keep_retained=True,
-            keep_trajectory=True,
-            on_cell=advance,
-        )
-    if (replayed.table["status"] != "ok").all():
-        raise UserError(f"no cell could be replayed: {replayed.table['error'][0]}")
-    return replayed
+        # The page shows the heads and tokens of one trace; those of all would not fit into memory.
+        for part, is_shown in ((paths[:1], True), (paths[1:], False)):
+            if part:
+                done = run_replay(
+                    part,
+                    policies,
+                    budgets,
+                    seed=seed,
+                    jobs=workers,
+                    keep_retained=is_shown,
+                    keep_trajectory=is_shown,
+                    on_cell=advance,
+                )
+                rows.append(done)
+    table = pl.concat([done.table for done in rows])
+    if (table["status"] != "ok").all():
+        raise UserError(f"no cell could be replayed: {table['error'][0]}")
+    return table, rows[0].trajectory, rows[0].retained

@@ -71,13 +71,16 @@ def cell_panels(
         Whose text is shown.
     """
     by_id = {trace.trace_id: trace for trace in traces}
-    tables = [table.select(KEY) for table in (trajectory, retained) if table is not None]
+    # What never compressed has neither budgets nor anything that was not kept.
+    tables = [
+        table.drop_nulls("compression").select(KEY) for table in (trajectory, retained) if table is not None
+    ]
     if not tables:
         return Cells([], {}, 0)
     keys = pl.concat(tables).unique(maintain_order=True).rows()
-    # One trace's cells before the next one's: what fits then compares policies on the same text.
-    traces_met = list(dict.fromkeys(key[0] for key in keys))
-    keys.sort(key=lambda key: traces_met.index(key[0]))
+    # One trace's cells before the next one's, and one budget's: what fits then compares policies.
+    traces_met, budgets = (list(dict.fromkeys(key[column] for key in keys)) for column in (0, 2))
+    keys.sort(key=lambda key: (traces_met.index(key[0]), budgets.index(key[2])))
     shown = keys[:MOST_CELLS]
     names = {trace.trace_id: trace.path.stem for trace in traces}
     summaries = {}

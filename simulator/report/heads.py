@@ -84,7 +84,7 @@ def head_figures(
                 f"budgets-{name}",
                 _untitled(head_budgets(trajectory)),
                 "Head budgets over time",
-                "A panel per layer, a line per KV head; the thin straight line is the mean over layers and heads.",
+                "A panel per layer, a line per KV head. Thin and straight: the mean over layers and heads.",
                 cell,
             ),
         ]

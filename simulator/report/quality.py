@@ -116,7 +116,13 @@ def _looks(found: pl.DataFrame) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, a
     import altair as alt
 
     legend = alt.Legend(
-        title=None, orient="bottom", columns=4, symbolSize=80, symbolStrokeWidth=0, symbolOpacity=1
+        title=None,
+        orient="bottom",
+        columns=4,
+        symbolSize=80,
+        symbolStrokeWidth=0,
+        symbolOpacity=1,
+        symbolLimit=0,
     )
     colour, shape, dash = policy_looks(ordered_policies(found["policy"].to_list()), legend)
     chosen = alt.selection_point(fields=["policy"], bind="legend")

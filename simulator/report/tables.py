@@ -103,7 +103,7 @@ def standings_table(found: pl.DataFrame, metric: str) -> str:
             if place == 0:
                 text = f"<strong>{text}</strong>"
             elif several and row["is_tied"]:
-                text += "&nbsp;="
+                text = f"=&nbsp;{text}"
             texts[row["policy"], budget] = text
     lines = [
         [html.escape(policy), *(texts.get((policy, budget), "") for budget in budgets)]
