@@ -13,7 +13,7 @@ from simulator.report.heads import head_summary
 from simulator.report.quality import quality_rows
 from simulator.report.sources import chosen
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
-from simulator.report.tokens import kept_tokens
+from simulator.report.tokens import KeptTokens, kept_tokens
 from traces.errors import UserError
 
 POLICIES = ["fullkv", "rkv:buffer=5", "rkv:buffer=5,alpha=0.5", "random:buffer=6,prompt=wait"]
@@ -64,7 +64,9 @@ def test_counts_are_packed_in_order_of_time(trace, replayed):
     kept = kept_tokens(replayed.retained.filter(policy="random", budget="14"), trace)
     told = kept.encoded()
     assert list(base64.b64decode(told["counts"])) == np.concatenate(kept.counts).tolist()
-    assert (told["unit"], told["heads"]) == (1.0, 4)
+    assert (told["size"], told["heads"]) == (1, 4)
+    many = KeptTokens(np.array([3]), [np.array([0, 255, 300])], 300).encoded()
+    assert np.frombuffer(base64.b64decode(many["counts"]), "<u2").tolist() == [0, 255, 300]
 
 
 def test_many_times_are_thinned_with_both_ends(make_trace):

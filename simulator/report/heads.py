@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _HEAD = ["layer", "kv_head"]
 # So many squares can hold their number in print that can be read.
 _MOST_NUMBERS = 96
+# Points of lines over time that a page carries for one cell.
+_MOST_POINTS = 6000
 _LIGHT, _DARK = "#f2f6fb", "#08306b"
 
 
@@ -82,13 +84,20 @@ def head_figures(
             ),
             Figure(
                 f"budgets-{name}",
-                _untitled(head_budgets(trajectory)),
+                _untitled(head_budgets(_thinned(trajectory))),
                 "Head budgets over time",
                 "A panel per layer, a line per KV head. Thin and straight: the mean over layers and heads.",
                 cell,
             ),
         ]
     return figures
+
+
+def _thinned(trajectory: pl.DataFrame) -> pl.DataFrame:
+    """Keep every n-th compression, and the end, where there are more than a line can show."""
+    every = -(-len(trajectory) // _MOST_POINTS)
+    kept = pl.col("compression").is_null() | (pl.col("compression") % every == 0)
+    return trajectory.filter(kept)
 
 
 def _untitled(chart: Any) -> Any:

@@ -99,7 +99,10 @@ function keptTokens(box) {
   });
   let shown = kept.times.length - 1;
   let pointed = null;
-  const held = (position) => Math.round(packed.charCodeAt(starts[shown] + position) * kept.unit);
+  function held(position) {
+    const at = kept.size * (starts[shown] + position);
+    return packed.charCodeAt(at) + (kept.size === 2 ? 256 * packed.charCodeAt(at + 1) : 0);
+  }
   function tell() {
     if (pointed === null) { which.textContent = "Point at a token to see who holds it."; return; }
     const where = `Token ${pointed} (${pointed < text.prompt ? "prompt" : "decoded"}) “${text.pieces[pointed].trim()}”`;

@@ -13,7 +13,7 @@ from traces.trace import Trace
 
 # Times that a slider steps through, and counts of one cell that a page carries.
 _MOST_TIMES = 60
-_MOST_COUNTS = 600_000
+_MOST_COUNTS = 200_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,17 +35,16 @@ class KeptTokens:
     n_heads: int
 
     def encoded(self) -> dict[str, Any]:
-        """Pack the counts for the page: bytes in base64, time after time.
+        """Pack the counts for the page: in base64, time after time, each in one byte or in two.
 
-        A byte counts to 255; with more heads than that it counts in 255 equal steps, and ``unit`` tells how
-        many heads a step is.
+        The second byte of two counts in units of 256.
         """
-        unit = max(1.0, self.n_heads / 255)
-        packed = np.concatenate([np.round(counts / unit) for counts in self.counts]).astype(np.uint8)
+        size = 1 if self.n_heads < 256 else 2
+        packed = np.concatenate(self.counts).astype(f"<u{size}")
         return {
             "times": self.times.tolist(),
             "heads": self.n_heads,
-            "unit": unit,
+            "size": size,
             "counts": base64.b64encode(packed.tobytes()).decode("ascii"),
         }
 
