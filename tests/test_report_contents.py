@@ -104,6 +104,14 @@ def test_what_does_not_fit_is_counted(trace):
     assert [panel.title for panel in cells.panels[:2]] == ["rkv at 12", "random at 12"]
 
 
+def test_a_trace_with_text_comes_first(make_trace):
+    several = [make_trace() for _ in range(3)]
+    trajectory = run_replay(several, ["rkv:buffer=5"], [12, 14], keep_trajectory=True).trajectory
+    for trace in several:
+        first, *_ = cell_panels(trajectory, None, [trace]).panels
+        assert first.title == f"rkv at 12, {trace.path.stem}"
+
+
 def rows(values):
     """Give rows of two policies at one budget: one value per trace, and the bytes held."""
     return pl.DataFrame(
@@ -211,8 +219,14 @@ def test_one_command_replays_what_the_page_shows(run_sim, files):
         (["{rows}", "--fidelity", "{text}"], "--fidelity is given without --accuracy"),
         (["{rows}", "--trajectory", "{kept}"], "--trajectory {kept} has no column 'trace'"),
         (["{rows}", "--trajectory", "{text}"], "{text} is no Parquet file"),
+        (["{rows}", "--retained", "{kept}", "--trace", "sample"], "has no row of --trace walk-"),
         (["{rows}", "--trajectory", "gone.parquet"], "--trajectory gone.parquet cannot be read"),
         (["{rows}", "--metric", "speed"], "--metric is 'speed'; allowed: mass_mean"),
+        (["{rows}", "--seed", "-1"], "--seed is -1; allowed: 0 or more"),
+        (
+            ["{rows}", "--metric", "speed", "--fidelity", "{text}", "--accuracy", "{text}"],
+            "--metric is 'speed'",
+        ),
         (["{rows}", "--policy", "rkvv"], "--policy is 'rkvv'; the rows have: "),
         (["{rows}", "--budget", "15"], "--budget is '15'; the rows have: 14, 40%"),
         (["{rows}", "--policy", "fullkv"], "no row is of a policy that evicted"),

@@ -129,6 +129,12 @@ def test_a_request_is_noticed_and_refused(made, tmp_path):
     assert any(fault.startswith("request: https://example.com") for fault in faults)
 
 
+def test_the_page_is_small(made):
+    # Most of it is the charts' runtime, which is there once.
+    assert len(made.text.encode()) < 1.5e6
+    assert made.text.count("<script") - made.text.count("<script>") == 1
+
+
 def test_the_page_names_no_address_to_load(made):
     text = re.sub(r"<script.*?</script>", "", made.text, flags=re.DOTALL)
     assert not re.search(r"(src|href)\s*=|url\(|@import", text)

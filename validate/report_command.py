@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     import polars as pl
 
+    from traces.trace import Trace
+
 
 def report(
     out: Annotated[Path, typer.Option(help="Where to write the page (FILE.html).")],
@@ -34,7 +36,9 @@ def report(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="What counts as quality; repeats.", show_default="lost_lookup_rate and mass_mean"),
+        typer.Option(
+            help="What counts as quality, a comma list.", show_default="lost_lookup_rate and mass_mean"
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -68,6 +72,8 @@ def report(
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; allowed: 0 or more")
     if (fidelity is None) != (accuracy is None):
         alone, other = ("--fidelity", "--accuracy") if accuracy is None else ("--accuracy", "--fidelity")
         raise UserError(f"{alone} is given without {other}; needed: both, of one sim validate")
@@ -83,7 +89,7 @@ def report(
     if not results and not trace:
         raise UserError("sim report needs rows of sim replay -o, or --trace to replay")
 
-    from simulator.report.contents import DEFAULT_METRICS
+    from simulator.report.contents import known_metrics
     from simulator.report.contents import report as made
     from simulator.report.sources import chosen, read_parquet
     from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
@@ -91,23 +97,23 @@ def report(
 
     asked_policies = [name for text in policy or [] for name in split_list(text)]
     asked_budgets = [item for text in budget or [] for item in text.split(",")]
+    traces = [open_trace(path) for path in find_traces(trace or [])]
     if results:
         rows = read_rows(results)
         over_time = (
             None if trajectory is None else read_parquet(trajectory, TRAJECTORY_SCHEMA, "--trajectory")
         )
-        kept = None if retained is None else read_parquet(retained, RETAINED_SCHEMA, "--retained")
+        kept = None if retained is None else read_parquet(retained, RETAINED_SCHEMA, "--retained", traces)
         sources = chosen(rows, over_time, kept, asked_policies, asked_budgets)
     else:
-        replayed = _replay(trace or [], policy, budget, buffer, seed, jobs, quiet)
+        replayed = _replay(traces, policy, budget, buffer, seed, jobs, quiet)
         sources = chosen(*replayed, [], [])
-    metrics = list(metric or [name for name in DEFAULT_METRICS if name in sources.rows.columns])
+    metrics = known_metrics(sources.rows, [name for text in metric or [] for name in text.split(",")])
     section = None
     if fidelity is not None and accuracy is not None:
         from validate.live.fidelity_section import fidelity_section
 
         section = fidelity_section(sources.rows, fidelity, accuracy, metrics)
-    traces = [open_trace(path) for path in find_traces(trace or [])] if sources.retained is not None else []
     page = made(sources, metrics, traces, section, seed)
     write_file(out, lambda temporary: temporary.write_text(page.text, encoding="utf-8"))
     print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {len(page.figures)} charts)")
@@ -118,7 +124,7 @@ def report(
 
 
 def _replay(
-    trace: list[str],
+    traces: list[Trace],
     policy: list[str] | None,
     budget: list[str] | None,
     buffer: int | None,
@@ -142,19 +148,17 @@ def _replay(
     from simulator.commands import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
     from simulator.policy import parse_policy, split_list
     from traces.errors import UserError
-    from traces.store import find_traces
 
     overrides = {} if buffer is None else {"buffer": buffer}
     names = [name for text in policy or [DEFAULT_POLICIES] for name in split_list(text)]
     policies = [parse_policy(name, **overrides) for name in names]
     budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
-    paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)
     rows = []
-    with progress("replaying", len(paths) * len(policies) * len(budgets), quiet) as advance:
+    with progress("replaying", len(traces) * len(policies) * len(budgets), quiet) as advance:
         # The page shows the heads and tokens of one trace; those of all would not fit into memory.
-        for part, is_shown in ((paths[:1], True), (paths[1:], False)):
+        for part, is_shown in ((traces[:1], True), (traces[1:], False)):
             if part:
                 done = run_replay(
                     part,

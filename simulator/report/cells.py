@@ -78,8 +78,10 @@ def cell_panels(
     if not tables:
         return Cells([], {}, 0)
     keys = pl.concat(tables).unique(maintain_order=True).rows()
-    # One trace's cells before the next one's, and one budget's: what fits then compares policies.
+    # One trace's cells before the next one's, and one budget's: what fits then compares policies. A trace
+    # whose text is there goes first.
     traces_met, budgets = (list(dict.fromkeys(key[column] for key in keys)) for column in (0, 2))
+    traces_met.sort(key=lambda trace_id: trace_id not in by_id)
     keys.sort(key=lambda key: (traces_met.index(key[0]), budgets.index(key[2])))
     shown = keys[:MOST_CELLS]
     names = {trace.trace_id: trace.path.stem for trace in traces}

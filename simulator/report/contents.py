@@ -64,17 +64,9 @@ def report(
         For an unknown metric, one that the rows lack, or rows without a policy that evicted.
     """
     rows = sources.rows
-    found = {}
-    for metric in metrics or [name for name in DEFAULT_METRICS if name in rows.columns]:
-        if metric not in METRICS:
-            raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
-        if metric not in rows.columns:
-            raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
-        found[metric] = quality_rows(rows, metric, seed)
-        if found[metric].is_empty():
-            raise UserError("no row is of a policy that evicted; nothing to compare")
-    if not found:
-        raise UserError(f"the rows have none of {', '.join(DEFAULT_METRICS)}; needed: --metric NAME")
+    found = {metric: quality_rows(rows, metric, seed) for metric in known_metrics(rows, metrics)}
+    if any(own.is_empty() for own in found.values()):
+        raise UserError("no row is of a policy that evicted; nothing to compare")
     cells = cell_panels(sources.trajectory, sources.retained, traces)
     sections = [_summary(sources, found), _quality(found)]
     if fidelity is not None:
@@ -82,6 +74,25 @@ def report(
     text = page(TITLE, sections, cells, _absent(sources, cells, fidelity), means_table(rows))
     figures = [figure for section in sections for figure in section.figures]
     return Report(text, [*figures, *(figure for panel in cells.panels for figure in panel.figures)])
+
+
+def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
+    """Give the metrics that were asked, once each; without any, those of ``DEFAULT_METRICS`` in the rows.
+
+    Raises
+    ------
+    UserError
+        For an unknown metric, or one that the rows lack.
+    """
+    for metric in asked:
+        if metric not in METRICS:
+            raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
+        if metric not in rows.columns:
+            raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
+    found = list(dict.fromkeys(asked)) or [name for name in DEFAULT_METRICS if name in rows.columns]
+    if not found:
+        raise UserError(f"the rows have none of {', '.join(DEFAULT_METRICS)}; needed: --metric NAME")
+    return found
 
 
 def _summary(sources: Sources, found: dict[str, pl.DataFrame]) -> Section:

@@ -104,7 +104,7 @@ function keptTokens(box) {
     return packed.charCodeAt(at) + (kept.size === 2 ? 256 * packed.charCodeAt(at + 1) : 0);
   }
   function tell() {
-    if (pointed === null) { which.textContent = "Point at a token to see who holds it."; return; }
+    if (pointed === null) { which.textContent = "Point at a token, or tap it, to see how many hold it."; return; }
     const where = `Token ${pointed} (${pointed < text.prompt ? "prompt" : "decoded"}) “${text.pieces[pointed].trim()}”`;
     which.textContent = pointed >= kept.times[shown] ? `${where}: not decoded yet.`
       : `${where}: held by ${held(pointed)} of ${kept.heads} heads (${Math.round(100 * held(pointed) / kept.heads)}%).`;

@@ -11,6 +11,7 @@ import polars as pl
 
 from simulator.naming import budget_label, told_apart
 from traces.errors import UserError
+from traces.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,26 +31,44 @@ class Sources:
     retained: pl.DataFrame | None
 
 
-def read_parquet(path: Path, schema: Mapping[str, Any], option: str) -> pl.DataFrame:
+def read_parquet(
+    path: Path, schema: Mapping[str, Any], option: str, traces: Sequence[Trace] | None = None
+) -> pl.DataFrame:
     """Read a table that ``sim replay`` wrote beside its rows.
+
+    Parameters
+    ----------
+    path : Path
+    schema : mapping
+        Columns it has to have.
+    option : str
+        What the file was given by.
+    traces : sequence of Trace, optional
+        Only their rows; the rest, which may be far more than memory holds, is not read.
 
     Raises
     ------
     UserError
-        If the file cannot be read or lacks a column.
+        If the file cannot be read, lacks a column, or holds none of the traces.
     """
     try:
-        table = pl.read_parquet(path)
+        scanned = pl.scan_parquet(path)
+        missing = [name for name in schema if name not in scanned.collect_schema()]
+        if missing:
+            raise UserError(
+                f"{option} {path} has no column '{missing[0]}'; allowed: a file of sim replay {option}"
+            )
+        if traces is None:
+            return scanned.collect()
+        found = scanned.filter(pl.col("trace_id").is_in([trace.trace_id for trace in traces])).collect()
     except OSError as error:
         raise UserError(f"{option} {path} cannot be read: {error.strerror or error}") from None
     except pl.exceptions.PolarsError:
         raise UserError(f"{option} {path} is no Parquet file; allowed: one of sim replay {option}") from None
-    missing = [name for name in schema if name not in table.columns]
-    if missing:
-        raise UserError(
-            f"{option} {path} has no column '{missing[0]}'; allowed: a file of sim replay {option}"
-        )
-    return table
+    if found.is_empty():
+        names = ", ".join(trace.path.name for trace in traces[:3])
+        raise UserError(f"{option} {path} has no row of --trace {names}; needed: the trace that was replayed")
+    return found
 
 
 def chosen(
