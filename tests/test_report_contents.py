@@ -164,6 +164,22 @@ def test_failed_cells_are_told(replayed):
     assert "random" not in means_table(table)
 
 
+def test_what_a_sample_cannot_tell_is_left_empty(replayed):
+    gone = pl.lit(None, dtype=pl.Float64)
+    table = replayed.table.with_columns(
+        oracle_mass=gone, lost_lookup_peak=gone, sampling=pl.lit("an eighth of the queries")
+    )
+    sources = chosen(table, None, None, [], [])
+    text = report(sources).text
+    assert "Only a sample was measured: an eighth of the queries." in text
+    assert "Black and dashed" not in text
+    assert "worst step" not in means_table(table)
+    some = pl.concat([replayed.table.head(4), table.tail(4)], how="diagonal_relaxed")
+    assert "<td></td>" in means_table(some)
+    with pytest.raises(UserError, match="lost_lookup_peak is empty in 8 rows, of which only a sample"):
+        report(sources, ["lost_lookup_peak"])
+
+
 # The command -----------------------------------------------------------------------------------------------
 
 

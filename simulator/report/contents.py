@@ -82,13 +82,19 @@ def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
     Raises
     ------
     UserError
-        For an unknown metric, or one that the rows lack.
+        For an unknown metric, or one that rows lack.
     """
     for metric in asked:
         if metric not in METRICS:
             raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
         if metric not in rows.columns:
             raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
+        empty = rows.filter((pl.col("status") == "ok") & pl.col(metric).is_null())
+        if len(empty):
+            raise UserError(
+                f"{metric} is empty in {len(empty)} rows, of which only a sample was measured; "
+                "allowed: a metric that all rows have"
+            )
     found = list(dict.fromkeys(asked)) or [name for name in DEFAULT_METRICS if name in rows.columns]
     if not found:
         raise UserError(f"the rows have none of {', '.join(DEFAULT_METRICS)}; needed: --metric NAME")

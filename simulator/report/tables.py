@@ -48,6 +48,8 @@ def what_was_replayed(rows: pl.DataFrame) -> str:
     text += f", {len(policies)} {'policies' if len(policies) > 1 else 'policy'} at {', '.join(labels)}."
     versions = named("code_version")
     text += f" Code {', '.join(versions)}." if versions else ""
+    samples = named("sampling")
+    text += f" Only a sample was measured: {' or '.join(samples)}." if samples else ""
     failed = rows.filter(pl.col("status") != "ok")
     if len(failed):
         reasons = failed["error"].drop_nulls().to_list() if "error" in failed.columns else []
@@ -131,8 +133,10 @@ def means_table(rows: pl.DataFrame) -> str:
     return html_table(["policy", "budget", "traces", *(_MEANS[name] for name in shown)], lines)
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | None) -> str:
     """Write a share with three digits or so: small ones differ in the second decimal."""
+    if share is None:
+        return ""
     return f"{share:.1%}" if abs(share) >= 0.0995 else f"{share:.2%}"
 
 
