@@ -9,6 +9,47 @@ if TYPE_CHECKING:
 
 # Safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+FULL_CACHE = "fullkv"
+CONTROLS = ("random", "random-prompt")
+CONTROL_COLOUR = "#9a9a9a"
+# Told apart by colour, by marker and by dashes.
+SHAPES = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "cross",
+    "triangle-down",
+    "triangle-right",
+    "triangle-left",
+    # A star and an hourglass.
+    "M0,.5L.6,.8L.5,.1L1,-.3L.3,-.4L0,-1L-.3,-.4L-1,-.3L-.5,.1L-.6,.8L0,.5Z",
+    "M-.8,-.9L.8,-.9L-.8,.9L.8,.9Z",
+)
+DASHES = (
+    [1, 0],
+    [6, 2],
+    [2, 2],
+    [8, 2, 2, 2],
+    [4, 1],
+    [10, 3],
+    [1, 3],
+    [5, 1, 1, 1],
+    [12, 2, 2, 2, 2, 2],
+    [3, 3, 9, 3],
+)
+# What columns of the results are called where people read them.
+METRIC_NAMES = {
+    "mass_mean": "retained mass, mean",
+    "mass_p05": "retained mass, 5th percentile",
+    "mass_min_head": "retained mass, worst head",
+    "miss_rate": "strongest key gone",
+    "low_mass_rate": "less than half the mass retained",
+    "lost_lookup_rate": "lost lookups",
+    "lost_lookup_rms": "lost lookups, at once",
+    "lost_lookup_peak": "lost lookups, worst step",
+    "gap": "gap to the oracle",
+}
 
 
 def styled(chart: Any) -> Any:
@@ -24,9 +65,33 @@ def styled(chart: Any) -> Any:
     )
 
 
-def over_plot(title: str, subtitle: str = "") -> alt.TitleParams:
+def over_plot(title: str, subtitle: str | list[str] = "") -> alt.TitleParams:
     """Start a title at the left edge of the plot, not of its axis labels."""
     # An optional extra: the simulator has to load without it.
     import altair as alt
 
     return alt.TitleParams(title, subtitle=subtitle, frame="group", fontSize=12)
+
+
+def ordered_policies(names: list[str]) -> list[str]:
+    """List evicting policies once each, as they came, the random controls last."""
+    evicting = [name for name in dict.fromkeys(names) if name != FULL_CACHE]
+    return sorted(evicting, key=lambda name: name in CONTROLS)
+
+
+def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, alt.Shape, alt.StrokeDash]:
+    """Give every policy a colour, a marker and dashes; the random controls are grey."""
+    import altair as alt
+
+    evicting = [policy for policy in policies if policy not in CONTROLS]
+    colours = [
+        CONTROL_COLOUR if policy in CONTROLS else COLOURS[evicting.index(policy) % len(COLOURS)]
+        for policy in policies
+    ]
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(policies))]
+    dashes = [DASHES[i % len(DASHES)] for i in range(len(policies))]
+    return (
+        alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colours), legend=legend),
+        alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes), legend=legend),
+        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=legend),
+    )

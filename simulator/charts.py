@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from simulator.chart_style import COLOURS, over_plot, styled
+from simulator.chart_style import COLOURS, DASHES, over_plot, styled
 from simulator.output import require_place
 from simulator.results import TRAJECTORY_SCHEMA
 from traces.atomic import write_file
@@ -29,7 +29,7 @@ _CELL = ("trace", "policy", "policy_params", "budget")
 
 
 def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
-    """Draw every KV head's budget against time, a panel per layer, and the mean of all as a dashed line.
+    """Draw every KV head's budget against time, a panel per layer, and the mean of all as a straight line.
 
     Parameters
     ----------
@@ -60,35 +60,43 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     before = pl.col("budget_entries").shift(1).over(head)
     is_last = pl.col("compression").is_null()
     steps = steps.filter(before.is_null() | (before != pl.col("budget_entries")) | is_last)
+    n_heads = trajectory["kv_head"].n_unique()
     values = [
         {
             "layer": f"layer {row['layer']}",
             "head": row["kv_head"],
+            "width": 2.6 - 1.4 * row["kv_head"] / max(1, n_heads - 1),
             "tokens": row["n_tokens"],
             "budget": row["budget_entries"],
             "mean": mean,
         }
         for row in steps.select(*head, "n_tokens", "budget_entries").iter_rows(named=True)
     ]
-    n_heads = trajectory["kv_head"].n_unique()
     base = alt.Chart(alt.Data(values=values))
+    legend = alt.Legend(
+        title="KV head",
+        orient="bottom",
+        columns=8,
+        symbolType="stroke",
+        symbolSize=500,
+        symbolStrokeWidth=2.2,
+    )
     lines = base.mark_line(interpolate="step-after").encode(
         x=alt.X(
             "tokens:Q", title="tokens", scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(tickCount=5)
         ),
         y=alt.Y("budget:Q", title="entries per KV head", axis=alt.Axis(tickCount=4)),
-        color=_head_colours(n_heads),
+        color=_head_colours(n_heads, legend),
+        strokeDash=_head_dashes(n_heads, legend),
         # Thinner lines are drawn over thicker ones, so that heads of equal budgets can all be seen.
-        strokeWidth=alt.StrokeWidth(
-            "head:Q", scale=alt.Scale(domain=[0, max(1, n_heads - 1)], range=[2.6, 1.2]), legend=None
-        ),
+        strokeWidth=alt.StrokeWidth("width:Q", scale=None),
     )
-    rule = base.mark_rule(strokeDash=[4, 3], color="#444444").encode(y="mean(mean):Q")
+    rule = base.mark_rule(strokeWidth=0.8, color="#222222").encode(y="mean(mean):Q")
     layers = [f"layer {layer}" for layer in trajectory["layer"].unique().sort()]
     columns = _columns(len(layers))
     title = over_plot(
         f"Budgets of KV heads: {cells['policy'][0]} at {_budget_words(cells['budget'][0])}",
-        f"{cells['trace'][0]}. Dashed: the mean over layers and heads, {mean:.0f} entries. "
+        f"{cells['trace'][0]}. Straight line: the mean over layers and heads, {mean:.0f} entries. "
         "Lines begin at the first compression.",
     )
     width = 170 if columns > 2 else 300
@@ -96,7 +104,10 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
         alt.layer(rule, lines)
         .properties(width=width, height=110)
         .facet(
-            alt.Facet("layer:N", sort=layers, header=alt.Header(title=None, labelPadding=3)), columns=columns
+            alt.Facet(
+                "layer:N", sort=layers, header=alt.Header(title=None, labelPadding=3, labelFontSize=11)
+            ),
+            columns=columns,
         )
         .properties(title=title)
     )
@@ -117,7 +128,7 @@ def save(chart: Any, path: Path) -> None:
     write_file(path, write)
 
 
-def _head_colours(n_heads: int) -> alt.Color:
+def _head_colours(n_heads: int, legend: alt.Legend) -> alt.Color:
     import altair as alt
 
     scale = (
@@ -125,8 +136,15 @@ def _head_colours(n_heads: int) -> alt.Color:
         if n_heads <= len(COLOURS)
         else alt.Scale(domain=list(range(n_heads)), scheme="tableau10" if n_heads <= 10 else "tableau20")
     )
-    legend = alt.Legend(title="KV head", orient="bottom", columns=8, symbolStrokeWidth=2.5)
     return alt.Color("head:N", scale=scale, legend=legend)
+
+
+def _head_dashes(n_heads: int, legend: alt.Legend) -> alt.StrokeDash:
+    """Tell heads apart in black and white, as many as there are dashes."""
+    import altair as alt
+
+    dashes = [DASHES[head % len(DASHES)] for head in range(n_heads)]
+    return alt.StrokeDash("head:N", scale=alt.Scale(domain=list(range(n_heads)), range=dashes), legend=legend)
 
 
 def _columns(n_panels: int) -> int:

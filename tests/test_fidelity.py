@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.calibration import Calibration, read_calibrations, write_calibrations
+from simulator.naming import told_apart
 from simulator.policy import parse_policy
 from traces.errors import UserError
-from validate.live.accuracy import accuracy_table, compare, mean_interval, told_apart
+from validate.live.accuracy import accuracy_table, compare, mean_interval
 from validate.live.fidelity import (
     LIVE_HALF,
     METRICS,

@@ -118,7 +118,7 @@ def test_figures_are_written_by_suffix(replayed, tmp_path, monkeypatch, capsys):
     for name, word in (("a.svg", b"<svg"), ("a.png", b"PNG"), ("a.html", b"<html")):
         assert drawn(monkeypatch, *asked, "--out", tmp_path / name) == 0
         assert word in (tmp_path / name).read_bytes()[:400].lower() + (tmp_path / name).read_bytes()[:4]
-    assert b"dashed" in (tmp_path / "a.svg").read_bytes().lower()
+    assert b"straight" in (tmp_path / "a.svg").read_bytes().lower()
     assert list(tmp_path.glob("*.part")) == []
 
 

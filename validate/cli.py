@@ -14,6 +14,7 @@ from simulator.results_command import results
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from validate.record_command import record
+from validate.report_command import report
 from validate.validate_command import validate
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
 app.command()(results)
+app.command()(report)
 app.command()(bench)
 app.command()(validate)
 

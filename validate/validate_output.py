@@ -54,8 +54,9 @@ def tell(
 ) -> None:
     """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
     from simulator.calibration import write_calibrations
+    from simulator.naming import told_apart
     from simulator.output import write_rows
-    from validate.live.accuracy import accuracy_table, told_apart
+    from validate.live.accuracy import accuracy_table
     from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
     from validate.live.terminal import print_accuracy, print_fidelity
 

@@ -8,39 +8,14 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator.chart_style import COLOURS, over_plot
+from simulator import chart_style
+from simulator.chart_style import COLOURS, over_plot, policy_looks
+from simulator.naming import budget_label
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
-from validate.live.terminal import budget_label
 
-FULL_CACHE = "fullkv"
-CONTROLS = ("random", "random-prompt")
-CONTROL_COLOUR = "#9a9a9a"
-# Told apart by colour, by marker and by dashes.
-SHAPES = (
-    "circle",
-    "square",
-    "triangle-up",
-    "diamond",
-    "cross",
-    "triangle-down",
-    "triangle-right",
-    "triangle-left",
-)
-DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 1], [10, 3], [1, 3], [5, 1, 1, 1])
-# What the simulator's columns are called where people read them.
-METRIC_NAMES = {
-    "mass_mean": "retained mass, mean",
-    "mass_p05": "retained mass, 5th percentile",
-    "mass_min_head": "retained mass, worst head",
-    "miss_rate": "strongest key gone",
-    "low_mass_rate": "less than half the mass retained",
-    "lost_lookup_rate": "lost lookups",
-    "lost_lookup_rms": "lost lookups, at once",
-    "lost_lookup_peak": "lost lookups, worst step",
-    "gap": "gap to the oracle",
-    LIVE_HALF: "half of the problems, decoded",
-}
+# What the simulator's columns are called where people read them, and what a live run adds.
+METRIC_NAMES = chart_style.METRIC_NAMES | {LIVE_HALF: "half of the problems, decoded"}
 
 
 def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatChart:
@@ -51,12 +26,6 @@ def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatCh
         for i, family in enumerate(families)
     ]
     return alt.hconcat(*panels, spacing=26, bounds="flush")
-
-
-def ordered_policies(names: list[str]) -> list[str]:
-    """List evicting policies once each, as they came, the random controls last."""
-    evicting = [name for name in dict.fromkeys(names) if name != FULL_CACHE]
-    return sorted(evicting, key=lambda name: name in CONTROLS)
 
 
 def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmost: bool) -> Any:
@@ -102,22 +71,6 @@ def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmo
     return alt.layer(*layers).properties(width=270, height=240, title=over_plot(family or "problems"))
 
 
-def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, alt.Shape, alt.StrokeDash]:
-    """Give every policy a colour, a marker and dashes; the random controls are grey."""
-    evicting = [policy for policy in policies if policy not in CONTROLS]
-    colours = [
-        CONTROL_COLOUR if policy in CONTROLS else COLOURS[evicting.index(policy) % len(COLOURS)]
-        for policy in policies
-    ]
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(policies))]
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(policies))]
-    return (
-        alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colours), legend=legend),
-        alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes), legend=legend),
-        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=None),
-    )
-
-
 def scatter_chart(
     cells: dict[str, Cells], fidelity: pl.DataFrame, metrics: list[str], policies: list[str]
 ) -> alt.VConcatChart:
@@ -125,7 +78,9 @@ def scatter_chart(
     rows = [
         alt.hconcat(
             *(
-                _scatter_panel(own, fidelity, family, metric, policies, leftmost=i == 0)
+                scatter_panel(own, metric, policies, leftmost=i == 0).properties(
+                    title=_scatter_title(fidelity, family, metric)
+                )
                 for i, (family, own) in enumerate(cells.items())
             ),
             spacing=26,
@@ -136,9 +91,8 @@ def scatter_chart(
     return alt.vconcat(*rows, spacing=18)
 
 
-def _scatter_panel(
-    cells: Cells, fidelity: pl.DataFrame, family: str, metric: str, policies: list[str], leftmost: bool
-) -> Any:
+def scatter_panel(cells: Cells, metric: str, policies: list[str], leftmost: bool = True) -> alt.LayerChart:
+    """Draw one family's live accuracy against one metric; only the leftmost panel labels its axis."""
     sign = 1 if METRICS[metric] else -1
     values = [
         {"policy": label[0], "budget": label[2], "metric": float(sign * x), "accuracy": float(100 * y)}
@@ -150,9 +104,13 @@ def _scatter_panel(
         title=None, orient="bottom", columns=10, symbolSize=70, symbolStrokeWidth=0, symbolOpacity=1
     )
     colour, shape, _ = policy_looks(policies, legend)
-    own = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric)).row(0, named=True)
     base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("metric:Q", title=METRIC_NAMES[metric], scale=alt.Scale(zero=False)),
+        x=alt.X(
+            "metric:Q",
+            title=METRIC_NAMES[metric],
+            scale=alt.Scale(zero=False),
+            axis=alt.Axis(tickCount=5),
+        ),
         y=alt.Y(
             "accuracy:Q",
             title="right answers, %" if leftmost else None,
@@ -163,11 +121,15 @@ def _scatter_panel(
     )
     lines = base.mark_line(strokeWidth=0.8, opacity=0.5).encode(order="budget:Q")
     points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
-    title = over_plot(
+    return (lines + points).properties(width=270, height=210)
+
+
+def _scatter_title(fidelity: pl.DataFrame, family: str, metric: str) -> alt.TitleParams:
+    own = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric)).row(0, named=True)
+    return over_plot(
         family or "problems",
         f"Spearman {own['spearman']:.2f}, within a budget {own['spearman_within']:.2f}",
     )
-    return (lines + points).properties(width=270, height=210, title=title)
 
 
 def ranking_chart(fidelity: pl.DataFrame) -> alt.HConcatChart:

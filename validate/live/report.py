@@ -9,12 +9,13 @@ from typing import Any
 
 import polars as pl
 
+from simulator.chart_style import ordered_policies, styled
+from simulator.naming import budget_label
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
-from validate.live.terminal import budget_label
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 1060px; margin: 2.5em auto;
@@ -60,7 +61,7 @@ def write_report(
             "a report is drawn by altair and vl-convert, which are not installed; "
             "allowed: pip install 'kvbudget[plots]'"
         ) from None
-    policies = charts.ordered_policies(rows["policy"].to_list())
+    policies = ordered_policies(rows["policy"].to_list())
     figures = {"accuracy": _svg(charts.accuracy_chart(accuracy, policies))}
     if cells is not None and fidelity is not None:
         best = best_metric(fidelity)
@@ -240,8 +241,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], n_text: int = 
 
 def _svg(chart: Any) -> str:
     import vl_convert
-
-    from simulator.chart_style import styled
 
     return vl_convert.vegalite_to_svg(styled(chart).to_dict())
 

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from simulator.naming import budget_label
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 
@@ -99,13 +100,6 @@ def _level_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else str(value).removesuffix(".kvtrace")
-
-
-def budget_label(amount: float | None, unit: str | None) -> str:
-    """Write a budget as it was asked for; the full cache has none."""
-    if amount is None:
-        return "full"
-    return f"{amount:g}" + ("" if unit == "entries" else unit or "")
 
 
 def _table(title: str | None) -> Table:

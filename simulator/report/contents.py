@@ -1,0 +1,147 @@
+"""Puts a page together: its sections in order, and what it has no data for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from simulator.report.cells import Cells, cell_panels
+from simulator.report.figure import Figure
+from simulator.report.page import Section, page, paragraph
+from simulator.report.quality import has_intervals, quality_figures, quality_rows
+from simulator.report.sources import Sources
+from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
+from simulator.standings import METRICS
+from traces.errors import UserError
+from traces.trace import Trace
+
+TITLE = "KV budgets: what was kept and what it cost"
+# What predicts accuracy best, and what papers report.
+DEFAULT_METRICS = ("lost_lookup_rate", "mass_mean")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """A page and its charts.
+
+    Attributes
+    ----------
+    text : str
+        The HTML.
+    figures : list of Figure
+    """
+
+    text: str
+    figures: list[Figure]
+
+
+def report(
+    sources: Sources,
+    metrics: Sequence[str] = (),
+    traces: Sequence[Trace] = (),
+    fidelity: Section | None = None,
+    seed: int = 0,
+) -> Report:
+    """Make the page of a replay.
+
+    Parameters
+    ----------
+    sources : Sources
+    metrics : sequence of str
+        Columns that count as quality; by default those of ``DEFAULT_METRICS`` that the rows have.
+    traces : sequence of Trace
+        Whose text is shown; needed for retained rows.
+    fidelity : Section, optional
+        How well the numbers predict accuracy.
+    seed : int
+        Of the bootstrap over traces.
+
+    Raises
+    ------
+    UserError
+        For an unknown metric, one that the rows lack, or rows without a policy that evicted.
+    """
+    rows = sources.rows
+    found = {metric: quality_rows(rows, metric, seed) for metric in known_metrics(rows, metrics)}
+    if any(own.is_empty() for own in found.values()):
+        raise UserError("no row is of a policy that evicted; nothing to compare")
+    cells = cell_panels(sources.trajectory, sources.retained, traces)
+    sections = [_summary(sources, found), _quality(found)]
+    if fidelity is not None:
+        sections.append(fidelity)
+    text = page(TITLE, sections, cells, _absent(sources, cells, fidelity), means_table(rows))
+    figures = [figure for section in sections for figure in section.figures]
+    return Report(text, [*figures, *(figure for panel in cells.panels for figure in panel.figures)])
+
+
+def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
+    """Give the metrics that were asked, once each; without any, those of ``DEFAULT_METRICS`` in the rows.
+
+    Raises
+    ------
+    UserError
+        For an unknown metric, or one that rows lack.
+    """
+    for metric in asked:
+        if metric not in METRICS:
+            raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
+        if metric not in rows.columns:
+            raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
+        empty = rows.filter((pl.col("status") == "ok") & pl.col(metric).is_null())
+        if len(empty):
+            raise UserError(
+                f"{metric} is empty in {len(empty)} rows, of which only a sample was measured; "
+                "allowed: a metric that all rows have"
+            )
+    found = list(dict.fromkeys(asked)) or [name for name in DEFAULT_METRICS if name in rows.columns]
+    if not found:
+        raise UserError(f"the rows have none of {', '.join(DEFAULT_METRICS)}; needed: --metric NAME")
+    return found
+
+
+def _summary(sources: Sources, found: dict[str, pl.DataFrame]) -> Section:
+    words = [paragraph(what_was_replayed(sources.rows))]
+    words += [paragraph(verdict(own, metric)) for metric, own in found.items()]
+    tables = "".join(standings_table(own, metric) for metric, own in found.items())
+    several = any(map(has_intervals, found.values()))
+    marks = "Bold leads at its budget" + (
+        "; = is not told apart from it: the 95% interval of the paired difference over traces holds 0."
+        if several
+        else "."
+    )
+    return Section(
+        "What was replayed, and who leads",
+        [],
+        "".join(words) + f'<div class="grid tables">{tables}</div>' + paragraph(marks, "note"),
+    )
+
+
+def _quality(found: dict[str, pl.DataFrame]) -> Section:
+    figures = [quality_figures(own, metric) for metric, own in found.items()]
+    # Row by row: all metrics against memory, then all against budget.
+    ordered = [own[i] for i in range(2) for own in figures]
+    hint = "Click or tap a policy in a legend to single it out; double click brings all back."
+    return Section("What memory buys", ordered, paragraph(hint, "note"))
+
+
+def _absent(sources: Sources, cells: Cells, fidelity: Section | None) -> list[str]:
+    words = []
+    if sources.trajectory is None:
+        words.append(
+            "Maps of mass and budgets over layers and heads, and head budgets over time: "
+            "sim replay --trajectory FILE.parquet, then sim report --trajectory FILE.parquet."
+        )
+    if sources.retained is None:
+        words.append(
+            "Which tokens were kept: sim replay --retained FILE.parquet, then "
+            "sim report --retained FILE.parquet --trace TRACE."
+        )
+    elif not any(panel.kept for panel in cells.panels):
+        words.append("Which tokens were kept: none of the traces given is one of the retained rows'.")
+    if fidelity is None:
+        words.append(
+            "Accuracy against the simulator's numbers: --fidelity and --accuracy, the tables of sim validate."
+        )
+    return words

@@ -1,0 +1,242 @@
+"""Charts of quality: against the memory that was held, and against the budget that was asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from simulator.chart_style import METRIC_NAMES, ordered_policies, policy_looks
+from simulator.naming import budget_label
+from simulator.report.figure import Figure
+from simulator.results import GROUP, comparable
+from simulator.standings import METRICS, standings
+
+if TYPE_CHECKING:
+    import altair as alt
+
+_WIDTH, _HEIGHT = 460, 300
+_ORACLE = "the most that memory could hold"
+
+
+def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame:
+    """Bring standings and memory together, one row per evicting policy and budget.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+        Of a replay; policies are told apart by name.
+    metric : str
+        One of ``standings.METRICS``.
+
+    Returns
+    -------
+    polars.DataFrame
+        Of `standings`, with ``budget`` (as it was asked), ``bytes`` and ``oracle`` (means; the latter null
+        where rows have none) and ``is_front``, whether nothing is at least as good with less memory.
+        Budgets in ascending order.
+    """
+    found = standings(rows, metric, seed=seed)
+    if found.is_empty():
+        return found
+    evicting = comparable(rows).filter(pl.col("n_evictions") > 0)
+    if "oracle_mass" not in evicting.columns:
+        evicting = evicting.with_columns(oracle_mass=pl.lit(None, dtype=pl.Float64))
+    memory = evicting.group_by(GROUP).agg(
+        bytes=pl.col("bytes_mean").mean(), oracle=pl.col("oracle_mass").mean()
+    )
+    found = found.join(memory, on=GROUP, how="left", maintain_order="left")
+    found = found.sort("budget_unit", "budget_asked", maintain_order=True)
+    labels = [budget_label(*key) for key in found.select("budget_asked", "budget_unit").iter_rows()]
+    sign = 1 if METRICS[metric] else -1
+    places = [(row["bytes"], sign * row["mean"]) for row in found.iter_rows(named=True)]
+    return found.with_columns(
+        budget=pl.Series(labels, dtype=pl.String),
+        is_front=pl.Series([not any(_beats(other, own) for other in places) for own in places]),
+    )
+
+
+def has_intervals(found: pl.DataFrame) -> bool:
+    """Tell whether there are traces to resample: one alone has no interval."""
+    return bool((found["n_traces"] > 1).any())
+
+
+def _beats(other: tuple[float, float], own: tuple[float, float]) -> bool:
+    return other != own and other[0] <= own[0] and other[1] >= own[1]
+
+
+def quality_figures(found: pl.DataFrame, metric: str) -> list[Figure]:
+    """Draw the Pareto front and quality against budget; rows of `quality_rows`."""
+    name = METRIC_NAMES[metric]
+    better = "More" if METRICS[metric] else "Less"
+    intervals = " Thin bars: 95% intervals over traces." if has_intervals(found) else ""
+    bound = f" Black and dashed: {_ORACLE}." if _has_bound(found, metric) else ""
+    return [
+        Figure(
+            f"pareto-{metric}",
+            _pareto(found, metric),
+            f"{_capital(name)} against memory",
+            f"{better} is better. Grey line: the front, what no other policy betters with as little memory."
+            f"{bound}{intervals}",
+        ),
+        Figure(
+            f"budget-{metric}",
+            _against_budget(found, metric),
+            f"{_capital(name)} against budget",
+            f"{better} is better. Points of one budget stand side by side.{intervals}",
+        ),
+    ]
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _has_bound(found: pl.DataFrame, metric: str) -> bool:
+    return metric == "mass_mean" and found["oracle"].null_count() == 0
+
+
+def _values(found: pl.DataFrame, unit: float) -> list[dict[str, Any]]:
+    names = ("policy", "budget", "mean", "low", "high", "is_front", "oracle")
+    return [
+        {name: row[name] for name in names} | {"memory": row["bytes"] / unit}
+        for row in found.iter_rows(named=True)
+    ]
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    for name, size in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
+        if largest >= size:
+            return name, size
+    return "bytes", 1.0
+
+
+def _looks(found: pl.DataFrame) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, alt.Parameter, alt.When]:
+    """Give looks, and what fades all policies but the one chosen in the legend."""
+    import altair as alt
+
+    legend = alt.Legend(
+        title=None,
+        orient="bottom",
+        columns=4,
+        symbolSize=80,
+        symbolStrokeWidth=0,
+        symbolOpacity=1,
+        symbolLimit=0,
+    )
+    colour, shape, dash = policy_looks(ordered_policies(found["policy"].to_list()), legend)
+    chosen = alt.selection_point(fields=["policy"], bind="legend")
+    return colour, shape, dash, chosen, alt.when(chosen)
+
+
+def _quality_axis(metric: str) -> alt.Y:
+    import altair as alt
+
+    axis = alt.Axis(format="%", title=METRIC_NAMES[metric], tickCount=6)
+    return alt.Y("mean:Q", scale=alt.Scale(zero=False), axis=axis)
+
+
+def _tooltip(metric: str, memory: str) -> list[alt.Tooltip]:
+    import altair as alt
+
+    return [
+        alt.Tooltip("policy:N"),
+        alt.Tooltip("budget:N"),
+        alt.Tooltip("mean:Q", title=METRIC_NAMES[metric], format=".2%"),
+        alt.Tooltip("low:Q", title="from", format=".2%"),
+        alt.Tooltip("high:Q", title="to", format=".2%"),
+        alt.Tooltip("memory:Q", title=f"memory, {memory}", format=".3~r"),
+    ]
+
+
+def _pareto(found: pl.DataFrame, metric: str) -> Any:
+    import altair as alt
+
+    memory, unit = _unit(float(found["bytes"].to_numpy().max()))
+    colour, shape, _, chosen, when = _looks(found)
+    values = _values(found, unit)
+    x = alt.X(
+        "memory:Q",
+        title=f"memory held on average, {memory}",
+        scale=alt.Scale(zero=True),
+        axis=alt.Axis(tickCount=6),
+    )
+    base = alt.Chart(alt.Data(values=values)).encode(x=x)
+    front = base.transform_filter("datum.is_front").mark_line(
+        interpolate="step-after", color="#bdbdbd", strokeWidth=4
+    )
+    layers: list[Any] = [front.encode(y=_quality_axis(metric))]
+    if _has_bound(found, metric):
+        by_budget = found.group_by("budget", maintain_order=True).agg(pl.col("bytes", "oracle").mean())
+        bound = alt.Data(
+            values=[
+                {"memory": row["bytes"] / unit, "oracle": row["oracle"], "budget": row["budget"]}
+                for row in by_budget.iter_rows(named=True)
+            ]
+        )
+        line = alt.Chart(bound).mark_line(
+            color="black",
+            strokeDash=[5, 4],
+            strokeWidth=1.4,
+            point={"color": "black", "size": 24, "filled": True},
+        )
+        tooltip = [alt.Tooltip("budget:N"), alt.Tooltip("oracle:Q", title=_ORACLE, format=".2%")]
+        layers.append(line.encode(x=x, y="oracle:Q", tooltip=tooltip))
+    layers += _intervals(base, found, colour, when)
+    points = base.mark_point(size=62, filled=True)
+    layers.append(
+        points.encode(
+            y=_quality_axis(metric),
+            color=colour,
+            shape=shape,
+            opacity=when.then(alt.value(1)).otherwise(alt.value(0.08)),
+            tooltip=_tooltip(metric, memory),
+        ).add_params(chosen)
+    )
+    return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+
+
+def _intervals(base: Any, found: pl.DataFrame, colour: alt.Color, when: alt.When, **offset: Any) -> list[Any]:
+    import altair as alt
+
+    # One trace has no interval, and rules of no length would still be drawn.
+    if not has_intervals(found):
+        return []
+    opacity = when.then(alt.value(0.6)).otherwise(alt.value(0.05))
+    return [
+        base.mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q", color=colour, opacity=opacity, **offset)
+    ]
+
+
+def _against_budget(found: pl.DataFrame, metric: str) -> Any:
+    import altair as alt
+
+    memory, unit = _unit(float(found["bytes"].to_numpy().max()))
+    colour, shape, dash, chosen, when = _looks(found)
+    policies = ordered_policies(found["policy"].to_list())
+    budgets = found["budget"].unique(maintain_order=True).to_list()
+    x = alt.X("budget:N", sort=budgets, title="budget, per KV head", axis=alt.Axis(labelAngle=0))
+    offset = alt.XOffset("policy:N", scale=alt.Scale(domain=policies, padding=0.8))
+    base = alt.Chart(alt.Data(values=_values(found, unit))).encode(x=x, xOffset=offset)
+    layers = _intervals(base, found, colour, when)
+    if len(budgets) > 1:
+        layers.append(
+            base.mark_line(strokeWidth=1.2).encode(
+                y=_quality_axis(metric),
+                color=colour,
+                strokeDash=dash,
+                opacity=when.then(alt.value(0.7)).otherwise(alt.value(0.05)),
+            )
+        )
+    layers.append(
+        base.mark_point(size=46, filled=True)
+        .encode(
+            y=_quality_axis(metric),
+            color=colour,
+            shape=shape,
+            opacity=when.then(alt.value(1)).otherwise(alt.value(0.08)),
+            tooltip=_tooltip(metric, memory),
+        )
+        .add_params(chosen)
+    )
+    return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)

@@ -1,0 +1,159 @@
+"""The page's words and tables: what was replayed, who leads, and all means."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+import polars as pl
+
+from simulator.chart_style import METRIC_NAMES
+from simulator.naming import budget_label
+from simulator.report.quality import has_intervals
+from simulator.results import GROUP, comparable
+from simulator.standings import METRICS
+from simulator.terminal import format_bytes
+
+# Columns of the table of means, and what they are called; bytes are written with a unit, the rest in percent.
+_MEANS = {
+    "bytes_mean": "memory, mean",
+    "bytes_peak": "memory, peak",
+    "mass_mean": "mass",
+    "mass_p05": "5th percentile",
+    "mass_min_head": "worst head",
+    "miss_rate": "strongest key gone",
+    "lost_lookup_rate": "lost lookups",
+    "lost_lookup_rms": "at once",
+    "lost_lookup_peak": "worst step",
+    "oracle_mass": "oracle",
+    "gap": "gap",
+}
+
+
+def what_was_replayed(rows: pl.DataFrame) -> str:
+    """Say in a sentence what the rows are of."""
+
+    def named(name: str) -> list[str]:
+        return sorted(rows[name].drop_nulls().unique().to_list()) if name in rows.columns else []
+
+    budgets = rows.select("budget_asked", "budget_unit").unique().sort("budget_unit", "budget_asked")
+    labels = [budget_label(*budget) for budget in budgets.iter_rows()]
+    n_traces = rows["trace_id"].n_unique()
+    families = named("family")
+    of_families = f" ({', '.join(families)})" if len(families) > 1 else ""
+    models = named("model")
+    text = f"{n_traces} trace{'s' if n_traces > 1 else ''}{of_families}"
+    text += f" of {', '.join(models)}" if models else ""
+    policies = rows["policy"].unique(maintain_order=True).to_list()
+    text += f", {len(policies)} {'policies' if len(policies) > 1 else 'policy'} at {', '.join(labels)}."
+    versions = named("code_version")
+    text += f" Code {', '.join(versions)}." if versions else ""
+    samples = named("sampling")
+    text += f" Only a sample was measured: {' or '.join(samples)}." if samples else ""
+    failed = rows.filter(pl.col("status") != "ok")
+    if len(failed):
+        reasons = failed["error"].drop_nulls().to_list() if "error" in failed.columns else []
+        told = f": {reasons[0].rstrip('.')}" if reasons else ""
+        text += f" {len(failed)} of {len(rows)} cells failed and are left out{told}."
+    return text
+
+
+def verdict(found: pl.DataFrame, metric: str) -> str:
+    """Say who leads at each budget, and which differences are noise; rows of `quality_rows`."""
+    sign = -1 if METRICS[metric] else 1
+    several = has_intervals(found)
+    led: dict[str, list[str]] = {}
+    ties = []
+    for (budget,), own in found.group_by("budget", maintain_order=True):
+        ranked = sorted(own.iter_rows(named=True), key=lambda row: sign * row["mean"])
+        led.setdefault(ranked[0]["policy"], []).append(str(budget))
+        tied = [row["policy"] for row in ranked[1:] if row["is_tied"]]
+        if tied:
+            ties.append(f"{_listed(tied)} at {budget}")
+    everywhere = len(led) == 1 and found["budget"].n_unique() > 1
+    leaders = [
+        f"{policy} leads at {'every budget' if everywhere else _listed(budgets, most=9)}"
+        for policy, budgets in led.items()
+    ]
+    told = f"{METRIC_NAMES[metric]}: {'; '.join(leaders)}."
+    if not several:
+        told += " One trace tells nothing of noise: differences may be chance."
+    elif ties:
+        told += f" Not told apart from the leader: {'; '.join(ties)}."
+    elif found["policy"].n_unique() > 1:
+        told += " Every other policy is told apart from the leader."
+    return told[0].upper() + told[1:]
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    if len(names) > most:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def standings_table(found: pl.DataFrame, metric: str) -> str:
+    """Tabulate a policy per row and a budget per column, the leaders in bold, those tied with them marked."""
+    sign = -1 if METRICS[metric] else 1
+    several = has_intervals(found)
+    means = found.group_by("policy").agg(pl.col("mean").mean()).sort(sign * pl.col("mean"), "policy")
+    budgets = found["budget"].unique(maintain_order=True).to_list()
+    texts = {}
+    for budget in budgets:
+        ranked = found.filter(pl.col("budget") == budget).sort(sign * pl.col("mean"), maintain_order=True)
+        for place, row in enumerate(ranked.iter_rows(named=True)):
+            text = _percent(row["mean"])
+            if place == 0:
+                text = f"<strong>{text}</strong>"
+            elif several and row["is_tied"]:
+                text = f"=&nbsp;{text}"
+            texts[row["policy"], budget] = text
+    lines = [
+        [html.escape(policy), *(texts.get((policy, budget), "") for budget in budgets)]
+        for policy in means["policy"]
+    ]
+    return html_table(["policy", *budgets], lines, caption=METRIC_NAMES[metric])
+
+
+def means_table(rows: pl.DataFrame) -> str:
+    """Tabulate the means over traces of every policy and budget."""
+    done = comparable(rows)
+    shown = [name for name in _MEANS if name in done.columns and done[name].null_count() < len(done)]
+    how = [pl.col(name).max() if name == "bytes_peak" else pl.col(name).mean() for name in shown]
+    means = done.group_by(GROUP, maintain_order=True).agg(*how, n_traces=pl.len())
+    means = means.sort("budget_unit", "budget_asked", maintain_order=True)
+    lines = [
+        [
+            html.escape(row["policy"]),
+            budget_label(row["budget_asked"], row["budget_unit"]),
+            str(row["n_traces"]),
+            *(format_bytes(row[name]) if name.startswith("bytes") else _percent(row[name]) for name in shown),
+        ]
+        for row in means.iter_rows(named=True)
+    ]
+    return html_table(["policy", "budget", "traces", *(_MEANS[name] for name in shown)], lines)
+
+
+def _percent(share: float | None) -> str:
+    """Write a share with three digits or so: small ones differ in the second decimal."""
+    if share is None:
+        return ""
+    return f"{share:.1%}" if abs(share) >= 0.0995 else f"{share:.2%}"
+
+
+def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str = "") -> str:
+    """Write a table in a box that scrolls by itself; the first column is text, cells are HTML."""
+
+    def line(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=text' if number == 0 else ''}>{value}</{tag}>"
+            for number, value in enumerate(values)
+        )
+
+    body = "\n".join(f"<tr>{line('td', values)}</tr>" for values in lines)
+    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    header = line("th", [html.escape(name) for name in head])
+    # Focusable, so that it can be scrolled by keyboard.
+    return (
+        f'<div class="wide" tabindex="0"><table>{told}<thead><tr>{header}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )

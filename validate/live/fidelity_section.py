@@ -1,0 +1,150 @@
+"""The part of a replay's page that tells how well its numbers predict accuracy."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from simulator.chart_style import ordered_policies
+from simulator.report.figure import Figure
+from simulator.report.page import Section, paragraph
+from simulator.report.tables import html_table
+from simulator.standings import METRICS
+from traces.errors import UserError
+from validate.live.accuracy import ALL_FAMILIES, CELL
+from validate.live.charts import METRIC_NAMES, scatter_panel
+from validate.live.fidelity import Cells
+
+_FIDELITY = ("family", "metric", "spearman", "spearman_within", "regret")
+
+
+def read_table(path: Path, columns: Sequence[str], option: str) -> pl.DataFrame:
+    """Read a table of ``sim validate``.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read or lacks a column.
+    """
+    try:
+        table = pl.read_csv(path)
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be read: {error.strerror or error}") from None
+    except pl.exceptions.PolarsError:
+        raise UserError(f"{option} {path} is no CSV file; allowed: one that sim validate wrote") from None
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise UserError(f"{option} {path} has no column '{missing[0]}'; allowed: a table of sim validate")
+    return table
+
+
+def fidelity_section(
+    rows: pl.DataFrame, fidelity_path: Path, accuracy_path: Path, metrics: Sequence[str]
+) -> Section:
+    """Draw accuracy under real eviction against the replay's numbers, family by family.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+        Of a replay; ``family`` tells whose trace it is.
+    fidelity_path, accuracy_path : Path
+        ``fidelity.csv`` and ``accuracy.csv`` of ``sim validate``.
+    metrics : sequence of str
+        Columns of ``rows``, one chart per family each.
+
+    Raises
+    ------
+    UserError
+        If a file is no such table, or no family, policy and budget is in both.
+    """
+    fidelity = read_table(fidelity_path, _FIDELITY, "--fidelity")
+    accuracy = read_table(accuracy_path, ("family", *CELL, "accuracy"), "--accuracy")
+    cells = _cells(rows, accuracy, metrics)
+    if not cells:
+        raise UserError(
+            f"--accuracy {accuracy_path}: no family, policy and budget of it is in the rows; "
+            "allowed: the table of a run with the same policies, parameters and budgets"
+        )
+    policies = ordered_policies([label[0] for own in cells.values() for label in own.labels])
+    figures = []
+    for metric in metrics:
+        for family, own in cells.items():
+            chart = scatter_panel(own, metric, policies)
+            told = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric))
+            figures.append(
+                Figure(
+                    f"accuracy-{metric}-{family or 'problems'}",
+                    chart,
+                    f"{family or 'problems'}: {METRIC_NAMES[metric]}".capitalize(),
+                    _correlations(told),
+                )
+            )
+    before = paragraph(
+        "Right answers of a model that decoded with entries really evicted, against the simulator's numbers. "
+        "Lines join the budgets of a policy."
+    )
+    note = paragraph(
+        "Within: mean over budgets of the Spearman correlation over policies, with its 95% interval. "
+        "All: over all cells. Regret: accuracy lost, in points, by taking the policy that the number puts "
+        "first.",
+        "note",
+    )
+    return Section("What predicts accuracy", figures, before, _table(fidelity) + note, narrow=True)
+
+
+def _correlations(told: pl.DataFrame) -> str:
+    if told.is_empty():
+        return ""
+    row = told.row(0, named=True)
+    return f"Spearman {row['spearman']:.2f}, within a budget {row['spearman_within']:.2f}"
+
+
+def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -> dict[str, Cells]:
+    """Match means of rows with accuracies, per family; parameters tell policies apart, not their labels."""
+    key = ["family", *CELL[1:], "name"]
+    name = pl.col("policy").str.split(":").list.first().alias("name")
+    family = pl.col("family").fill_null("")
+    done = rows.filter(pl.col("status") == "ok").with_columns(name, family)
+    means = done.group_by([*key, "policy"], maintain_order=True).agg(pl.col(list(metrics)).mean())
+    judged = accuracy.filter(pl.col("budget_asked").is_not_null() & (family != ALL_FAMILIES))
+    judged = judged.with_columns(
+        name, family, pl.col("budget_asked").cast(pl.Float64), pl.col("budget_unit").cast(pl.String)
+    )
+    matched = means.join(judged.select(*key, "accuracy"), on=key, how="inner", maintain_order="left")
+    found = {}
+    for (own_family,), own in matched.group_by("family", maintain_order=True):
+        simulated = {
+            metric: np.array(own[metric])[:, None] * (1 if METRICS[metric] else -1) for metric in metrics
+        }
+        found[str(own_family)] = Cells(own.select(CELL).rows(), simulated, np.array(own["accuracy"])[:, None])
+    return found
+
+
+def _table(fidelity: pl.DataFrame) -> str:
+    families = fidelity["family"].unique(maintain_order=True).to_list()
+    told = {(row["metric"], row["family"]): row for row in fidelity.iter_rows(named=True)}
+    ranked = fidelity.group_by("metric").agg(pl.col("spearman_within").fill_nan(None).mean())
+    ranked = ranked.sort("spearman_within", descending=True, nulls_last=True)
+    lines = [
+        [
+            html.escape(METRIC_NAMES.get(metric, metric)),
+            *(text for family in families for text in _cell(told.get((metric, family)))),
+        ]
+        for metric in ranked["metric"]
+    ]
+    head = [f"{family or 'problems'}: {name}" for family in families for name in ("within", "all", "regret")]
+    return html_table(["the simulator's number", *head], lines)
+
+
+def _cell(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    within = f"{row['spearman_within']:.2f}"
+    if row.get("spearman_within_low") is not None:
+        within += f" ({row['spearman_within_low']:.2f} to {row['spearman_within_high']:.2f})"
+    return within, f"{row['spearman']:.2f}", f"{100 * row['regret']:.1f}"

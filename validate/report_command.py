@@ -1,0 +1,177 @@
+"""``sim report``: a replay as one page that opens anywhere, without a network."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from traces.trace import Trace
+
+
+def report(
+    out: Annotated[Path, typer.Option(help="Where to write the page (FILE.html).")],
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Rows of sim replay -o. Without them, --trace is replayed.")
+    ] = None,
+    trajectory: Annotated[
+        Path | None, typer.Option(help="File of sim replay --trajectory: maps and budgets of heads.")
+    ] = None,
+    retained: Annotated[
+        Path | None, typer.Option(help="File of sim replay --retained: which tokens were kept; with --trace.")
+    ] = None,
+    trace: Annotated[
+        list[str] | None, typer.Option("--trace", "-t", help="Traces whose text is shown, or to replay.")
+    ] = None,
+    fidelity: Annotated[
+        Path | None, typer.Option(help="fidelity.csv of sim validate; with --accuracy.")
+    ] = None,
+    accuracy: Annotated[
+        Path | None, typer.Option(help="accuracy.csv of sim validate; with --fidelity.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What counts as quality, a comma list.", show_default="lost_lookup_rate and mass_mean"
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", "-p", help="Policies to replay; of rows, only these.", show_default="all"),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="Budgets to replay; of rows, only these.", show_default="all"),
+    ] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="Of a replay: entries added between compressions (default 128).")
+    ] = None,
+    charts: Annotated[Path | None, typer.Option(help="Folder for every chart as SVG and PNG.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, and for policies that draw.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Threads of a replay; 0 uses all cores.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Write rows of a replay, or a replay made for it, as one self-contained page."""
+    from simulator.output import require_place
+    from simulator.policy import split_list
+    from traces.atomic import write_file
+    from traces.errors import UserError
+    from traces.store import find_traces, open_trace
+
+    for needed in ("altair", "vl_convert"):
+        if find_spec(needed) is None:
+            raise UserError(
+                "a report is drawn by altair and vl-convert, which are not installed; "
+                "allowed: pip install 'kvbudget[plots]'"
+            )
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
+    require_place(out, "--out")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    if (fidelity is None) != (accuracy is None):
+        alone, other = ("--fidelity", "--accuracy") if accuracy is None else ("--accuracy", "--fidelity")
+        raise UserError(f"{alone} is given without {other}; needed: both, of one sim validate")
+    if retained is not None and not trace:
+        raise UserError(
+            "--retained is given without --trace; needed: the trace that was replayed, for its text"
+        )
+    if not results and (trajectory is not None or retained is not None):
+        option = "--trajectory" if trajectory is not None else "--retained"
+        raise UserError(f"{option} goes with rows of the same replay; needed: a file of sim replay -o")
+    if results and buffer is not None:
+        raise UserError("--buffer is for a replay; allowed: with --trace and without rows")
+    if not results and not trace:
+        raise UserError("sim report needs rows of sim replay -o, or --trace to replay")
+
+    from simulator.report.contents import known_metrics
+    from simulator.report.contents import report as made
+    from simulator.report.sources import chosen, read_parquet
+    from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
+    from simulator.standings import read_rows
+
+    asked_policies = [name for text in policy or [] for name in split_list(text)]
+    asked_budgets = [item for text in budget or [] for item in text.split(",")]
+    traces = [open_trace(path) for path in find_traces(trace or [])]
+    if results:
+        rows = read_rows(results)
+        over_time = (
+            None if trajectory is None else read_parquet(trajectory, TRAJECTORY_SCHEMA, "--trajectory")
+        )
+        kept = None if retained is None else read_parquet(retained, RETAINED_SCHEMA, "--retained", traces)
+        sources = chosen(rows, over_time, kept, asked_policies, asked_budgets)
+    else:
+        replayed = _replay(traces, policy, budget, buffer, seed, jobs, quiet)
+        sources = chosen(*replayed, [], [])
+    metrics = known_metrics(sources.rows, [name for text in metric or [] for name in text.split(",")])
+    section = None
+    if fidelity is not None and accuracy is not None:
+        from validate.live.fidelity_section import fidelity_section
+
+        section = fidelity_section(sources.rows, fidelity, accuracy, metrics)
+    page = made(sources, metrics, traces, section, seed)
+    write_file(out, lambda temporary: temporary.write_text(page.text, encoding="utf-8"))
+    print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {len(page.figures)} charts)")
+    if charts is not None:
+        charts.mkdir(parents=True, exist_ok=True)
+        n_written = sum(len(figure.export(charts)) for figure in page.figures)
+        print(f"wrote {n_written} pictures to {charts}")
+
+
+def _replay(
+    traces: list[Trace],
+    policy: list[str] | None,
+    budget: list[str] | None,
+    buffer: int | None,
+    seed: int,
+    jobs: int,
+    quiet: bool,
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Replay everything the page can show: rows, and trajectory and retained rows of the first trace.
+
+    Raises
+    ------
+    UserError
+        If no cell succeeded.
+    """
+    from simulator.blas import use_one_thread, warn
+
+    use_one_thread()
+    import polars as pl
+
+    from simulator.cells import run_replay
+    from simulator.commands import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
+    from simulator.policy import parse_policy, split_list
+    from traces.errors import UserError
+
+    overrides = {} if buffer is None else {"buffer": buffer}
+    names = [name for text in policy or [DEFAULT_POLICIES] for name in split_list(text)]
+    policies = [parse_policy(name, **overrides) for name in names]
+    budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+    workers = worker_count(jobs)
+    warn(workers)
+    rows = []
+    with progress("replaying", len(traces) * len(policies) * len(budgets), quiet) as advance:
+        # The page shows the heads and tokens of one trace; those of all would not fit into memory.
+        for part, is_shown in ((traces[:1], True), (traces[1:], False)):
+            if part:
+                done = run_replay(
+                    part,
+                    policies,
+                    budgets,
+                    seed=seed,
+                    jobs=workers,
+                    keep_retained=is_shown,
+                    keep_trajectory=is_shown,
+                    on_cell=advance,
+                )
+                rows.append(done)
+    table = pl.concat([done.table for done in rows])
+    if (table["status"] != "ok").all():
+        raise UserError(f"no cell could be replayed: {table['error'][0]}")
+    return table, rows[0].trajectory, rows[0].retained
