@@ -169,14 +169,16 @@ def _resumable(out: Path, progress: Progress) -> Iterator[None]:
             f"fewer --jobs: {_kept(out, progress)}"
         ) from None
     except OutputError as error:
-        raise OutputError(f"{error}; {_kept(out, progress)}; then run the same command again") from None
+        raise OutputError(f"{error}; {_again(out, progress)}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OutputError(
-            f"{error.filename or 'a disk'}: {error.strerror}; {_kept(out, progress)}; free some space, then "
-            "run the same command again"
-        ) from None
+        where = error.filename or "a temporary file"
+        raise OutputError(f"{where}: {error.strerror}; {_again(out, progress)}") from None
+
+
+def _again(out: Path, progress: Progress) -> str:
+    return f"{_kept(out, progress)}; once that is mended, run the same command again"
 
 
 def _kept(out: Path, progress: Progress) -> str:
