@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -112,8 +113,9 @@ def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
 def _connect_dask(address: str, stack: ExitStack) -> int:
     distributed = _required("distributed", "dask")
     try:
+        _require_listener(address)
         client = distributed.Client(address, timeout=10, set_as_default=False)
-    except (OSError, TimeoutError):
+    except OSError:
         raise UserError(f"--engine: no Dask scheduler answers at {address}") from None
     stack.callback(client.close)
     n_workers = sum(client.ncores().values())
@@ -127,8 +129,9 @@ def _connect_ray(address: str, stack: ExitStack) -> int:
     ray = _required("ray", "ray")
     if not ray.is_initialized():
         try:
+            _require_listener(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise UserError(f"--engine: no Ray answers at {address}: {reason}") from None
         stack.callback(ray.shutdown)
@@ -138,6 +141,13 @@ def _connect_ray(address: str, stack: ExitStack) -> int:
     register_parallel_backend("ray", type("RayResults", (backend,), {"supports_return_generator": True}))
     stack.enter_context(parallel_config(backend="ray"))
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _require_listener(address: str) -> None:
+    """Knock first, where the address says at which door: Ray itself would wait for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _required(package: str, engine: str) -> Any:
