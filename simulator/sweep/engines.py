@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from joblib import Parallel, delayed, parallel_config, register_parallel_backend
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import reusable_executor
 
 from traces.errors import UserError
 
@@ -91,6 +92,9 @@ def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
         If a package is missing, or no cluster answers.
     """
     with ExitStack() as stack:
+        # A sweep that stops early drops what it did not take; that is said in its own words.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*adjusting the input task iterator")
         if engine.kind == "dask":
             n_workers = _connect_dask(engine.address, stack)
         elif engine.kind == "ray":
@@ -100,7 +104,7 @@ def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
             if jobs > 1:
                 # Each worker's BLAS in one thread: sums are cut alike whatever the number of workers.
                 options = {"inner_max_num_threads": 1, "initializer": _live_with, "initargs": (os.getpid(),)}
-                stack.callback(lambda: get_reusable_executor().shutdown(wait=True, kill_workers=True))
+                stack.callback(_end_processes)
                 stack.enter_context(parallel_config(backend="loky", **options))
         parallel = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
 
@@ -108,6 +112,13 @@ def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
             return parallel(delayed(function)(content) for content in contents)
 
         yield Workers(n_workers, run)
+
+
+def _end_processes() -> None:
+    # Not by get_reusable_executor: in place of one whose worker died it would start another.
+    executor = reusable_executor._executor
+    if executor is not None:
+        executor.shutdown(wait=True, kill_workers=True)
 
 
 def _connect_dask(address: str, stack: ExitStack) -> int:
