@@ -11,7 +11,7 @@ from sweeps import SLOW_POLICY, write_spec
 
 from simulator.budget import parse_budget
 from simulator.policy import parse_policy
-from simulator.sweep import grid
+from simulator.sweep import grid, tasks
 from simulator.sweep.grid import SweepTrace, TraceCells, find_sweep_traces, lay_out, wave_digest
 from simulator.sweep.run import plan_sweep
 from simulator.sweep.spec import Setting, read_spec
@@ -109,14 +109,15 @@ def test_portions_are_a_few_seconds_long_once_that_is_known():
     small, large = work_of(500)[0], work_of(500, n_bytes=10_000)[0]
     portions = Portions([small, replace(large, trace=replace(large.trace, trace_id="large"))], 1)
     dealt = iter(portions)
-    assert len(next(dealt).cells) == 4
+    assert len(next(dealt).cells) == 1
     portions.learn(small.trace, 4, 4 * 0.1)
     assert len(next(dealt).cells) == 40
     sizes = [len(own.cells) for own in dealt if own.trace.trace_id == "large"]
     assert set(sizes[:-1]) == {4}  # ten times the bytes
 
 
-def test_as_many_traces_are_under_way_as_there_are_workers():
+def test_as_many_traces_are_under_way_as_there_are_workers(monkeypatch):
+    monkeypatch.setattr(tasks, "_FIRST_CELLS", 4)
     names = [own.trace.name for own in Portions(work_of(*[8] * 6), 2)]
     assert names[:8] == ["0", "1", "0", "1", "2", "3", "2", "3"]
 

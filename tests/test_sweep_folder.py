@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_and_the_sweep_goes_on_later(small_sweep, tmp_pa
     out = tmp_path / "out"
     assert (code, err) == (
         1,
-        f"sim: {out} cannot be written: No space left on device; 4 of 12 cells are done in {out}; once "
+        f"sim: {out} cannot be written: No space left on device; 1 of 12 cells are done in {out}; once "
         "that is mended, run the same command again\n",
     )
     assert [path.name for path in (out / "parts").iterdir()] == [parts_of(out)[0].name]

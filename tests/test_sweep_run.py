@@ -205,7 +205,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(asked, tmp_path, run_si
     code, _, err = run_sim("sweep", spec, "--jobs", 1)
     assert (code, err) == (
         130,
-        f"sim: interrupted: run the same command again: 4 of 12 cells are done in {out}\n",
+        f"sim: interrupted: run the same command again: 1 of 12 cells are done in {out}\n",
     )
     assert len(list((out / "parts").iterdir())) == 1
     monkeypatch.undo()

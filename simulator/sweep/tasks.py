@@ -13,7 +13,7 @@ from simulator.wave import Wave
 # What a kill may cost of each worker's work.
 _TASK_SECONDS = 4.0
 # Before anything is known of how long cells take.
-_FIRST_CELLS = 4
+_FIRST_CELLS = 1
 _MOST_CELLS = 64
 
 
