@@ -142,7 +142,7 @@ def _connect_ray(address: str, stack: ExitStack) -> int:
         try:
             _require_listener(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise UserError(f"--engine: no Ray answers at {address}: {reason}") from None
         stack.callback(ray.shutdown)
