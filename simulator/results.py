@@ -183,12 +183,28 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
 
 
 def comparable(table: pl.DataFrame) -> pl.DataFrame:
-    """Keep, for each budget, the traces on which every policy that ever succeeds at it did."""
-    done = table.filter(pl.col("status") == "ok")
+    """Keep, for each budget, the traces on which every policy that ever succeeds at it did.
+
+    Where a trace has several rows of the same policy, parameters and budget, as with several seeds, they
+    become their mean: a trace counts once.
+    """
+    done = _one_row_per_trace(table.filter(pl.col("status") == "ok"))
     per_budget = done.group_by(GROUP[2:]).agg(pl.struct(GROUP[:2]).n_unique().alias("n_policies"))
     per_trace = done.group_by(*GROUP[2:], "trace_id").agg(pl.struct(GROUP[:2]).n_unique().alias("n_done"))
     whole = per_trace.join(per_budget, on=GROUP[2:]).filter(pl.col("n_done") == pl.col("n_policies"))
     return done.join(whole, on=[*GROUP[2:], "trace_id"], how="semi", maintain_order="left")
+
+
+def _one_row_per_trace(done: pl.DataFrame) -> pl.DataFrame:
+    of_one_trace = [*GROUP, "trace_id"]
+    if not done.select(of_one_trace).is_duplicated().any():
+        return done
+    columns = [
+        pl.col(name).mean() if kind.is_numeric() else pl.col(name).first()
+        for name, kind in done.schema.items()
+        if name not in of_one_trace
+    ]
+    return done.group_by(of_one_trace, maintain_order=True).agg(columns).select(done.columns)
 
 
 def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:

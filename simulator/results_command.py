@@ -1,4 +1,4 @@
-"""``sim results``: read rows that a replay wrote, and say who leads."""
+"""``sim results``: read rows that replays and sweeps wrote, and say who leads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 
 
 def results(
-    files: Annotated[list[Path], typer.Argument(help="Rows of sim replay -o: Parquet, CSV or JSON.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Rows of sim replay -o (Parquet, CSV, JSON), folders of sim sweep.")
+    ],
     metric: Annotated[
         str | None, typer.Option(help="Compare policies by this column, budget by budget.")
     ] = None,
@@ -18,19 +20,26 @@ def results(
         list[str] | None, typer.Option("--policy", "-p", help="Only these policies, as their rows call them.")
     ] = None,
     family: Annotated[list[str] | None, typer.Option(help="Only traces of these families; repeats.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "-b", help="Only these budgets, such as 128,20%,64MiB.")
+    ] = None,
+    trace: Annotated[
+        list[str] | None, typer.Option("--trace", "-t", help="Only traces of these names or globs; repeats.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="table, csv, json, parquet; markdown with --metric.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap over traces.")] = 0,
 ) -> None:
-    """Read, filter and compare rows that sim replay wrote."""
+    """Read, filter and compare rows that sim replay and sim sweep wrote."""
     import polars as pl
     from rich.console import Console
 
+    from simulator.budget import parse_budget
     from simulator.output import choose_format, write_rows
     from simulator.policy import split_list
-    from simulator.standings import METRICS, read_rows, standings
+    from simulator.standings import METRICS, at_budgets, of_traces, read_rows, standings
     from simulator.terminal import print_standings
     from traces.errors import UserError
 
@@ -55,6 +64,10 @@ def results(
             raise UserError(f"{option} is '{unknown[0]}'; the rows have: {known}")
         if asked:
             table = table.filter(pl.col(name).is_in(asked))
+    if budget:
+        table = at_budgets(table, [parse_budget(item) for text in budget for item in text.split(",")])
+    if trace:
+        table = of_traces(table, trace)
     if metric is None:
         write_rows(table, output, chosen)
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from simulator.budget import Budget
 from simulator.results import GROUP, bootstrap, comparable
+from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
 
 # Numbers of a row that may tell policies apart, and whether more is better.
@@ -32,15 +35,22 @@ _READERS: dict[str, Callable[..., pl.DataFrame]] = {
 
 
 def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
-    """Read result rows back from files of ``sim replay -o``.
+    """Read result rows back from files of ``sim replay -o`` and folders of ``sim sweep``, in any mix.
 
     Raises
     ------
     UserError
-        If a file is missing, of another kind, or lacks a column.
+        If a file is missing, of another kind, or lacks a column, or a folder is none of a sweep.
     """
     frames = []
     for path in paths:
+        if path.is_dir():
+            if not is_sweep(path):
+                raise UserError(
+                    f"{path}: no sweep was started there; allowed: a folder of sim sweep, or files"
+                )
+            frames.append(SweepFolder(path).table())
+            continue
         if path.suffix not in _READERS:
             raise UserError(f"{path}: suffix is '{path.suffix}'; allowed: {', '.join(_READERS)}")
         try:
@@ -55,6 +65,45 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
             raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")
         frames.append(frame)
     return pl.concat(frames, how="diagonal_relaxed")
+
+
+def at_budgets(table: pl.DataFrame, budgets: Sequence[Budget]) -> pl.DataFrame:
+    """Keep the rows that were asked at some budgets.
+
+    Raises
+    ------
+    UserError
+        If the rows have none of one.
+    """
+    asked = table.select("budget_asked", "budget_unit").unique(maintain_order=True)
+    known = [Budget(amount, unit) for amount, unit in asked.iter_rows()]
+    for budget in budgets:
+        if budget not in known:
+            raise UserError(f"--budget is '{budget}'; the rows have: {', '.join(map(str, known))}")
+    wanted = pl.DataFrame(
+        [(float(budget.amount), budget.unit) for budget in budgets], schema=asked.schema, orient="row"
+    )
+    return table.join(wanted, on=asked.columns, how="semi", maintain_order="left")
+
+
+def of_traces(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """Keep the rows of traces by name or glob, with or without ``.kvtrace``.
+
+    Raises
+    ------
+    UserError
+        If the rows have none for one.
+    """
+    if "trace" not in table.columns:
+        raise UserError("--trace: the rows name no trace; allowed: rows of a version that writes it")
+    known = table["trace"].drop_nulls().unique(maintain_order=True).to_list()
+    wanted: set[str] = set()
+    for name in names:
+        found = {own for own in known if fnmatchcase(own, name) or fnmatchcase(own, f"{name}.kvtrace")}
+        if not found:
+            raise UserError(f"--trace is '{name}'; the rows have: {', '.join(known[:8])}")
+        wanted |= found
+    return table.filter(pl.col("trace").is_in(list(wanted)))
 
 
 def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:

@@ -151,9 +151,22 @@ def read_manifest(path: Path) -> Manifest:
         If it cannot be read, is of another format or version, or a field is missing or wrong.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_manifest(path, content)
+
+
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
+    """Check the content of a manifest.json; ``path`` is what messages call it.
+
+    Raises
+    ------
+    TraceError
+        If it is of another format or version, or a field is missing or wrong.
+    """
+    try:
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
         raise TraceError(f"{path}: not valid JSON; the file is corrupt") from None
     if not isinstance(content, dict):
@@ -176,7 +189,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_version(path: Path, content: dict[str, Any]) -> None:
+def _check_version(path: Path | str, content: dict[str, Any]) -> None:
     name, version = content.get("format"), content.get("version")
     if name != FORMAT:
         raise TraceError(f"{path}: format {_show(name)} found; allowed: {FORMAT!r}")
@@ -184,7 +197,7 @@ def _check_version(path: Path, content: dict[str, Any]) -> None:
         raise TraceError(f"{path}: version {_show(version)} found, this build reads {VERSION}")
 
 
-def _parse_scale(path: Path, scale: float) -> float:
+def _parse_scale(path: Path | str, scale: float) -> float:
     try:
         scale = float(scale)
     except OverflowError:
@@ -194,7 +207,7 @@ def _parse_scale(path: Path, scale: float) -> float:
     return scale
 
 
-def _parse_vocabulary(path: Path, vocabulary: dict[str, Any]) -> dict[int, str]:
+def _parse_vocabulary(path: Path | str, vocabulary: dict[str, Any]) -> dict[int, str]:
     pieces: dict[int, str] = {}
     for key, piece in vocabulary.items():
         if not re.fullmatch(r"[0-9]{1,10}", key) or not isinstance(piece, str):
@@ -203,7 +216,7 @@ def _parse_vocabulary(path: Path, vocabulary: dict[str, Any]) -> dict[int, str]:
     return pieces
 
 
-def _check_fields(path: Path, manifest: Manifest) -> None:
+def _check_fields(path: Path | str, manifest: Manifest) -> None:
     try:
         _ = manifest.shape
     except ValueError as error:
@@ -219,7 +232,7 @@ def _check_fields(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _check_files(path: Path, manifest: Manifest) -> None:
+def _check_files(path: Path | str, manifest: Manifest) -> None:
     n_expected = manifest.n_layers + 1
     if len(manifest.files) != n_expected:
         raise TraceError(

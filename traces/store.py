@@ -10,9 +10,9 @@ from pathlib import Path
 from traces.container import TAGS, TensorLayout, read_layout
 from traces.errors import TraceError
 from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, read_manifest
+from traces.remote import SUFFIX, fetch, find_remote, is_remote
 from traces.trace import Trace
 
-SUFFIX = ".kvtrace"
 # The bundled trace goes by this name wherever a trace is asked for, unless something is so called.
 SAMPLE_NAME = "sample"
 SAMPLES = Path(__file__).parent / "samples"
@@ -62,6 +62,7 @@ def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
     ----------
     patterns : iterable of str or Path
         A trace, a directory that holds ``*.kvtrace``, a glob (``**`` included) of either, or ``sample``.
+        A URL of any of these is fetched to the cache first; see ``traces.remote``.
 
     Returns
     -------
@@ -77,7 +78,10 @@ def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
         patterns = [patterns]
     found: dict[str, Path] = {}
     for pattern in patterns:
-        matches = [Path(pattern)] if os.path.exists(pattern) else _expand_glob(str(pattern))
+        if is_remote(str(pattern)):
+            matches = [fetch(url) for url in find_remote(str(pattern))]
+        else:
+            matches = [Path(pattern)] if os.path.exists(pattern) else _expand_glob(str(pattern))
         if str(pattern) == SAMPLE_NAME and not matches:
             matches = [SAMPLES]
         traces = [trace for match in matches for trace in _traces_at(match)]

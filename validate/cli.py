@@ -11,6 +11,7 @@ from simulator.bench_command import bench
 from simulator.blas import use_one_thread
 from simulator.commands import calibrate, policies_app, replay
 from simulator.results_command import results
+from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from validate.record_command import record
@@ -29,6 +30,7 @@ app.add_typer(trace_app, name="trace")
 app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
+app.command()(sweep)
 app.command()(results)
 app.command()(report)
 app.command()(bench)

@@ -1,0 +1,1 @@
+"""Many traces x policies x budgets: cells under content addresses, replayed in parallel, resumable."""

@@ -1,0 +1,228 @@
+"""A sweep's folder: which cells were asked last, and rows in parts that are whole or not there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from simulator.results import ROW_SCHEMA
+from simulator.sweep.grid import TraceCells
+from traces.atomic import write_file
+from traces.errors import UserError
+from traces.lock import locked
+
+PLAN_NAME = "cells.parquet"
+ROWS: dict[str, Any] = ROW_SCHEMA | {"seed": pl.Int64, "cell": pl.String}
+# What the plan knows of a cell before there is a row.
+_LABELS = ("trace_id", "trace", "policy", "policy_params", "budget_asked", "budget_unit", "seed", "cell")
+_PART = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.parquet")
+# More parts than that become one when a sweep is done.
+_MANY_PARTS = 64
+
+
+class OutputError(UserError):
+    """Results that cannot be written; those written before stay."""
+
+    exit_code = 1
+
+
+def is_sweep(path: Path) -> bool:
+    """Say whether a sweep was started in a folder."""
+    return (path / PLAN_NAME).is_file()
+
+
+class SweepFolder:
+    """Reads and writes a sweep's folder.
+
+    Parameters
+    ----------
+    path : Path
+        ``cells.parquet`` in it lists the cells of the last sweep in their order, ``parts/`` holds rows of
+        that and of earlier ones. The name of a part ends with the start of its sha256.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._parts = path, path / "parts"
+        self._serial = 0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Make the folder, hold it alone, and clear what a killed run left half written.
+
+        Raises
+        ------
+        UserError
+            If another process holds it.
+        OutputError
+            If it cannot be made.
+        """
+        with self._told():
+            self._parts.mkdir(parents=True, exist_ok=True)
+        lock = locked(self.path, wait=False)
+        try:
+            with self._told(besides=BlockingIOError):
+                lock.__enter__()
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another sweep is writing there; allowed: one at a time, or another --out"
+            ) from None
+        try:
+            for folder in (self.path, self._parts):
+                for stale in folder.glob(".*.part"):
+                    stale.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def write_plan(self, work: Sequence[TraceCells]) -> None:
+        """Say which cells are asked now, in the order of the table.
+
+        Raises
+        ------
+        OutputError
+        """
+        rows = [
+            (
+                own.trace.trace_id,
+                own.trace.name,
+                cell.policy.name,
+                cell.parameters,
+                cell.budget.amount,
+                cell.budget.unit,
+                cell.seed,
+                cell.key,
+            )
+            for own in work
+            for cell in own.cells
+        ]
+        schema = {name: ROWS[name] for name in _LABELS}
+        self._write(self.path / PLAN_NAME, _encoded(pl.DataFrame(rows, schema=schema, orient="row")))
+
+    def write_part(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows in one atomic step.
+
+        Raises
+        ------
+        OutputError
+        """
+        self._write_part(pl.DataFrame(list(rows), schema=ROWS))
+
+    def read_rows(self, *, drop_damaged: bool = False) -> pl.DataFrame:
+        """Read the rows of all parts, one for each cell: the last that succeeded, else the last.
+
+        A damaged part is said on standard error and left out, and deleted if ``drop_damaged``.
+        """
+        frames = [pl.DataFrame(schema=ROWS)]
+        for path in self._listed():
+            content = path.read_bytes()
+            if sha256(content).hexdigest()[:16] == _name(path)[2]:
+                frames.append(pl.read_parquet(BytesIO(content)))
+                continue
+            fate = "is dropped; its cells are replayed again" if drop_damaged else "is left out"
+            print(f"sim: {path} is damaged and {fate}", file=sys.stderr)
+            if drop_damaged:
+                path.unlink()
+        # Rows of earlier versions may lack columns.
+        rows = pl.concat(frames, how="diagonal_relaxed")
+        ordered = rows.sort(pl.col("status") == "ok", maintain_order=True)
+        return ordered.unique("cell", keep="last", maintain_order=True)
+
+    def table(self) -> pl.DataFrame:
+        """Read the rows of the last sweep, in its order; cells without a row are left out.
+
+        Raises
+        ------
+        UserError
+            If the list of cells cannot be read.
+        """
+        plan = self.plan()
+        # Under the names that the last sweep knows: a trace may have been moved since.
+        rows = self._read_while_others_write().drop("trace")
+        return rows.join(plan.select("cell", "trace"), on="cell", maintain_order="right").select(list(ROWS))
+
+    def plan(self) -> pl.DataFrame:
+        """Read which cells were asked last, with their labels.
+
+        Raises
+        ------
+        UserError
+        """
+        path = self.path / PLAN_NAME
+        try:
+            return pl.read_parquet(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; allowed: a folder of sim sweep") from None
+        except pl.exceptions.PolarsError:
+            raise UserError(f"{path} is damaged; run sim sweep again, finished cells are kept") from None
+
+    def compact(self) -> None:
+        """Join many parts to one.
+
+        Raises
+        ------
+        OutputError
+        """
+        old = self._listed()
+        if len(old) <= _MANY_PARTS:
+            return
+        # Written before the others go: a run killed between has rows twice, and reads them once.
+        self._write_part(self.read_rows())
+        for path in old:
+            path.unlink()
+
+    def _listed(self) -> list[Path]:
+        if not self._parts.is_dir():
+            return []
+        parts = [path for path in self._parts.iterdir() if _PART.fullmatch(path.name)]
+        return sorted(parts, key=lambda path: int(_name(path)[1]))
+
+    def _read_while_others_write(self) -> pl.DataFrame:
+        for _ in range(5):
+            try:
+                return self.read_rows()
+            except FileNotFoundError:  # joined to another part since it was listed
+                continue
+        raise UserError(f"{self.path} changes while it is read; try again")
+
+    def _write_part(self, table: pl.DataFrame) -> None:
+        if not self._serial:
+            self._serial = max((int(_name(path)[1]) for path in self._listed()), default=0)
+        self._serial += 1
+        content = _encoded(table)
+        digest = sha256(content).hexdigest()[:16]
+        self._write(self._parts / f"part-{self._serial:06d}-{digest}.parquet", content)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        # Not synced: a part that a power cut left short does not match its name, and is replayed again.
+        with self._told():
+            write_file(path, lambda temporary: temporary.write_bytes(content))
+
+    @contextmanager
+    def _told(self, besides: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+        try:
+            yield
+        except besides:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+def _encoded(table: pl.DataFrame) -> bytes:
+    # In memory first: only so does a full disk come as an error of the system.
+    buffer = BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _name(path: Path) -> re.Match[str]:
+    found = _PART.fullmatch(path.name)
+    assert found is not None
+    return found

@@ -1,0 +1,203 @@
+"""What a sweep's TOML file asks for: traces, and every policy with its budgets."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from simulator.budget import Budget, parse_budget
+from simulator.policy import REPLAY_FIELDS, Policy, parse_policy, split_name
+from traces.errors import UserError
+
+_KEYS = ("out", "traces", "policies", "budgets", "seeds", "waves", "parameters", "grid")
+_GRID_KEYS = ("policy", "parameters", "budgets")
+# Per trace. Beyond this the table of cells alone would fill the memory.
+_MOST_SETTINGS = 10**6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy at a budget, under one seed."""
+
+    policy: Policy
+    budget: Budget
+    seed: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sweep as its file asks for it.
+
+    Attributes
+    ----------
+    out : Path or None
+        The folder of results.
+    traces : tuple of str
+        Paths, folders, globs or URLs.
+    settings : tuple of Setting
+        In the order of the file: policies, then their parameters, budgets and seeds; each once.
+    waves : tuple of str
+        Files of demand profiles.
+    """
+
+    out: Path | None
+    traces: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    waves: tuple[str, ...]
+
+
+def read_spec(path: Path) -> Spec:
+    """Read a sweep's file.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read, or a key or value is not allowed; the message names it.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid TOML: {error}") from None
+    try:
+        return _parse(content)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _parse(content: dict[str, Any]) -> Spec:
+    _require_known(content, _KEYS, "key")
+    out = content.get("out")
+    if out is not None and (not isinstance(out, str) or not out):
+        raise UserError(f"out is {_show(out)}; allowed: the name of a folder")
+    traces = _strings(content, "traces")
+    if not traces:
+        raise UserError("traces is empty; allowed: a list of traces, folders, globs or URLs")
+    seeds = _listed(content.get("seeds", [0]), "seeds")
+    for seed in seeds:
+        if type(seed) is not int or seed < 0:
+            raise UserError(f"seeds has {_show(seed)}; allowed: whole numbers, 0 or more")
+    settings = [
+        Setting(policy, budget, seed)
+        for policy, budgets in _policies(content)
+        for budget in budgets
+        for seed in seeds
+    ]
+    return Spec(
+        out=None if out is None else Path(out),
+        traces=tuple(traces),
+        settings=tuple(dict.fromkeys(settings)),
+        waves=tuple(_strings(content, "waves")),
+    )
+
+
+def _policies(content: dict[str, Any]) -> Iterator[tuple[Policy, list[Budget]]]:
+    """Yield every policy with its budgets, those of ``policies`` first, then those of ``grid``."""
+    shared = _parameters(content.get("parameters", {}), "parameters")
+    texts = _strings(content, "policies")
+    grids = content.get("grid", [])
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise UserError(f"grid is {_show(grids)}; allowed: tables [[grid]]")
+    if not texts and not grids:
+        raise UserError("policies is empty; allowed: a list of policies, or tables [[grid]]")
+    asked = [(text, _budgets(content, "budgets")) for text in texts]
+    for grid in grids:
+        _require_known(grid, _GRID_KEYS, "grid key")
+        text = grid.get("policy")
+        if not isinstance(text, str):
+            raise UserError(f"grid policy is {_show(text)}; allowed: one policy")
+        own = _parameters(grid.get("parameters", {}), f"grid '{text}': parameters")
+        _require_size(prod(map(len, own.values())))
+        budgets = _budgets(grid if "budgets" in grid else content, "budgets")
+        asked += [(_with_parameters(text, chosen), budgets) for chosen in _choices(own)]
+    unused = set(shared)
+    _require_size(len(asked) * prod(map(len, shared.values())))
+    for text, budgets in asked:
+        plain = parse_policy(text)
+        used = {name: values for name, values in shared.items() if name in _names(plain)}
+        unused -= set(used)
+        for chosen in _choices(used):
+            yield parse_policy(text, **chosen), budgets
+    if unused:
+        raise UserError(
+            f"parameters has '{min(unused)}', which no policy of the sweep has; allowed: "
+            f"{', '.join(sorted(set().union(*(_names(parse_policy(text)) for text, _ in asked))))}"
+        )
+
+
+def _names(policy: Policy) -> set[str]:
+    own = {item.name for part in policy.parts.values() for item in fields(part)}
+    return own | set(REPLAY_FIELDS)
+
+
+def _with_parameters(text: str, chosen: Mapping[str, Any]) -> str:
+    """Append parameters to a policy's text, so that it is refused in the same words as on a command line."""
+    if not chosen:
+        return text
+    written = ",".join(f"{name}={_written(name, value)}" for name, value in chosen.items())
+    return f"{text}{',' if len(split_name(text)) < len(text) else ':'}{written}"
+
+
+def _written(name: str, value: Any) -> str:
+    if isinstance(value, str) and "," in value:
+        raise UserError(f"parameter {name} is {_show(value)}; allowed: text without a comma")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _choices(parameters: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in product(*parameters.values()):
+        yield dict(zip(parameters, values, strict=True))
+
+
+def _parameters(table: Any, where: str) -> dict[str, list[Any]]:
+    if not isinstance(table, dict):
+        raise UserError(f"{where} is {_show(table)}; allowed: a table of names and values")
+    found = {name: _listed(value, f"{where} {name}") for name, value in table.items()}
+    for name, values in found.items():
+        for value in values:
+            if not isinstance(value, bool | int | float | str):
+                raise UserError(f"{where} {name} has {_show(value)}; allowed: numbers, text, true or false")
+    return found
+
+
+def _budgets(table: Mapping[str, Any], key: str) -> list[Budget]:
+    if key not in table:
+        raise UserError(f"{key} is missing; allowed: a list such as ['10%', 128, '64MiB']")
+    return [parse_budget(value) for value in _listed(table[key], key)]
+
+
+def _strings(content: Mapping[str, Any], key: str) -> list[str]:
+    found = content.get(key, [])
+    values = [found] if isinstance(found, str) else found
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise UserError(f"{key} is {_show(found)}; allowed: a list of text")
+    return values
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UserError(f"{where} is empty; allowed: at least one value")
+    return values
+
+
+def _require_known(table: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{what} '{key}' is unknown; allowed: {', '.join(known)}")
+
+
+def _require_size(n_settings: int) -> None:
+    if n_settings > _MOST_SETTINGS:
+        raise UserError(f"asks for {n_settings} policies; allowed: at most {_MOST_SETTINGS}")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
