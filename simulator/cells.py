@@ -180,6 +180,7 @@ def run_replay(
                     prepared.replay(
                         policy,
                         budget,
+                        seed=seed,
                         waves=known,
                         keep_retained=keep_retained,
                         keep_trajectory=keep_trajectory,
@@ -206,7 +207,9 @@ class PreparedTrace:
     sampling : Sampling
         How much of it is measured.
     seed : int
-        For the sample, and for policies that draw at random.
+        For the sample.
+    oracle : bool
+        Whether rows get the oracle and the gap to it, which take memory.
 
     Raises
     ------
@@ -215,16 +218,23 @@ class PreparedTrace:
     """
 
     def __init__(
-        self, trace: Trace, *, jobs: int = 1, sampling: Sampling = EVERYTHING, seed: int = 0
+        self,
+        trace: Trace,
+        *,
+        jobs: int = 1,
+        sampling: Sampling = EVERYTHING,
+        seed: int = 0,
+        oracle: bool = True,
     ) -> None:
-        self.trace, self._jobs, self._seed, self._sampling = trace, jobs, seed, sampling
-        self._full = FullCache(trace, jobs, sampling.draw(trace, seed))
+        self.trace, self._jobs, self._sampling = trace, jobs, sampling
+        self._full = FullCache(trace, jobs, sampling.draw(trace, seed), oracle=oracle)
 
     def replay(
         self,
         policy: Policy,
         budget: Budget,
         *,
+        seed: int,
         waves: dict[str, Wave],
         keep_retained: bool = False,
         keep_trajectory: bool = False,
@@ -240,7 +250,7 @@ class PreparedTrace:
                 trace,
                 policy,
                 entries,
-                seed=self._seed,
+                seed=seed,
                 waves=waves,
                 keep_retained=keep_retained,
                 sample=self._full.sample,

@@ -79,6 +79,8 @@ class FullCache:
         Threads over KV heads.
     sample : Sample, optional
         What is measured; everything by default.
+    oracle : bool
+        Whether to keep the weights that the oracle needs.
 
     Attributes
     ----------
@@ -90,10 +92,12 @@ class FullCache:
         That weight.
     oracle_at : int64 (n_oracle,)
         Where in the sampled steps the oracle is evaluated: at all of them unless the trace is very large, at
-        none if only some heads are measured.
+        none without ``oracle`` or if only some heads are measured.
     """
 
-    def __init__(self, trace: Trace, jobs: int = 1, sample: Sample | None = None) -> None:
+    def __init__(
+        self, trace: Trace, jobs: int = 1, sample: Sample | None = None, *, oracle: bool = True
+    ) -> None:
         shape = trace.shape
         self.sample = sample = sample or EVERYTHING.draw(trace, 0)
         self._prompt_tokens = trace.prompt_tokens
@@ -103,7 +107,7 @@ class FullCache:
         self.strongest = np.empty((n_layers, n_kv_heads * shape.group_size, n_sampled), np.int32)
         self.largest = np.empty(self.strongest.shape, np.float32)
         fitting = max(_ORACLE_STEPS, _ORACLE_ELEMENTS // (self._n_heads * trace.total_tokens))
-        self.oracle_at = sampled_steps(n_sampled if sample.has_every_head else 0, fitting)
+        self.oracle_at = sampled_steps(n_sampled if oracle and sample.has_every_head else 0, fitting)
         sizes = (sample.steps[self.oracle_at] + trace.prompt_tokens + 1) * self._n_heads
         self._weights = [np.empty(size, np.float32) for size in sizes]
         with ThreadPoolExecutor(jobs) as pool:

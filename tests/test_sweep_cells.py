@@ -11,6 +11,7 @@ from sweeps import SLOW_POLICY, write_spec
 
 from simulator.budget import parse_budget
 from simulator.policy import parse_policy
+from simulator.sampling import EVERYTHING, Sampling
 from simulator.sweep import grid, tasks
 from simulator.sweep.grid import SweepTrace, TraceCells, find_sweep_traces, lay_out, wave_digest
 from simulator.sweep.run import plan_sweep
@@ -22,8 +23,8 @@ TRACE = SweepTrace("/a/t.kvtrace", "t.kvtrace", trace_id="0" * 64)
 SETTING = Setting(parse_policy("rkv"), parse_budget("20%"), 0)
 
 
-def address(trace=TRACE, setting=SETTING, waves=()):
-    (own,) = lay_out([trace], [setting], waves)
+def address(trace=TRACE, setting=SETTING, waves=(), sampling=EVERYTHING):
+    (own,) = lay_out([trace], [setting], waves, sampling)
     return own.cells[0].key
 
 
@@ -43,6 +44,7 @@ def test_everything_a_row_depends_on_is_in_its_address(monkeypatch):
         address(setting=replace(SETTING, seed=1)),
         address(waves=["a wave"]),
         address(waves=["another wave"]),
+        address(sampling=Sampling(kv_heads=2)),
     ]
     monkeypatch.setattr(grid, "code_version", lambda: "other code")
     found.append(address())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import polars as pl
 import pytest
 from agreement import make_wave
@@ -10,6 +12,7 @@ from sweeps import SLOW_POLICY, parts_of, table_of, write_spec
 from simulator import cells
 from simulator.cells import run_replay
 from simulator.results import ROW_SCHEMA, comparable
+from simulator.sampling import Sampling
 from simulator.standings import read_rows
 from simulator.sweep import grid, tasks, worker
 from simulator.sweep.folder import SweepFolder
@@ -46,6 +49,22 @@ def test_rows_are_those_of_a_replay(asked, tmp_path, run_sim):
     expected = run_replay(*replayed).table.drop("seconds")
     assert table.select(expected.columns).equals(expected)
     assert table["cell"].n_unique() == 12
+
+
+def test_a_sample_is_measured_alike_in_a_sweep_and_a_replay(make_trace, tmp_path, run_sim):
+    path = str(make_trace(n_layers=4, n_tokens=80).path)
+    policies, budgets = ["rkv:buffer=5"], [12]
+    content = {"traces": [path], "policies": policies, "budgets": budgets, "seeds": [0]}
+    spec = write_spec(tmp_path, sampling={"queries": "1/4", "layers": 2}, **content)
+    assert run_sim("sweep", spec, "--jobs", 1)[0] == 0
+    table = SweepFolder(tmp_path / "out").table()
+    assert table["sampling"].to_list() == ["queries=1/4,layers=2"]
+    expected = run_replay([path], policies, budgets, sampling=Sampling(Fraction(1, 4), 2)).table.drop(
+        "seconds"
+    )
+    assert table.select(expected.columns).equals(expected)
+    write_spec(tmp_path, **content)
+    assert "1 cells: 0 done before, 1 replayed" in run_sim("sweep", spec, "--jobs", 1)[2]
 
 
 def test_what_is_done_is_not_done_again(asked, tmp_path, run_sim):

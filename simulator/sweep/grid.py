@@ -11,6 +11,7 @@ from pathlib import Path
 from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.policy import Policy
+from simulator.sampling import EVERYTHING, Sampling
 from simulator.sweep.spec import Setting
 from simulator.wave import Wave, read_wave
 from traces.errors import TraceError, UserError
@@ -90,7 +91,10 @@ def find_sweep_traces(patterns: Sequence[str]) -> list[SweepTrace]:
 
 
 def lay_out(
-    traces: Sequence[SweepTrace], settings: Sequence[Setting], wave_digests: Sequence[str]
+    traces: Sequence[SweepTrace],
+    settings: Sequence[Setting],
+    wave_digests: Sequence[str],
+    sampling: Sampling = EVERYTHING,
 ) -> list[TraceCells]:
     """Give every trace its cells, in the order of the settings."""
     parameters = {setting.policy: setting.policy.parameters_json for setting in settings}
@@ -99,7 +103,7 @@ def lay_out(
             trace,
             tuple(
                 SweepCell(
-                    key=_address(trace, setting, parameters[setting.policy], wave_digests),
+                    key=_address(trace, setting, parameters[setting.policy], wave_digests, sampling),
                     policy=setting.policy,
                     parameters=parameters[setting.policy],
                     budget=setting.budget,
@@ -128,7 +132,9 @@ def read_waves(paths: Sequence[str]) -> dict[str, Wave]:
     return {wave.model: wave for wave in map(read_wave, paths)}
 
 
-def _address(trace: SweepTrace, setting: Setting, parameters: str, wave_digests: Sequence[str]) -> str:
+def _address(
+    trace: SweepTrace, setting: Setting, parameters: str, wave_digests: Sequence[str], sampling: Sampling
+) -> str:
     # Whatever else a row comes to depend on takes a line here.
     return _digest(
         {
@@ -138,6 +144,7 @@ def _address(trace: SweepTrace, setting: Setting, parameters: str, wave_digests:
             "budget": [setting.budget.amount, setting.budget.unit],
             "seed": setting.seed,
             "waves": list(wave_digests),
+            "sampling": str(sampling),
             "code": code_version(),
         }
     )

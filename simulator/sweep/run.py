@@ -63,7 +63,8 @@ def plan_sweep(spec: Spec) -> list[TraceCells]:
     UserError
         If no trace is found for a pattern, or a wave cannot be read.
     """
-    return lay_out(find_sweep_traces(spec.traces), spec.settings, [wave_digest(path) for path in spec.waves])
+    digests = [wave_digest(path) for path in spec.waves]
+    return lay_out(find_sweep_traces(spec.traces), spec.settings, digests, spec.sampling)
 
 
 def unfinished(work: list[TraceCells], rows: pl.DataFrame) -> list[TraceCells]:
@@ -117,13 +118,14 @@ def run_sweep(
         on_progress(progress)
         if progress.n_before < n_cells:
             with connected(engine or Engine(), jobs) as workers:
-                codes = _replay(left, waves, workers, folder, check, progress, on_progress)
+                codes = _replay(spec, left, waves, workers, folder, check, progress, on_progress)
             progress.exit_code = 0 if not codes else 1 if progress.n_done else codes[0]
         folder.compact()
     return progress
 
 
 def _replay(
+    spec: Spec,
     left: list[TraceCells],
     waves: dict[str, Wave],
     workers: Workers,
@@ -138,7 +140,7 @@ def _replay(
 
     def contents() -> Iterator[bytes]:
         for own in portions:
-            yield pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check))
+            yield pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check, spec.sampling))
 
     codes: list[int] = []
     started = time.perf_counter()

@@ -12,9 +12,11 @@ from typing import Any
 
 from simulator.budget import Budget, parse_budget
 from simulator.policy import REPLAY_FIELDS, Policy, parse_policy, split_name
+from simulator.sampling import EVERYTHING, Sampling, parse_sampling
 from traces.errors import UserError
 
-_KEYS = ("out", "traces", "policies", "budgets", "seeds", "waves", "parameters", "grid")
+_KEYS = ("out", "traces", "policies", "budgets", "seeds", "waves", "sampling", "parameters", "grid")
+_SAMPLING_KEYS = ("queries", "layers", "kv_heads")
 _GRID_KEYS = ("policy", "parameters", "budgets")
 # Per trace. Beyond this the table of cells alone would fill the memory.
 _MOST_SETTINGS = 10**6
@@ -43,12 +45,15 @@ class Spec:
         In the order of the file: policies, then their parameters, budgets and seeds; each once.
     waves : tuple of str
         Files of demand profiles.
+    sampling : Sampling
+        How much of every trace is measured.
     """
 
     out: Path | None
     traces: tuple[str, ...]
     settings: tuple[Setting, ...]
     waves: tuple[str, ...]
+    sampling: Sampling = EVERYTHING
 
 
 def read_spec(path: Path) -> Spec:
@@ -94,7 +99,25 @@ def _parse(content: dict[str, Any]) -> Spec:
         traces=tuple(traces),
         settings=tuple(dict.fromkeys(settings)),
         waves=tuple(_strings(content, "waves")),
+        sampling=_sampling(content.get("sampling", {})),
     )
+
+
+def _sampling(table: Any) -> Sampling:
+    if not isinstance(table, dict):
+        raise UserError(f"sampling is {_show(table)}; allowed: a table such as {{ queries = '1/8' }}")
+    _require_known(table, _SAMPLING_KEYS, "sampling key")
+    counts = {name: table.get(name) for name in _SAMPLING_KEYS[1:]}
+    for name, value in counts.items():
+        if value is not None and type(value) is not int:
+            raise UserError(f"sampling {name} is {_show(value)}; allowed: a whole number")
+    queries = table.get("queries")
+    try:
+        return parse_sampling(None if queries is None else str(queries), counts["layers"], counts["kv_heads"])
+    except UserError:
+        raise UserError(
+            f"sampling queries is {_show(queries)}; allowed: a share above 0, up to 1, such as '1/8'"
+        ) from None
 
 
 def _policies(content: dict[str, Any]) -> Iterator[tuple[Policy, list[Budget]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from simulator.sampling import EVERYTHING, Sampling
 from simulator.sweep.grid import SweepCell, SweepTrace, TraceCells
 from simulator.wave import Wave
 
@@ -29,6 +30,8 @@ class Task:
         Of whoever asks; a worker of another one refuses.
     check : bool
         Check the trace whole before it is replayed.
+    sampling : Sampling
+        How much is measured.
     """
 
     trace: SweepTrace
@@ -36,6 +39,7 @@ class Task:
     waves: dict[str, Wave]
     code_version: str
     check: bool
+    sampling: Sampling = EVERYTHING
 
 
 class Portions:

@@ -20,7 +20,7 @@ from traces.store import open_trace
 
 # Traces whose full cache stays measured in this process, by source and id: the one before may come again.
 _N_PREPARED = 2
-_prepared: OrderedDict[tuple[str, str, bool], PreparedTrace] = OrderedDict()
+_prepared: OrderedDict[tuple[Any, ...], PreparedTrace] = OrderedDict()
 _preparing = Lock()  # a Dask worker runs several tasks in threads
 
 
@@ -69,7 +69,7 @@ def replay_task(content: bytes) -> Done:
 
 
 def _prepare(task: Task) -> PreparedTrace:
-    name = task.trace.source, task.trace.trace_id, task.check
+    name = task.trace.source, task.trace.trace_id, task.check, task.sampling
     with _preparing:
         if name in _prepared:
             _prepared.move_to_end(name)
@@ -82,7 +82,7 @@ def _prepare(task: Task) -> PreparedTrace:
             check_trace(trace)
         while len(_prepared) >= _N_PREPARED:
             _prepared.popitem(last=False)
-        _prepared[name] = PreparedTrace(trace)
+        _prepared[name] = PreparedTrace(trace, sampling=task.sampling)
         return _prepared[name]
 
 
