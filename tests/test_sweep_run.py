@@ -312,7 +312,11 @@ def test_a_trace_is_prepared_once_for_many_tasks(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "_TASK_SECONDS", 0.0)
     prepared = []
     plain = worker.PreparedTrace
-    monkeypatch.setattr(worker, "PreparedTrace", lambda trace: prepared.append(trace.path) or plain(trace))
+    monkeypatch.setattr(
+        worker,
+        "PreparedTrace",
+        lambda trace, **options: prepared.append(trace.path) or plain(trace, **options),
+    )
     run_sweep(read_spec(asked[0]), tmp_path / "out")
     assert len(parts_of(tmp_path / "out")) == 12
     assert len(prepared) == len(set(prepared)) == 2
