@@ -1,0 +1,226 @@
+"""What is searched: parts of a policy, and how far each of their parameters may go."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulator.budget import parse_budget
+from simulator.policies import LAYER_ALLOCATORS
+from simulator.policy import Policy, parse_policy
+from traces.errors import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+ROLES = ("scorer", "layers", "heads")
+DEFAULT_PARTS = {
+    "scorer": ("rkv", "snapkv", "snapkv-paper"),
+    "layers": ("uniform", "wave", "wave-dynamic", "pyramid", "cake", "squeeze"),
+    "heads": ("uniform", "utility", "adakv"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included; ``log`` spreads the draws evenly over magnitudes.
+
+    ``step`` is for whole numbers.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+
+# By the parameter's name, which means the same in every part. What is not here stays at its default.
+RANGES: dict[str, Range | Choices] = {
+    # scorers
+    "alpha": Range(0.01, 1.0, log=True),
+    "window": Range(1, 32, log=True),
+    "kernel_size": Range(1, 15, step=2),
+    "group_reduce": Choices(("max_logits", "mean_weights", "max_weights")),
+    "similarity_threshold": Range(0.2, 0.95),
+    "pool": Choices(("max", "mean")),
+    "recent_share": Range(0.05, 0.95),
+    "recent": Range(0, 32),
+    "sinks": Range(0, 16),
+    "lag": Range(8, 128, log=True),
+    "first_stage_share": Range(0.1, 0.9),
+    "rate": Range(0.05, 1.0),
+    # layers
+    "gamma": Range(0.1, 2.0),
+    "layer_floor": Range(0.05, 0.9),
+    "layer_cap": Range(1.1, 4.0),
+    "layer_delta": Range(32, 512, log=True),
+    "rho": Range(0.7, 0.99),
+    "pyramid_beta": Range(2.0, 100.0, log=True),
+    "cake_window": Range(4, 32, log=True),
+    "tau1": Range(0.2, 3.0),
+    "tau2": Range(0.2, 3.0),
+    "squeeze_share": Range(0.1, 0.9),
+    # heads
+    "delta": Range(32, 512, log=True),
+    "beta": Range(0.1, 2.0),
+    "mu": Range(0.0, 0.9),
+    "head_cap": Range(1.1, 4.0),
+    "pooling": Choices(("none", "length")),
+    "form": Choices(("blend", "floor")),
+    "uniform_share": Range(0.05, 0.95),
+    "head_beta": Range(0.2, 3.0),
+    "streaming_share": Range(0.1, 0.9),
+    "stream_budget": Range(0.05, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class Space:
+    """All policies and budgets that a search may try.
+
+    Attributes
+    ----------
+    parts : dict
+        Names of parts by role: scorer, layers, heads.
+    budgets : tuple of str
+    fixed : dict
+        Parameters of every policy, such as the buffer.
+    ranges : dict
+        By parameter name.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    budgets: tuple[str, ...]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, Range | Choices] = field(default_factory=lambda: RANGES)
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> tuple[str, str]:
+        """Draw a policy and a budget, both as they are written on a command line."""
+        budget = trial.suggest_categorical("budget", self.budgets)
+        chosen = {role: trial.suggest_categorical(role, self.parts[role]) for role in ROLES}
+        drawn: dict[str, Any] = {}
+        for role, part in chosen.items():
+            for name, default in self.parameters(role, part):
+                drawn[name] = _draw(trial, f"{part}.{name}", self.ranges[name], default)
+        return write_policy(chosen, drawn), budget
+
+    def parameters(self, role: str, part: str) -> Iterator[tuple[str, Any]]:
+        """List a part's parameters that have a range, with their defaults."""
+        found = _part_of(role, part)
+        for own in fields(found):
+            if own.name in self.ranges and own.name not in self.fixed:
+                yield own.name, getattr(found, own.name)
+
+    def parse(self, text: str) -> Policy:
+        """Read a policy that was suggested, with the parameters that all share."""
+        return parse_policy(text, **self.fixed)
+
+    def coordinates(self, text: str, budget: str) -> dict[str, Any] | None:
+        """Tell where a policy lies in the space, None if outside: a search may start from it."""
+        policy = self.parse(text)
+        found: dict[str, Any] = {"budget": budget}
+        for role in ROLES:
+            own = getattr(policy, role)
+            part = next((p for p in self.parts[role] if _part_of(role, p).name == own.name), None)
+            if part is None:
+                return None
+            found[role] = part
+            for name, _ in self.parameters(role, part):
+                value, allowed = getattr(own, name), self.ranges[name]
+                inside = (
+                    value in allowed.values
+                    if isinstance(allowed, Choices)
+                    else allowed.low <= value <= allowed.high
+                )
+                if not inside:
+                    return None
+                found[f"{part}.{name}"] = value
+        return found
+
+
+def make_space(
+    parts: Mapping[str, list[str] | None], budgets: list[str], fixed: Mapping[str, Any], ranges: Path | None
+) -> Space:
+    """Check and complete what is asked to be searched.
+
+    Raises
+    ------
+    UserError
+        If a part is unknown, a budget cannot be read, or the file of ranges is wrong.
+    """
+    asked = {role: tuple(dict.fromkeys(parts.get(role) or DEFAULT_PARTS[role])) for role in ROLES}
+    for role, names in asked.items():
+        for name in names:
+            _part_of(role, name)
+    for budget in budgets:
+        parse_budget(budget)
+    return Space(asked, tuple(dict.fromkeys(budgets)), dict(fixed), RANGES | read_ranges(ranges))
+
+
+def read_ranges(path: Path | None) -> dict[str, Range | Choices]:
+    """Read ranges from TOML: ``alpha = { low = 0.01, high = 0.5, log = true }`` or ``alpha = [0.1, 0.2]``.
+
+    Raises
+    ------
+    UserError
+    """
+    if path is None:
+        return {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ranges {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--ranges {path}: no valid TOML: {error}") from None
+    return {name: _read_range(path, name, value) for name, value in content.items()}
+
+
+def write_policy(parts: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
+    """Write a policy as on a command line; uniform allocators go without saying."""
+    # A head allocator that shares its name with one of layers is known by its place.
+    wanted = {"layers": parts["heads"] in LAYER_ALLOCATORS and parts["heads"] != "uniform"}
+    named = [parts[role] for role in ROLES if parts[role] != "uniform" or wanted.get(role)]
+    written = ",".join(f"{name}={value}" for name, value in parameters.items())
+    return "+".join(named) + (f":{written}" if written else "")
+
+
+def _read_range(path: Path, name: str, value: Any) -> Range | Choices:
+    if isinstance(value, list) and value:
+        return Choices(tuple(value))
+    allowed = {"low", "high", "log", "step"}
+    if isinstance(value, dict) and {"low", "high"} <= value.keys() <= allowed:
+        numbers = [value[key] for key in ("low", "high")]
+        if all(type(number) in (int, float) for number in numbers) and numbers[0] <= numbers[1]:
+            low, high = numbers
+            return Range(low, high, log=bool(value.get("log", False)), step=int(value.get("step", 1)))
+    raise UserError(
+        f"--ranges {path}: {name} is {value!r}; allowed: a list of values, or {{ low = 0.1, high = 0.9 }} "
+        "with log = true or a step"
+    )
+
+
+def _draw(trial: optuna.trial.BaseTrial, name: str, allowed: Range | Choices, default: Any) -> Any:
+    if isinstance(allowed, Choices):
+        return trial.suggest_categorical(name, allowed.values)
+    if isinstance(default, int):
+        low, high = int(allowed.low), int(allowed.high)
+        return trial.suggest_int(name, low, high, log=allowed.log, step=1 if allowed.log else allowed.step)
+    # Four digits: what is written is what was tried.
+    return float(f"{trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log):.4g}")
+
+
+def _part_of(role: str, name: str) -> Any:
+    if role == "scorer":
+        return parse_policy(name).scorer
+    beside = f"rkv+{name}" if role == "layers" else f"rkv+uniform+{name}"
+    return getattr(parse_policy(beside), role)

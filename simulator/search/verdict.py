@@ -1,0 +1,142 @@
+"""What a search found: the front on its own traces, and whether its best hold on others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from simulator.results import bootstrap
+from simulator.search.judge import Worth
+from simulator.search.study import Tried
+from simulator.standings import METRICS
+from traces.atomic import write_file
+
+# Memory counts as equal within so much: heads and layers fill at different times.
+EQUAL_MEMORY = 0.01
+VERDICTS = ("better", "worse", "not told apart")
+
+FRONT_SCHEMA: dict[str, Any] = {
+    "policy": pl.String,
+    "budget": pl.String,
+    "metric": pl.Float64,
+    "bytes_mean": pl.Float64,
+}
+VERDICT_SCHEMA: dict[str, Any] = {
+    "role": pl.String,
+    "policy": pl.String,
+    "budget": pl.String,
+    "searched": pl.Float64,
+    "held_out": pl.Float64,
+    "difference": pl.Float64,
+    "difference_low": pl.Float64,
+    "difference_high": pl.Float64,
+    "memory_to_base": pl.Float64,
+    "n_traces": pl.Int64,
+    "verdict": pl.String,
+}
+
+
+def front(tried: Sequence[Tried], sign: int) -> pl.DataFrame:
+    """List the policies that none dominates in metric and memory, the smallest memory first."""
+    best = [own for own in tried if not any(other.worth.dominates(own.worth, sign) for other in tried)]
+    rows = [
+        {
+            "policy": own.policy,
+            "budget": own.budget,
+            "metric": own.worth.metric,
+            "bytes_mean": own.worth.memory,
+        }
+        for own in best
+    ]
+    return pl.DataFrame(rows, schema=FRONT_SCHEMA).sort("bytes_mean", "metric")
+
+
+def candidates(tried: Sequence[Tried], base: Worth, budget: str, sign: int, n: int) -> list[Tried]:
+    """Choose the best policies of a budget that hold no more memory than the base policy."""
+    fitting = [
+        own for own in tried if own.budget == budget and own.worth.memory <= base.memory * (1 + EQUAL_MEMORY)
+    ]
+    return sorted(fitting, key=lambda own: (sign * own.worth.metric, own.worth.memory))[:n]
+
+
+def judge_held_out(
+    rows: pl.DataFrame, chosen: Sequence[tuple[str, Tried]], base: str, metric: str, *, seed: int = 0
+) -> pl.DataFrame:
+    """Set policies against the base on traces that none was chosen on.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+        Results of a replay of the held-out traces, with columns ``asked_policy`` and ``asked_budget`` as in
+        ``chosen``.
+    chosen : sequence of (role, policy)
+    base : str
+    metric : str
+    seed : int
+        Of the bootstrap over traces.
+
+    Returns
+    -------
+    polars.DataFrame
+        Columns of ``VERDICT_SCHEMA``: the difference of each to the base, trace by trace, with its 95%
+        interval; an interval that holds 0 tells nothing apart.
+    """
+    rng = np.random.default_rng(seed)
+    better = 1 if METRICS[metric] else -1
+    found = []
+    for role, own in chosen:
+        mine, bases = (_of(rows, text, own.budget) for text in (own.policy, base))
+        both = mine.join(bases, on="trace_id", suffix="_base").sort("trace_id")
+        differences = (both[metric] - both[f"{metric}_base"]).to_numpy()
+        low, high = bootstrap(differences, rng, 2000)
+        is_apart = not low <= 0 <= high
+        won = better * float(differences.mean()) > 0
+        found.append(
+            {
+                "role": role,
+                "policy": own.policy,
+                "budget": own.budget,
+                "searched": own.worth.metric,
+                "held_out": float(both[metric].to_numpy().mean()),
+                "difference": float(differences.mean()),
+                "difference_low": low,
+                "difference_high": high,
+                "memory_to_base": float(both["bytes_mean"].sum() / both["bytes_mean_base"].sum() - 1),
+                "n_traces": len(both),
+                "verdict": ""
+                if role == "base"
+                else VERDICTS[2]
+                if not is_apart
+                else VERDICTS[0 if won else 1],
+            }
+        )
+    return pl.DataFrame(found, schema=VERDICT_SCHEMA)
+
+
+def write_winners(path: Path, verdicts: pl.DataFrame, metric: str, fixed: dict[str, Any]) -> None:
+    """Write what ``sim validate --configs`` decodes: the winner of each budget, what it beat, and the base."""
+    entries = [
+        {"policy": _with(row["policy"], fixed), "budget": row["budget"], "role": row["role"]}
+        | {"metric": metric}
+        | {name: row[name] for name in VERDICT_SCHEMA if name not in ("policy", "budget", "role")}
+        for row in verdicts.iter_rows(named=True)
+    ]
+    text = "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _of(rows: pl.DataFrame, policy: str, budget: str) -> pl.DataFrame:
+    own = (pl.col("asked_policy") == policy) & (pl.col("asked_budget") == budget)
+    return rows.filter(own & (pl.col("status") == "ok"))
+
+
+def _with(policy: str, fixed: dict[str, Any]) -> str:
+    written = ",".join(f"{name}={value}" for name, value in fixed.items())
+    if not written:
+        return policy
+    return f"{policy}{',' if ':' in policy else ':'}{written}"
