@@ -11,6 +11,7 @@ from simulator.bench_command import bench
 from simulator.blas import use_one_thread
 from simulator.commands import calibrate, policies_app, replay
 from simulator.results_command import results
+from simulator.search_command import search
 from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
@@ -31,6 +32,7 @@ app.command()(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command()(replay)
 app.command()(sweep)
+app.command()(search)
 app.command()(results)
 app.command()(report)
 app.command()(bench)

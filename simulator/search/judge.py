@@ -68,7 +68,7 @@ class Judge:
     def __init__(
         self, traces: Sequence[Trace], metric: str, base: Policy, *, waves: dict[str, Wave], seed: int
     ) -> None:
-        self._traces, self._metric, self._base = traces, metric, base
+        self.traces, self._metric, self._base = traces, metric, base
         self._waves, self._seed = waves, seed
         self._prepared: dict[tuple[int, Sampling], PreparedTrace] = {}
         self._known: dict[tuple[str, int], np.ndarray] = {}
@@ -79,13 +79,14 @@ class Judge:
         return -1 if METRICS[self._metric] else 1
 
     def worth(self, policy: Policy, budget: str, rung: int) -> Worth:
-        """Estimate a policy's worth from the traces and steps of a rung.
+        """Estimate a policy's worth from the traces and steps of a rung, -1 for the highest.
 
         Raises
         ------
         UserError
             If it cannot be replayed.
         """
+        rung %= len(RUNGS)
         own, base = self._measured(policy, budget, rung), self._of_base(budget, rung)
         whole = self._of_base(budget, len(RUNGS) - 1).mean(axis=0)
         return Worth(
@@ -108,7 +109,7 @@ class Judge:
         n_traces, queries = RUNGS[rung]
         sampling = EVERYTHING if self._metric in _WHOLE_ONLY else Sampling(queries)
         found = []
-        for index in range(max(1, round(n_traces * len(self._traces)))):
+        for index in range(max(1, round(n_traces * len(self.traces)))):
             prepared = self._prepare(index, sampling)
             cell = prepared.replay(policy, parse_budget(budget), seed=self._seed, waves=self._waves)
             if cell.exit_code:
@@ -118,7 +119,7 @@ class Judge:
 
     def _prepare(self, index: int, sampling: Sampling) -> PreparedTrace:
         if (index, sampling) not in self._prepared:
-            trace = self._traces[index]
+            trace = self.traces[index]
             prepared = PreparedTrace(trace, sampling=sampling, seed=self._seed, oracle=False)
             self._prepared[index, sampling] = prepared
         return self._prepared[index, sampling]

@@ -111,7 +111,9 @@ class Space:
         drawn: dict[str, Any] = {}
         for role, part in chosen.items():
             for name, default in self.parameters(role, part):
-                drawn[name] = _draw(trial, f"{part}.{name}", self.ranges[name], default)
+                value = _draw(trial, f"{part}.{name}", self.ranges[name], default)
+                if value != default:
+                    drawn[name] = value
         return write_policy(chosen, drawn), budget
 
     def parameters(self, role: str, part: str) -> Iterator[tuple[str, Any]]:

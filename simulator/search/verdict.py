@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from simulator.results import bootstrap
+from simulator.budget import parse_budget
+from simulator.cells import PreparedTrace
+from simulator.results import bootstrap, result_table
 from simulator.search.judge import Worth
-from simulator.search.study import Tried
+from simulator.search.study import Question, Tried
 from simulator.standings import METRICS
 from traces.atomic import write_file
+from traces.trace import Trace
 
 # Memory counts as equal within so much: heads and layers fill at different times.
 EQUAL_MEMORY = 0.01
@@ -64,6 +67,39 @@ def candidates(tried: Sequence[Tried], base: Worth, budget: str, sign: int, n: i
     return sorted(fitting, key=lambda own: (sign * own.worth.metric, own.worth.memory))[:n]
 
 
+def replay_held_out(
+    traces: Sequence[Trace],
+    chosen: Sequence[Tried],
+    question: Question,
+    jobs: int,
+    on_cell: Callable[[], None] = lambda: None,
+) -> pl.DataFrame:
+    """Replay policies whole on traces that none was chosen on.
+
+    Returns
+    -------
+    polars.DataFrame
+        Rows of a replay, with ``asked_policy`` and ``asked_budget`` as in ``chosen``.
+    """
+    rows = []
+    for trace in traces:
+        prepared = PreparedTrace(trace, jobs=jobs, seed=question.seed)
+        for own in chosen:
+            cell = prepared.replay(
+                question.space.parse(own.policy),
+                parse_budget(own.budget),
+                seed=question.seed,
+                waves=question.waves,
+            )
+            rows.append(cell.row)
+            on_cell()
+    asked = [(own.policy, own.budget) for _ in traces for own in chosen]
+    return result_table(rows).with_columns(
+        pl.Series("asked_policy", [policy for policy, _ in asked], dtype=pl.String),
+        pl.Series("asked_budget", [budget for _, budget in asked], dtype=pl.String),
+    )
+
+
 def judge_held_out(
     rows: pl.DataFrame, chosen: Sequence[tuple[str, Tried]], base: str, metric: str, *, seed: int = 0
 ) -> pl.DataFrame:
@@ -94,8 +130,8 @@ def judge_held_out(
         both = mine.join(bases, on="trace_id", suffix="_base").sort("trace_id")
         differences = (both[metric] - both[f"{metric}_base"]).to_numpy()
         low, high = bootstrap(differences, rng, 2000)
-        is_apart = not low <= 0 <= high
-        won = better * float(differences.mean()) > 0
+        verdict = VERDICTS[2] if low <= 0 <= high else VERDICTS[0 if better * low > 0 else 1]
+        held, base_held = (float(both[name].to_numpy().mean()) for name in ("bytes_mean", "bytes_mean_base"))
         found.append(
             {
                 "role": role,
@@ -106,20 +142,16 @@ def judge_held_out(
                 "difference": float(differences.mean()),
                 "difference_low": low,
                 "difference_high": high,
-                "memory_to_base": float(both["bytes_mean"].sum() / both["bytes_mean_base"].sum() - 1),
+                "memory_to_base": held / base_held - 1,
                 "n_traces": len(both),
-                "verdict": ""
-                if role == "base"
-                else VERDICTS[2]
-                if not is_apart
-                else VERDICTS[0 if won else 1],
+                "verdict": "" if role == "base" else verdict,
             }
         )
     return pl.DataFrame(found, schema=VERDICT_SCHEMA)
 
 
 def write_winners(path: Path, verdicts: pl.DataFrame, metric: str, fixed: dict[str, Any]) -> None:
-    """Write what ``sim validate --configs`` decodes: the winner of each budget, what it beat, and the base."""
+    """Write what ``sim validate --configs`` decodes: each budget's winner, what it beat, and the base."""
     entries = [
         {"policy": _with(row["policy"], fixed), "budget": row["budget"], "role": row["role"]}
         | {"metric": metric}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -25,7 +24,7 @@ def search_together(
     n_trials: int | None,
     on_moment: Callable[[], None] = lambda: None,
 ) -> None:
-    """Search in ``jobs`` processes; ``on_moment`` is called about twice a second, or after every trial of one.
+    """Search in ``jobs`` processes; ``on_moment`` is called twice a second, or after every trial.
 
     Raises
     ------
@@ -85,4 +84,3 @@ def _search(end: Connection, arguments: tuple[Path, Question, int, float, int | 
         # A traceback does not travel.
         error.add_note(traceback.format_exc())
         end.send(error)
-    time.sleep(0)

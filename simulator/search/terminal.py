@@ -1,0 +1,71 @@
+"""How a search's end looks on a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+import polars as pl
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from simulator.search.study import Question
+from simulator.standings import METRICS
+from simulator.terminal import format_bytes
+
+
+def print_search(
+    front: pl.DataFrame,
+    verdicts: pl.DataFrame,
+    question: Question,
+    counts: dict[str, int],
+    n_traces: int,
+    console: Console | None = None,
+) -> None:
+    """Print the front on the search's own traces, and the verdict of the held-out ones."""
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    better = "more" if METRICS[question.metric] else "less"
+    fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
+    console.print(
+        f"{counts['judged']} policies judged by {question.metric} ({better} is better), {counts['whole']} of "
+        f"them on all {n_traces} traces{fixed}; {counts['failed']} failed or were cut off.\n"
+        "The front: no other policy of the search is better in both metric and memory.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for name in ("memory", "budget", "metric"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("policy", overflow="fold")
+    for row in front.iter_rows(named=True):
+        shown.add_row(format_bytes(row["bytes_mean"]), row["budget"], f"{row['metric']:.5f}", row["policy"])
+    console.print(shown)
+    n_traces = max(verdicts["n_traces"].to_list())
+    console.print(
+        f"On {n_traces} held-out traces, against {question.base}, trace by trace. The winner was chosen before; "
+        "its interval tells.\nOf the runners-up, the best by chance is among them.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    shown.add_column("budget", justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for name in ("searched", "held out", "difference", "95% interval", "memory"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("verdict", no_wrap=True)
+    shown.add_column("policy", overflow="fold")
+    for row in verdicts.iter_rows(named=True):
+        is_base = row["role"] == "base"
+        interval = f"{row['difference_low']:+.5f} to {row['difference_high']:+.5f}"
+        shown.add_row(
+            row["budget"] if is_base else "",
+            row["role"],
+            f"{row['searched']:.5f}",
+            f"{row['held_out']:.5f}",
+            "" if is_base else f"{row['difference']:+.5f}",
+            "" if is_base else interval,
+            "" if is_base else f"{row['memory_to_base']:+.1%}",
+            row["verdict"],
+            row["policy"],
+        )
+    console.print(shown)
