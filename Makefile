@@ -15,7 +15,7 @@ PROBLEMS ?= 768
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results policies validate others wave card lint format clean
+.PHONY: help demo test traces results policies validate others search wave card lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -51,6 +51,14 @@ others: traces ## the same for 8 policies and 256 problems that no number was ch
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
 	  --out runs/live-others --simulated runs/simulated-others.parquet
 	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
+
+search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 others, decode the winners (1 hour, resumes)
+	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim search --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --held-out 'runs/heldout/*-s2-00[3-7]?.kvtrace' \
+	  --budget 20%,30% --buffer 32 --minutes 15 --out runs/search
+	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --configs runs/search/winners.json --out runs/live-winners
+	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
+	cp runs/search/winners.json validate/reasoner/results/winners.json
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs

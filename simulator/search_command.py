@@ -144,8 +144,9 @@ def _conclude(
         for text in others:
             worth = judge.worth(question.space.parse(text), budget, -1)
             chosen.append(("published", Tried(text, budget, worth)))
-    with progress("judging on held-out traces", len(judged_on) * len(chosen), quiet) as advance:
-        rows = replay_held_out(judged_on, [own for _, own in chosen], question, jobs, advance)
+    asked = list(dict.fromkeys((own.policy, own.budget) for _, own in chosen))
+    with progress("judging on held-out traces", len(judged_on) * len(asked), quiet) as advance:
+        rows = replay_held_out(judged_on, asked, question, jobs, advance)
     verdicts = judge_held_out(rows, chosen, question.base, question.metric, seed=question.seed)
     undominated = front(tried, judge.sign)
     write_parquet(rows, out / "held-out.parquet")

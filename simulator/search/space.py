@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import optuna
 
 ROLES = ("scorer", "layers", "heads")
+_OPTIONS = {"scorer": "scorers", "layers": "layers", "heads": "heads"}
 DEFAULT_PARTS = {
     "scorer": ("rkv", "snapkv", "snapkv-paper"),
     "layers": ("uniform", "wave", "wave-dynamic", "pyramid", "cake", "squeeze"),
@@ -52,7 +53,7 @@ RANGES: dict[str, Range | Choices] = {
     "kernel_size": Range(1, 15, step=2),
     "group_reduce": Choices(("max_logits", "mean_weights", "max_weights")),
     "similarity_threshold": Range(0.2, 0.95),
-    "pool": Choices(("max", "mean")),
+    "pool": Choices(("max", "avg")),
     "recent_share": Range(0.05, 0.95),
     "recent": Range(0, 32),
     "sinks": Range(0, 16),
@@ -222,7 +223,11 @@ def _draw(trial: optuna.trial.BaseTrial, name: str, allowed: Range | Choices, de
 
 
 def _part_of(role: str, name: str) -> Any:
-    if role == "scorer":
-        return parse_policy(name).scorer
-    beside = f"rkv+{name}" if role == "layers" else f"rkv+uniform+{name}"
-    return getattr(parse_policy(beside), role)
+    """Read one part, with its defaults."""
+    beside = {"scorer": name, "layers": f"rkv+{name}", "heads": f"rkv+uniform+{name}"}
+    policy = parse_policy(beside[role])
+    uniform = {other for other in ROLES[1:] if getattr(policy, other).name == "uniform"}
+    if uniform != {"layers", "heads"} - ({role} if name != "uniform" else set()):
+        wrong = f"--{_OPTIONS[role]}: '{name}' is another kind of part, or several"
+        raise UserError(f"{wrong}; allowed: one, see sim policies list")
+    return getattr(policy, role)

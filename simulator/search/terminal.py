@@ -42,8 +42,8 @@ def print_search(
     console.print(shown)
     n_traces = max(verdicts["n_traces"].to_list())
     console.print(
-        f"On {n_traces} held-out traces, against {question.base}, trace by trace. The winner was chosen before; "
-        "its interval tells.\nOf the runners-up, the best by chance is among them.",
+        f"On {n_traces} held-out traces, against {question.base}, trace by trace. The winner was chosen "
+        "before; its interval tells.\nOf the runners-up, the best by chance is among them.",
         highlight=False,
         soft_wrap=True,
     )

@@ -69,34 +69,45 @@ def candidates(tried: Sequence[Tried], base: Worth, budget: str, sign: int, n: i
 
 def replay_held_out(
     traces: Sequence[Trace],
-    chosen: Sequence[Tried],
+    asked: Sequence[tuple[str, str]],
     question: Question,
     jobs: int,
     on_cell: Callable[[], None] = lambda: None,
 ) -> pl.DataFrame:
     """Replay policies whole on traces that none was chosen on.
 
+    Parameters
+    ----------
+    traces : sequence of Trace
+    asked : sequence of (policy, budget)
+        As they are written, each once.
+    question : Question
+    jobs : int
+        Threads.
+    on_cell : callable
+        Called after every cell.
+
     Returns
     -------
     polars.DataFrame
-        Rows of a replay, with ``asked_policy`` and ``asked_budget`` as in ``chosen``.
+        Rows of a replay, with ``asked_policy`` and ``asked_budget`` as in ``asked``.
     """
     rows = []
     for trace in traces:
         prepared = PreparedTrace(trace, jobs=jobs, seed=question.seed)
-        for own in chosen:
+        for policy, budget in asked:
             cell = prepared.replay(
-                question.space.parse(own.policy),
-                parse_budget(own.budget),
+                question.space.parse(policy),
+                parse_budget(budget),
                 seed=question.seed,
                 waves=question.waves,
             )
             rows.append(cell.row)
             on_cell()
-    asked = [(own.policy, own.budget) for _ in traces for own in chosen]
+    policies, budgets = zip(*asked, strict=True)
     return result_table(rows).with_columns(
-        pl.Series("asked_policy", [policy for policy, _ in asked], dtype=pl.String),
-        pl.Series("asked_budget", [budget for _, budget in asked], dtype=pl.String),
+        pl.Series("asked_policy", policies * len(traces), dtype=pl.String),
+        pl.Series("asked_budget", budgets * len(traces), dtype=pl.String),
     )
 
 
