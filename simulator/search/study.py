@@ -22,7 +22,7 @@ from traces.store import open_trace
 
 _NAME = "kvbudget"
 _STARTUP_TRIALS = 24
-# A trial goes on to the next rung if no more than this share of those judged there dominate it.
+# Share of the trials of a rung that go on to the next, beside those that none dominates.
 _PROMOTED = 1 / 3
 
 
@@ -175,17 +175,19 @@ def whole_trials(path: Path) -> list[Tried]:
 
 
 def _climb(study: optuna.Study, judge: Judge, measure: Callable[[int], Worth], budget: str) -> list[Worth]:
-    """Judge rung by rung, as long as few of those that were judged there are better."""
+    """Judge rung by rung: those that none dominates go on, and the next best while there is room."""
     worths: list[Worth] = []
     for rung in range(len(RUNGS)):
         worths.append(measure(rung))
         rivals = [
-            Worth(**trial.user_attrs["worths"][rung])
+            [Worth(**own) for own in trial.user_attrs["worths"]]
             for trial in _completed(study)
             if trial.user_attrs["budget"] == budget and len(trial.user_attrs["worths"]) > rung
         ]
-        better = sum(rival.dominates(worths[-1], judge.sign) for rival in rivals)
-        if better > _PROMOTED * len(rivals):
+        room = _PROMOTED * len(rivals)
+        better = sum(rival[rung].dominates(worths[-1], judge.sign) for rival in rivals)
+        n_promoted = sum(len(rival) > rung + 1 for rival in rivals)
+        if better and (better > room or n_promoted > room):
             break
     return worths
 
