@@ -126,8 +126,18 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
         whether the paired interval of its distance to the budget's best policy holds 0. Policies that evict
         nothing are left out. Where some cells failed, a budget's rows average the traces that all its
         policies replayed.
+
+    Raises
+    ------
+    UserError
+        If rows of a sample cannot tell the metric.
     """
     done = comparable(table).filter(pl.col("n_evictions") > 0)
+    if done[metric].null_count():
+        raise UserError(
+            f"{metric} is missing in {done[metric].null_count()} of {len(done)} rows, as it is of samples; "
+            "allowed: rows of whole replays, or another metric"
+        )
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for _, same_budget in done.group_by(GROUP[2:], maintain_order=True):

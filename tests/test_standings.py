@@ -105,6 +105,15 @@ def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tm
     assert len(errors.splitlines()) == 1
 
 
+def test_what_a_sample_cannot_tell_is_not_compared(table, tmp_path, run_sim):
+    path = tmp_path / "rows.parquet"
+    table.with_columns(pl.lit(None, pl.Float64).alias("lost_lookup_peak")).write_parquet(path)
+    code, _, err = run_sim("results", path, "--metric", "lost_lookup_peak")
+    assert code == 2
+    assert "lost_lookup_peak is missing in 36 of 36 rows, as it is of samples; allowed" in err
+    assert run_sim("results", path, "--metric", "mass_mean")[0] == 0
+
+
 def test_one_trace_has_no_spread(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
     table.filter(pl.col("trace") == "t0.kvtrace").write_parquet(file)
