@@ -61,7 +61,8 @@ def layer_chart(
     )
     lines = base.mark_line(strokeWidth=1.8).encode(strokeDash=look(alt.StrokeDash, DASHES))
     points = base.mark_point(size=46, filled=True, opacity=1).encode(shape=look(alt.Shape, SHAPES))
-    return alt.layer(lines, points).properties(width=440, height=240, title=over_plot(title))
+    chart: Any = alt.layer(lines, points)
+    return chart.properties(width=440, height=240, title=over_plot(title))
 
 
 def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
@@ -105,7 +106,8 @@ def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
     looks = {"y": y, "color": colour, "shape": shape}
     layers.append(base.mark_point(size=50, filled=False, strokeWidth=1.3, opacity=0.9).encode(**looks))
     layers.append(on_front.mark_point(size=70, filled=True, opacity=1).encode(**looks))
-    return alt.layer(*layers).properties(width=520, height=300, title=over_plot(title, note))
+    chart: Any = alt.layer(*layers)
+    return chart.properties(width=520, height=300, title=over_plot(title, note))
 
 
 def kept_text_chart(

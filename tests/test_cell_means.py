@@ -10,19 +10,19 @@ from simulator.standings import METRICS
 
 def test_means_are_over_traces_of_one_family(make_trace):
     traces = [make_trace(task={"family": "walk"}), make_trace(task={"family": "walk"}), make_trace()]
-    rows = run_replay(traces, ["rkv:window=4,recent=4", "random:recent=4"], [24, 30]).table
+    rows = run_replay(traces, ["rkv:window=4,buffer=4", "random:buffer=4"], [12, 16]).table
     means = cell_means(rows)
     assert len(means) == 8
     assert means.columns[-len(METRICS) :] == list(METRICS)
     assert sorted(set(means.select("family", "n_traces").rows())) == [("", 1), ("walk", 2)]
-    own = rows.filter(family="walk", policy="random", budget_asked=24.0)
-    found = means.filter(family="walk", policy="random", budget_asked=24.0).row(0, named=True)
+    own = rows.filter(family="walk", policy="random", budget_asked=12.0)
+    found = means.filter(family="walk", policy="random", budget_asked=12.0).row(0, named=True)
     assert found["mass_mean"] == pytest.approx(own["mass_mean"].mean(), abs=1e-6)
     assert found["bytes_mean"] == round(own["bytes_mean"].mean())
 
 
 def test_command_writes_them_and_refuses_in_one_line(make_trace, tmp_path, capsys):
-    rows = run_replay([make_trace()], ["random:recent=4"], [24]).table
+    rows = run_replay([make_trace()], ["random:buffer=4"], [12]).table
     rows.write_parquet(tmp_path / "rows.parquet")
     assert main([str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "means.csv")]) == 0
     assert pl.read_csv(tmp_path / "means.csv")["n_traces"].to_list() == [1]

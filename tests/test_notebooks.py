@@ -37,7 +37,7 @@ def words_and_numbers(cell):
         output.text if output.output_type == "stream" else output.data.get("text/plain", "")
         for output in cell.outputs
     )
-    numbers = re.findall(r"(?<![\w.#])[-+]?\d[\d,]*(?:\.\d+)?", text)
+    numbers = re.findall(r"(?<![\w.#=])[-+]?\d[\d,]*(?:\.\d+)?", text)
     words = re.findall(r"[A-Za-z_][\w.:=+-]*", text)
     return words, [float(number.replace(",", "")) for number in numbers]
 

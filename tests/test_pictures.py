@@ -1,7 +1,5 @@
 """Charts of plain tables can be drawn and show every number, and notebooks show them as pictures."""
 
-import json
-
 import altair as alt
 import numpy as np
 import polars as pl
@@ -23,14 +21,14 @@ def test_layers_are_drawn_by_series():
     chart = layer_chart({"wave": [3, 1, 2], "sample": np.array([4.0, 2, 1])}, "Demand")
     svg = drawn(chart)
     assert all(word in svg for word in ("wave", "sample", "Demand", "entries per KV head"))
-    values = json.loads(chart.to_json())["layer"][0]["data"]["values"]
+    values = chart.to_dict()["data"]["values"]
     assert [value["value"] for value in values] == [3, 1, 2, 4, 2, 1]
 
 
 @pytest.mark.parametrize("metric", ["mass_mean", "lost_lookup_rate"])
 def test_a_front_is_drawn_and_a_bound_only_of_mass(make_trace, metric):
-    policies = ["random:recent=4", "snapkv:window=4,recent=4"]
-    rows = run_replay([make_trace(), make_trace()], policies, [24, 30]).table
+    policies = ["random:buffer=4", "snapkv:window=4,buffer=4"]
+    rows = run_replay([make_trace(), make_trace()], policies, [12, 16]).table
     svg = drawn(front_chart(quality_rows(rows, metric), metric, "A front"))
     assert all(word in svg for word in ("A front", "random", "snapkv"))
     assert ("Dashed" in svg) == (metric == "mass_mean")
@@ -56,7 +54,7 @@ def test_outputs_are_pictures_and_plain_tables():
         try:
             shown = styled(layer_chart({"wave": [3, 1]}, "Demand"))._repr_mimebundle_()
             assert list(shown) == ["image/svg+xml"]
-            assert "aria-label" not in shown["image/svg+xml"]
+            assert 'aria-label="layer' not in shown["image/svg+xml"]
             assert str(pl.DataFrame({"a": [1.0]})).splitlines()[0] == "| a      |"
         finally:
             alt.renderers.enable(before)
