@@ -25,6 +25,18 @@ def use_plain_outputs() -> None:
     pl.Config.set_tbl_width_chars(-1)
     pl.Config.set_fmt_str_lengths(90)
     pl.Config.set_float_precision(4)
+    _show_tables_as_markdown()
+
+
+def _show_tables_as_markdown() -> None:
+    """Show tables as Markdown; as HTML every text would stand in quotes."""
+    from IPython import get_ipython
+
+    shell: Any = get_ipython()
+    if shell is not None:
+        formatters = shell.display_formatter.formatters
+        formatters["text/html"].for_type(pl.DataFrame, lambda table: None)
+        formatters["text/markdown"].for_type(pl.DataFrame, str)
 
 
 def _as_svg(specification: dict[str, Any], **_options: Any) -> dict[str, str]:

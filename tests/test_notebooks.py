@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import json
 import re
-import time
+import resource
 from pathlib import Path
 
 import nbformat
@@ -21,6 +21,12 @@ def load_execute():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def seconds_of_children():
+    """Give the processor's time that kernels took: what else the machine does is none of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def code_cells(notebook):
@@ -86,9 +92,9 @@ def test_logic_lives_in_the_packages(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_runs_and_says_what_it_was_saved_with(path, tmp_path):
-    started = time.perf_counter()
+    started = seconds_of_children()
     found = load_execute().executed(path, tmp_path)
-    assert time.perf_counter() - started < LIMIT_SECONDS
+    assert seconds_of_children() - started < LIMIT_SECONDS
     assert list(tmp_path.iterdir()) == []
     saved = nbformat.read(path, as_version=4)
     for now, before in zip(code_cells(found), code_cells(saved), strict=True):
