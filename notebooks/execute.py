@@ -37,6 +37,7 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=LIMIT_SECONDS,
+        startup_timeout=LIMIT_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
