@@ -6,16 +6,21 @@ BIN := .venv/bin
 REASONER := kvbudget-reasoner-v2
 CARD := validate/reasoner/weights
 POLICIES := streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt
+# A grid of R-KV: alpha, layers and heads, for a notebook that chooses on one trace and judges on others.
+GRID := $(foreach division,rkv rkv+utility rkv+wave rkv+wave+utility rkv+pyramid rkv+pyramid+utility rkv+cake rkv+cake+utility,$(foreach alpha,0.02 0.1 0.3,$(division):alpha=$(alpha)))
 # Every named policy; the windows and lags that suit traces of some 700 tokens.
 EVERY := streamingllm,recency,h2o,tova,snapkv,snapkv-paper:window=8,keydiff,knorm,lagkv:lag=16,expected-attention,vatp:sinks=4,criticalkv:window=8,append-only,rkv,rkv-code,pyramid-rkv,rkv+pyramid-code,rkv+wave,rkv+wave-dynamic,rkv+cake:cake_window=8,rkv+squeeze,rkv+table,rkv+adakv,rkv+utility,rkv+headkv,rkv+duo,reasonalloc,pyramidkv:window=8,ada-snapkv:window=8,headkv-snapkv:window=8,cakekv:window=8,cake_window=8,h2o+adakv,random,random-prompt
 OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-paper:window=8,keydiff
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
+comma := ,
+empty :=
+space := $(empty) $(empty)
 # Processes that run tests.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results policies validate others search wave card lint format clean
+.PHONY: help demo test traces results policies validate others grid search wave card notebooks lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -44,6 +49,7 @@ validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
 	  --out runs/live --simulated runs/simulated.parquet --calibration simulator/calibrations/$(REASONER).json --report runs/report.html
 	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
+	$(BIN)/python -m simulator.cell_means runs/simulated.parquet --out validate/reasoner/results/simulated.csv
 
 others: traces ## the same for 8 policies and 256 problems that no number was chosen on (1 hour, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
@@ -51,6 +57,11 @@ others: traces ## the same for 8 policies and 256 problems that no number was ch
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
 	  --out runs/live-others --simulated runs/simulated-others.parquet
 	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
+	$(BIN)/python -m simulator.cell_means runs/simulated-others.parquet --out validate/reasoner/results/simulated-others.csv
+
+grid: traces ## replay 24 variants of R-KV on ten held-out walks, for a notebook (1 minute)
+	$(BIN)/sim replay --trace 'runs/heldout/walk-*-s2-00[0-2]?.kvtrace' --policy $(subst $(space),$(comma),$(GRID)) --budget 10%,20%,40% --buffer 32 -o runs/grid.parquet
+	$(BIN)/python -m simulator.cell_means runs/grid.parquet --out validate/reasoner/results/simulated-grid.csv
 
 search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 others, decode the winners (1 hour, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
@@ -71,6 +82,9 @@ card: traces ## measure everything on the reference model's card again: accuracy
 	$(BIN)/python -m validate.reasoner.evaluate --dtype bfloat16 --json $(CARD)/accuracy-bfloat16.json
 	$(BIN)/python -m validate.reasoner.profile --traces runs/heldout --out $(CARD)/profile.json
 	$(BIN)/python -m validate.reasoner.charts --profile $(CARD)/profile.json --out $(CARD)
+
+notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 minute)
+	$(BIN)/python notebooks/execute.py
 
 lint: .venv/.full ## ruff, mypy, import rules
 	$(BIN)/ruff check .

@@ -1,0 +1,144 @@
+"""The measured tables that ship with the reference reasoner, read back and brought together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from simulator.naming import budget_label
+from simulator.standings import METRICS
+from traces.errors import UserError
+from validate.live.accuracy import ALL_FAMILIES, CELL
+from validate.live.fidelity import Cells
+
+_HOME = resources.files("validate") / "reasoner"
+
+
+def result_table(name: str) -> pl.DataFrame:
+    """Read one of the stored tables, ``accuracy`` for ``results/accuracy.csv``.
+
+    Raises
+    ------
+    UserError
+        If there is no such table.
+    """
+    place = _HOME / "results"
+    there = sorted(entry.name[:-4] for entry in place.iterdir() if entry.name.endswith(".csv"))
+    if name not in there:
+        raise UserError(f"table is '{name}'; allowed: {', '.join(there)}")
+    with resources.as_file(place / f"{name}.csv") as path:
+        return pl.read_csv(path)
+
+
+def stored_profile() -> dict[str, Any]:
+    """Read the reference reasoner's profile, as `validate.reasoner.profile` wrote it."""
+    text = (_HOME / "weights" / "profile.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def judged_rows(others: bool = False) -> pl.DataFrame:
+    """Join what the simulator foretold with the accuracy of decoding under eviction.
+
+    Parameters
+    ----------
+    others : bool
+        The eight policies that no number was chosen on, instead of the first nine.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per family, policy and budget: means of the replay's numbers (`simulator.cell_means`), and
+        ``accuracy`` with its 95% interval ``low`` to ``high``.
+    """
+    suffix = "-others" if others else ""
+    key = ["family", *CELL]
+    accuracy = result_table(f"accuracy{suffix}").filter(
+        pl.col("budget_asked").is_not_null() & (pl.col("family") != ALL_FAMILIES)
+    )
+    live = accuracy.select(*key, "n_problems", "accuracy", "low", "high")
+    joined = result_table(f"simulated{suffix}").join(live, on=key, how="inner", maintain_order="left")
+    labels = [budget_label(*budget) for budget in joined.select(CELL[2:]).iter_rows()]
+    return joined.with_columns(budget=pl.Series(labels, dtype=pl.String))
+
+
+def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
+    """Put rows of `judged_rows` in the form that `rank` and the charts of `validate.live` take.
+
+    Every cell has one value, its mean: there is nothing to resample, so correlations come without intervals.
+    """
+    found = {}
+    for (family,), own in judged.group_by("family", maintain_order=True):
+        simulated = {
+            metric: own[metric].to_numpy()[:, None] * (1 if more_is_better else -1)
+            for metric, more_is_better in METRICS.items()
+        }
+        found[str(family)] = Cells(own.select(CELL).rows(), simulated, own["accuracy"].to_numpy()[:, None])
+    return dict(sorted(found.items()))
+
+
+def differences(judged: pl.DataFrame, policy: str, columns: Sequence[str]) -> pl.DataFrame:
+    """Give every other policy's numbers less one policy's, budget by budget, means over families.
+
+    Parameters
+    ----------
+    judged : polars.DataFrame
+        Of `judged_rows`.
+    policy : str
+        What the others are compared with.
+    columns : sequence of str
+        Shares; their differences are in percentage points.
+
+    Returns
+    -------
+    polars.DataFrame
+        policy, budget and the columns.
+    """
+    key = ["policy", "budget_asked", "budget"]
+    means = judged.group_by(key, maintain_order=True).agg(pl.col(name).mean() * 100 for name in columns)
+    base = means.filter(policy=policy).drop("policy", "budget_asked")
+    joined = means.filter(pl.col("policy") != policy).join(base, on="budget", suffix="_base")
+    less = [(pl.col(name) - pl.col(f"{name}_base")).alias(name) for name in columns]
+    return joined.sort("policy", "budget_asked").select("policy", "budget", *less)
+
+
+def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
+    """Take the policy that a number puts first, at every budget, and say what it costs in accuracy.
+
+    Parameters
+    ----------
+    judged : polars.DataFrame
+        Of `judged_rows`.
+    metric : str
+        One of ``standings.METRICS``.
+
+    Returns
+    -------
+    polars.DataFrame
+        family, budget; ``chosen`` and its accuracy ``gets``; ``best`` and its accuracy ``could``; ``regret``,
+        the difference.
+
+    Raises
+    ------
+    UserError
+        For an unknown metric.
+    """
+    if metric not in METRICS:
+        raise UserError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
+    sign = 1 if METRICS[metric] else -1
+    rows = []
+    for (family, budget), own in judged.group_by("family", "budget", maintain_order=True):
+        values, accuracy = sign * own[metric].to_numpy(), own["accuracy"].to_numpy()
+        chosen, best = int(np.argmax(values)), int(np.argmax(accuracy))
+        rows.append(
+            {"family": family, "budget": budget, "asked": own["budget_asked"][0]}
+            | {"chosen": own["policy"][chosen], "gets": float(accuracy[chosen])}
+            | {"best": own["policy"][best], "could": float(accuracy[best])}
+            | {"regret": float(accuracy[best] - accuracy[chosen])}
+        )
+    return pl.DataFrame(rows).sort("family", "asked").drop("asked")
