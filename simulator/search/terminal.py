@@ -13,6 +13,9 @@ from simulator.search.study import Question
 from simulator.standings import METRICS
 from simulator.terminal import format_bytes
 
+# Of the front; a search of minutes finds dozens.
+_MOST_ROWS = 12
+
 
 def print_search(
     front: pl.DataFrame,
@@ -29,7 +32,7 @@ def print_search(
     console.print(
         f"{counts['judged']} policies judged by {question.metric} ({better} is better), {counts['whole']} of "
         f"them on all {n_traces} traces{fixed}; {counts['failed']} failed or were cut off.\n"
-        "The front: no other policy of the search is better in both metric and memory.",
+        f"The front: no other policy of the search is better in both metric and memory{_thinned(front)}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -37,7 +40,7 @@ def print_search(
     for name in ("memory", "budget", "metric"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("policy", overflow="fold")
-    for row in front.iter_rows(named=True):
+    for row in front.gather(_spread(len(front))).iter_rows(named=True):
         shown.add_row(format_bytes(row["bytes_mean"]), row["budget"], f"{row['metric']:.5f}", row["policy"])
     console.print(shown)
     n_traces = max(verdicts["n_traces"].to_list())
@@ -69,3 +72,14 @@ def print_search(
             row["policy"],
         )
     console.print(shown)
+
+
+def _thinned(front: pl.DataFrame) -> str:
+    return "" if len(front) <= _MOST_ROWS else f" ({_MOST_ROWS} of {len(front)}; front.parquet has all)"
+
+
+def _spread(n: int) -> list[int]:
+    """Choose rows evenly, the first and the last among them."""
+    if n <= _MOST_ROWS:
+        return list(range(n))
+    return [round(i * (n - 1) / (_MOST_ROWS - 1)) for i in range(_MOST_ROWS)]
