@@ -166,6 +166,7 @@ def run_replay(
     for trace in opened:
         if trace.total_tokens == trace.prompt_tokens:
             raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to replay")
+        sampling.draw(trace, seed)
         if check:
             check_trace(trace)
     if not opened or not parsed or not asked:
@@ -228,6 +229,11 @@ class PreparedTrace:
     ) -> None:
         self.trace, self._jobs, self._sampling = trace, jobs, sampling
         self._full = FullCache(trace, jobs, sampling.draw(trace, seed), oracle=oracle)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is kept of the full cache."""
+        return self._full.strongest.nbytes + self._full.largest.nbytes
 
     def replay(
         self,

@@ -171,9 +171,12 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     intervals = []
     for _, same_budget in done.group_by(GROUP[2:], maintain_order=True):
         intervals += _intervals(same_budget, rng, resamples)
-    peaks = [name for name in ROW_SCHEMA if name.endswith("_peak")]
+    # Rows of an earlier version lack a column.
+    peaks = [name for name in ROW_SCHEMA if name.endswith("_peak") and name in done.columns]
     averaged = [
-        name for name, kind in ROW_SCHEMA.items() if kind.is_numeric() and name not in (*GROUP, *peaks)
+        name
+        for name, kind in ROW_SCHEMA.items()
+        if kind.is_numeric() and name not in (*GROUP, *peaks) and name in done.columns
     ]
     means = done.group_by(GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
     found = pl.DataFrame(intervals, infer_schema_length=None)

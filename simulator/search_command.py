@@ -77,6 +77,7 @@ def search(
     from simulator.wave import known_waves
     from traces.check import check_trace
     from traces.errors import Interrupted, UserError
+    from traces.lock import locked
     from traces.store import find_traces, open_trace
 
     if metric not in SEARCHABLE:
@@ -96,26 +97,44 @@ def search(
     known = known_waves(wave or [])
     chosen_on, judged_on = find_traces(trace), find_traces(held_out)
     others = [text for text in split_list(also) if text]
-    question = Question(tuple(map(str, chosen_on)), metric, against, space, known, seed)
     for text in (against, *others):
         space.parse(text)
-    opened = {own.trace_id: own for own in map(open_trace, [*chosen_on, *judged_on])}
-    shared = {open_trace(path).trace_id for path in chosen_on} & {open_trace(p).trace_id for p in judged_on}
-    if shared:
-        name = opened[min(shared)].path.name
-        raise UserError(f"--held-out has {name}, which policies are chosen on; allowed: other traces")
-    if check:
-        for own in opened.values():
+    # A copy of a trace counts once.
+    searched, judging = (
+        {own.trace_id: own for own in map(open_trace, paths)} for paths in (chosen_on, judged_on)
+    )
+    for trace_id, own in judging.items():
+        if trace_id in searched:
+            raise UserError(
+                f"--held-out has {own.path.name}, which policies are chosen on; allowed: other traces"
+            )
+    for own in [*searched.values(), *judging.values()]:
+        if own.total_tokens == own.prompt_tokens:
+            raise UserError(f"trace {own.path} has no decode step after its prompt; nothing to replay")
+        if check:
             check_trace(own)
+    question = Question(
+        tuple(str(own.path) for own in searched.values()), metric, against, space, known, seed
+    )
+    judge = question.judge()
+    for item in budgets:
+        for text in (against, *others):
+            judge.require_replayable(space.parse(text), item)
     warn(workers)
     out.mkdir(parents=True, exist_ok=True)
     study = out / "study.db"
-    open_study(study, question, [against, *others])
-    deadline = time.time() + 60 * minutes
     try:
-        with _progress(study, minutes, quiet) as advance:
-            search_together(study, question, workers, deadline, trials, advance)
-        _conclude(out, question, [open_trace(path) for path in judged_on], others, keep, workers, quiet)
+        # Two searches in one folder would end each other's trials.
+        with locked(out, wait=False):
+            open_study(study, question, [against, *others])
+            deadline = time.time() + 60 * minutes
+            with _progress(study, minutes, quiet) as advance:
+                search_together(study, question, workers, deadline, trials, advance)
+            _conclude(out, question, list(judging.values()), others, keep, workers, quiet)
+    except BlockingIOError:
+        raise UserError(
+            f"--out {out}: another search runs there; allowed: another folder, or later"
+        ) from None
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted: run the same command again, it goes on with {study}") from None
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from simulator.budget import Budget
-from simulator.results import GROUP, bootstrap, comparable
+from simulator.results import GROUP, ROW_SCHEMA, bootstrap, comparable
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
 
@@ -63,8 +63,25 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
         missing = [name for name in needed if name not in frame.columns]
         if missing:
             raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")
-        frames.append(frame)
-    return pl.concat(frames, how="diagonal_relaxed")
+        # A column that is empty throughout has no type of its own in a text file.
+        typed = [
+            name for name in frame.columns if name in ROW_SCHEMA and frame[name].dtype != ROW_SCHEMA[name]
+        ]
+        frames.append(frame.with_columns(pl.col(n).cast(ROW_SCHEMA[n], strict=False) for n in typed))
+    table = pl.concat(frames, how="diagonal_relaxed")
+    _require_one_sample(table)
+    return table
+
+
+def _require_one_sample(table: pl.DataFrame) -> None:
+    if "sampling" not in table.columns:
+        return
+    kinds = table.group_by(*GROUP, "trace_id").agg(pl.col("sampling").n_unique().alias("n"))
+    if kinds["n"].max() not in (None, 1):
+        found = [str(kind or "everything") for kind in table["sampling"].unique(maintain_order=True)]
+        raise UserError(
+            f"a cell was measured in more than one way: {'; '.join(found)}; allowed: files of one sample"
+        )
 
 
 def at_budgets(table: pl.DataFrame, budgets: Sequence[Budget]) -> pl.DataFrame:

@@ -30,6 +30,7 @@ def sweep(
 
     use_one_thread()
     from simulator.commands import worker_count
+    from simulator.sampling import EVERYTHING
     from simulator.sweep.engines import parse_engine
     from simulator.sweep.folder import SweepFolder
     from simulator.sweep.run import plan_sweep, run_sweep, unfinished
@@ -61,7 +62,9 @@ def sweep(
         if len(failed) > 10:
             print(f"sim: and {len(failed) - 10} other reasons: sim results {folder}", file=sys.stderr)
     if not quiet:
-        print(f"sim: rows are in {folder}: sim results {folder} --metric lost_lookup_peak", file=sys.stderr)
+        # A sample tells no worst step.
+        metric = "lost_lookup_peak" if asked.sampling == EVERYTHING else "lost_lookup_rate"
+        print(f"sim: rows are in {folder}: sim results {folder} --metric {metric}", file=sys.stderr)
     if progress.exit_code:
         raise typer.Exit(progress.exit_code)
 

@@ -168,7 +168,7 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
-    spread = row["mass_error"] if row["n_traces"] == 1 else (row["mass_high"] - row["mass_low"]) / 2
+    spread = row.get("mass_error") if row["n_traces"] == 1 else (row["mass_high"] - row["mass_low"]) / 2
     return {
         "policy": _policy_label(row, shared),
         "entries": f"{row['entries_mean']:.1f}",

@@ -190,6 +190,13 @@ def test_a_trajectory_is_not_of_a_sample(trace):
         run_replay([trace], ["rkv"], ["20%"], sampling=EIGHTH, keep_trajectory=True)
 
 
+def test_a_sample_that_does_not_fit_a_later_trace_costs_no_work(make_trace):
+    traces, done = [make_trace(n_layers=4), make_trace()], []
+    with pytest.raises(UserError, match="--sample-layers is 3; allowed for"):
+        run_replay(traces, ["rkv"], [20], sampling=Sampling(layers=3), on_cell=lambda: done.append(1))
+    assert not done
+
+
 def test_shares_are_read_as_fractions():
     assert parse_sampling("0.125", None, None) == EIGHTH
     assert str(parse_sampling(None, 4, None)) == "layers=4"

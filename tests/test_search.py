@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from fractions import Fraction
 from itertools import product
 
@@ -18,11 +20,13 @@ from simulator.policy import parse_policy
 from simulator.sampling import Sampling
 from simulator.search import judge as judging
 from simulator.search import study as studying
+from simulator.search import workers
 from simulator.search.judge import Judge, Worth, in_turns
 from simulator.search.space import DEFAULT_PARTS, RANGES, Choices, make_space, read_ranges, write_policy
 from simulator.search.study import Tried, count_trials, whole_trials
 from simulator.search.verdict import candidates, front, judge_held_out
 from traces.errors import UserError
+from traces.lock import locked
 from validate.validate_command import _asked_cells
 
 PARTS = {"scorer": ["rkv", "snapkv"], "layers": ["uniform", "pyramid"], "heads": ["uniform", "utility"]}
@@ -107,6 +111,9 @@ class TestSpace:
             ("alpha = { low = 2, high = 1 }", "alpha is"),
             ("alpha = { low = 1 }", "alpha is"),
             ("alpha = [", "no valid TOML"),
+            ("alpha = { low = 0, high = 1, log = true }", "log = true above 0"),
+            ('alpha = { low = 0, high = 1, step = "x" }', "a step of whole numbers"),
+            ("alpha = { low = 0, high = 1, step = 0 }", "a step of whole numbers"),
         ],
     )
     def test_wrong_ranges_are_refused(self, tmp_path, text, said):
@@ -120,6 +127,17 @@ def made_judge(make_trace, metric="mass_mean", n=4):
     traces = [make_trace(n_tokens=90 + i, task={"family": "ab"[i % 2]}) for i in range(n)]
     base = parse_policy("streamingllm:buffer=5")
     return Judge(traces, metric, base, waves={}, seed=0)
+
+    def test_ranges_of_no_part_are_refused(self, tmp_path):
+        path = tmp_path / "ranges.toml"
+        path.write_text("alhpa = [0.1]")
+        with pytest.raises(UserError, match="'alhpa' is unknown; allowed: alpha"):
+            make_space(PARTS, ["64"], {}, path)
+
+    def test_what_has_no_range_has_to_be_at_its_default(self, space):
+        assert space.coordinates("rkv:no_match=column0", "64") is None
+        with pytest.raises(UserError, match="buffer is 64; allowed: 5, as of all policies"):
+            space.parse("rkv:buffer=64")
 
 
 class TestJudge:
@@ -148,6 +166,16 @@ class TestJudge:
     def test_what_cannot_be_replayed_is_refused(self, make_trace):
         with pytest.raises(UserError, match="snapkv at 3"):
             made_judge(make_trace).worth(parse_policy("snapkv"), "3", 0)
+
+    def test_little_is_kept_of_the_full_cache_where_little_fits(self, make_trace, monkeypatch):
+        judge = made_judge(make_trace)
+        policy = parse_policy("snapkv:buffer=5")
+        expected = judge.worth(policy, "40%", -1)
+        assert len(judge._prepared) == 4
+        monkeypatch.setattr(judging, "_PREPARED_BYTES", 0)
+        assert judge.worth(parse_policy("snapkv:buffer=5,window=4"), "40%", 1) != expected
+        assert len(judge._prepared) == 1
+        assert judge.worth(policy, "40%", -1) == expected
 
     def test_families_take_turns(self, make_trace):
         traces = [make_trace(task={"family": family}) for family in "aaabbc"]
@@ -255,6 +283,8 @@ class TestSearch:
             (("--against", "rvk"), "'rvk' is unknown"),
             (("-b", "0.1"), "0.1"),
             (("--minutes", "0"), "has no trial on all traces yet"),
+            (("-b", "3"), "rkv at 3: "),
+            (("--also", "rkv:buffer=64"), "buffer is 64; allowed: 5"),
         ],
     )
     def test_mistakes_are_one_line(self, asked, run_sim, options, said):
@@ -267,6 +297,32 @@ class TestSearch:
         code, _, err = run_sim(*asked, "--held-out", tmp_path / "made-0.kvtrace")
         assert code == 2
         assert "--held-out has made-0.kvtrace, which policies are chosen on" in err
+
+    def test_a_copy_of_a_trace_counts_once(self, asked, run_sim, tmp_path):
+        shutil.copytree(tmp_path / "made-7.kvtrace", tmp_path / "copy.kvtrace")
+        arguments = [*asked, "--held-out", tmp_path / "copy.kvtrace", "--trials", 6, "--jobs", 1]
+        code, out, _ = run_sim(*arguments)
+        assert code == 0
+        assert "On 3 held-out traces" in out
+
+    def test_two_searches_do_not_share_a_folder(self, asked, run_sim, tmp_path):
+        (tmp_path / "out").mkdir()
+        with locked(tmp_path / "out", wait=False):
+            code, _, err = run_sim(*asked, "--trials", 5, "--jobs", 1)
+        assert code == 2
+        assert "another search runs there" in err
+
+    def test_starts_that_wait_are_no_trials_yet(self, asked, run_sim, tmp_path):
+        assert run_sim(*asked, "--trials", 3, "--jobs", 1)[0] == 0
+        counts = count_trials(tmp_path / "out" / "study.db")
+        assert counts["judged"] == 3
+
+    def test_a_worker_that_dies_is_one_line(self, asked, run_sim, monkeypatch):
+        monkeypatch.setattr(workers, "_search", _die)
+        code, _, err = run_sim(*asked, "--jobs", 2)
+        assert code == 1
+        assert "a search process was killed" in err
+        assert len(err.splitlines()) == 1
 
     def test_a_file_that_is_no_study_is_refused(self, asked, run_sim, tmp_path):
         (tmp_path / "out").mkdir()
@@ -284,14 +340,18 @@ class TestSearch:
         heights = []
         for _ in range(200):
             trial = study.ask()
-            worth = Worth(float(rng.random()), 1.0)
+            worth = Worth(float(rng.random()), float(rng.random()))
             worths = studying._climb(study, judge, lambda rung, own=worth: own, "20%")
             trial.set_user_attr("budget", "20%")
             trial.set_user_attr("worths", [{"metric": own.metric, "memory": own.memory} for own in worths])
             study.tell(trial, [0.0, 0.0])
             heights.append(len(worths))
         assert 0.25 < np.mean(np.array(heights) > 1) < 0.45
-        assert 0.05 < np.mean(np.array(heights) > 2) < 0.2
+        assert 0.05 < np.mean(np.array(heights) > 2) < 0.3
+
+
+def _die(*arguments):
+    os._exit(9)
 
 
 def tried(metric, memory, budget="20%", policy="rkv"):
@@ -348,3 +408,11 @@ class TestVerdict:
         assert found["difference"] == pytest.approx((own - base).mean())
         assert found["difference_low"] < found["difference"] < found["difference_high"]
         assert found["memory_to_base"] == pytest.approx(-0.02)
+        (one,) = judge_held_out(rows.filter(trace_id="0"), chosen[1:], "rkv", "miss_rate")["verdict"]
+        assert one == "not told apart"
+        failing = pl.when((pl.col("asked_policy") == "snapkv") & (pl.col("trace_id") == "3"))
+        rows = rows.with_columns(failing.then(pl.lit("error")).otherwise("status").alias("status"))
+        assert judge_held_out(rows, chosen, "rkv", "miss_rate")["verdict"].to_list() == ["", "failed"]
+        rows = rows.with_columns(trace=pl.lit("t"), error=pl.lit("too small"))
+        with pytest.raises(UserError, match="snapkv at 20%, t: too small"):
+            judge_held_out(rows, chosen, "snapkv", "miss_rate")

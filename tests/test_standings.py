@@ -114,6 +114,27 @@ def test_what_a_sample_cannot_tell_is_not_compared(table, tmp_path, run_sim):
     assert run_sim("results", path, "--metric", "mass_mean")[0] == 0
 
 
+def test_rows_come_back_from_text_as_they_were(table, tmp_path, run_sim):
+    for suffix in ("csv", "json", "parquet"):
+        path = tmp_path / f"rows.{suffix}"
+        table.write_parquet(path) if suffix == "parquet" else getattr(table, f"write_{suffix}")(path)
+        found = read_rows([path])
+        assert found.schema == table.schema
+        assert found["mass_mean"].to_list() == pytest.approx(table["mass_mean"].to_list())
+        assert run_sim("results", path)[0] == 0
+    before = table.drop("mass_error", "sampling", "lost_lookup_peak")
+    before.write_parquet(tmp_path / "before.parquet")
+    assert run_sim("results", tmp_path / "before.parquet")[0] == 0
+
+
+def test_rows_of_different_samples_are_not_mixed(table, tmp_path, run_sim):
+    table.write_parquet(tmp_path / "whole.parquet")
+    table.with_columns(sampling=pl.lit("queries=1/8")).write_parquet(tmp_path / "part.parquet")
+    code, _, err = run_sim("results", tmp_path / "whole.parquet", tmp_path / "part.parquet")
+    assert code == 2
+    assert "measured in more than one way: everything; queries=1/8" in err
+
+
 def test_one_trace_has_no_spread(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
     table.filter(pl.col("trace") == "t0.kvtrace").write_parquet(file)

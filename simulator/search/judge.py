@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,8 @@ from traces.trace import Trace
 
 # Share of the traces, and of their decode steps, that a policy is judged on before the next rung.
 RUNGS = ((Fraction(1, 4), Fraction(1, 4)), (Fraction(1, 2), Fraction(1, 2)), (Fraction(1), Fraction(1)))
+# What the full cache attends to, of as many traces as fit; the others are looked at again.
+_PREPARED_BYTES = 10**9
 # What only the whole tells: it is judged on fewer traces first, but on all of their steps.
 _WHOLE_ONLY = ("lost_lookup_peak",)
 # What needs the oracle, which a search does without.
@@ -70,7 +73,7 @@ class Judge:
     ) -> None:
         self.traces, self._metric, self._base = traces, metric, base
         self._waves, self._seed = waves, seed
-        self._prepared: dict[tuple[int, Sampling], PreparedTrace] = {}
+        self._prepared: OrderedDict[tuple[int, Sampling], PreparedTrace] = OrderedDict()
         self._known: dict[tuple[str, int], np.ndarray] = {}
 
     @property
@@ -94,6 +97,15 @@ class Judge:
             memory=float(whole[1] * own[:, 1].mean() / base[:, 1].mean()),
         )
 
+    def require_replayable(self, policy: Policy, budget: str) -> None:
+        """Refuse a policy that cannot be replayed on the first trace, before any work is done.
+
+        Raises
+        ------
+        UserError
+        """
+        self._measured(policy, budget, 0, n_most=1)
+
     def worth_of_base(self, budget: str) -> Worth:
         """Give what the base policy is worth on all traces."""
         metric, memory = self._of_base(budget, len(RUNGS) - 1).mean(axis=0)
@@ -104,12 +116,12 @@ class Judge:
             self._known[budget, rung] = self._measured(self._base, budget, rung)
         return self._known[budget, rung]
 
-    def _measured(self, policy: Policy, budget: str, rung: int) -> np.ndarray:
+    def _measured(self, policy: Policy, budget: str, rung: int, n_most: int | None = None) -> np.ndarray:
         """Replay some traces; float64 (n_traces, 2): metric and mean bytes."""
         n_traces, queries = RUNGS[rung]
         sampling = EVERYTHING if self._metric in _WHOLE_ONLY else Sampling(queries)
         found = []
-        for index in range(max(1, round(n_traces * len(self.traces)))):
+        for index in range(max(1, round(n_traces * len(self.traces))))[:n_most]:
             prepared = self._prepare(index, sampling)
             cell = prepared.replay(policy, parse_budget(budget), seed=self._seed, waves=self._waves)
             if cell.exit_code:
@@ -118,11 +130,14 @@ class Judge:
         return np.array(found, np.float64)
 
     def _prepare(self, index: int, sampling: Sampling) -> PreparedTrace:
-        if (index, sampling) not in self._prepared:
-            trace = self.traces[index]
-            prepared = PreparedTrace(trace, sampling=sampling, seed=self._seed, oracle=False)
-            self._prepared[index, sampling] = prepared
-        return self._prepared[index, sampling]
+        key = index, sampling
+        if key not in self._prepared:
+            while sum(own.n_bytes for own in self._prepared.values()) > _PREPARED_BYTES:
+                self._prepared.popitem(last=False)
+            prepared = PreparedTrace(self.traces[index], sampling=sampling, seed=self._seed, oracle=False)
+            self._prepared[key] = prepared
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
 
 
 def in_turns(traces: Sequence[Trace]) -> list[Trace]:

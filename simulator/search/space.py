@@ -5,16 +5,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna.trial import BaseTrial, FixedTrial
 
 from simulator.budget import parse_budget
 from simulator.policies import LAYER_ALLOCATORS
 from simulator.policy import Policy, parse_policy
 from traces.errors import UserError
-
-if TYPE_CHECKING:
-    import optuna
 
 ROLES = ("scorer", "layers", "heads")
 _OPTIONS = {"scorer": "scorers", "layers": "layers", "heads": "heads"}
@@ -105,7 +105,7 @@ class Space:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Range | Choices] = field(default_factory=lambda: RANGES)
 
-    def suggest(self, trial: optuna.trial.BaseTrial) -> tuple[str, str]:
+    def suggest(self, trial: BaseTrial) -> tuple[str, str]:
         """Draw a policy and a budget, both as they are written on a command line."""
         budget = trial.suggest_categorical("budget", self.budgets)
         chosen = {role: trial.suggest_categorical(role, self.parts[role]) for role in ROLES}
@@ -125,8 +125,19 @@ class Space:
                 yield own.name, getattr(found, own.name)
 
     def parse(self, text: str) -> Policy:
-        """Read a policy that was suggested, with the parameters that all share."""
-        return parse_policy(text, **self.fixed)
+        """Read a policy with the parameters that all share.
+
+        Raises
+        ------
+        UserError
+            If it cannot be read, or gives a shared parameter another value.
+        """
+        policy = parse_policy(text, **self.fixed)
+        for name, value in self.fixed.items():
+            if policy.parameters.get(name, value) != value:
+                found = policy.parameters[name]
+                raise UserError(f"policy '{text}': {name} is {found}; allowed: {value}, as of all policies")
+        return policy
 
     def coordinates(self, text: str, budget: str) -> dict[str, Any] | None:
         """Tell where a policy lies in the space, None if outside: a search may start from it."""
@@ -148,7 +159,9 @@ class Space:
                 if not inside:
                     return None
                 found[f"{part}.{name}"] = value
-        return found
+        # What has no range has to be at its default.
+        again, _ = self.suggest(FixedTrial(found))
+        return found if self.parse(again).parameters == policy.parameters else None
 
 
 def make_space(
@@ -167,7 +180,12 @@ def make_space(
             _part_of(role, name)
     for budget in budgets:
         parse_budget(budget)
-    return Space(asked, tuple(dict.fromkeys(budgets)), dict(fixed), RANGES | read_ranges(ranges))
+    given = read_ranges(ranges)
+    known = {own.name for role in ROLES for name in asked[role] for own in fields(_part_of(role, name))}
+    for name in given:
+        if name not in known:
+            raise UserError(f"--ranges {ranges}: '{name}' is unknown; allowed: {', '.join(sorted(known))}")
+    return Space(asked, tuple(dict.fromkeys(budgets)), dict(fixed), RANGES | given)
 
 
 def read_ranges(path: Path | None) -> dict[str, Range | Choices]:
@@ -203,20 +221,27 @@ def _read_range(path: Path, name: str, value: Any) -> Range | Choices:
     allowed = {"low", "high", "log", "step"}
     if isinstance(value, dict) and {"low", "high"} <= value.keys() <= allowed:
         numbers = [value[key] for key in ("low", "high")]
-        if all(type(number) in (int, float) for number in numbers) and numbers[0] <= numbers[1]:
-            low, high = numbers
-            return Range(low, high, log=bool(value.get("log", False)), step=int(value.get("step", 1)))
+        log, step = value.get("log", False), value.get("step", 1)
+        if (
+            all(type(number) in (int, float) for number in numbers)
+            and numbers[0] <= numbers[1]
+            and type(log) is bool
+            and (not log or numbers[0] > 0)
+            and type(step) is int
+            and step >= 1
+        ):
+            return Range(numbers[0], numbers[1], log, step)
     raise UserError(
-        f"--ranges {path}: {name} is {value!r}; allowed: a list of values, or {{ low = 0.1, high = 0.9 }} "
-        "with log = true or a step"
+        f"--ranges {path}: {name} is {value!r}; allowed: a list of values, or {{ low = 0.1, high = 0.9 }}, "
+        "with log = true above 0, or a step of whole numbers"
     )
 
 
-def _draw(trial: optuna.trial.BaseTrial, name: str, allowed: Range | Choices, default: Any) -> Any:
+def _draw(trial: BaseTrial, name: str, allowed: Range | Choices, default: Any) -> Any:
     if isinstance(allowed, Choices):
         return trial.suggest_categorical(name, allowed.values)
     if isinstance(default, int):
-        low, high = int(allowed.low), int(allowed.high)
+        low, high = ceil(allowed.low), int(allowed.high)
         return trial.suggest_int(name, low, high, log=allowed.log, step=1 if allowed.log else allowed.step)
     # Four digits: what is written is what was tried.
     return float(f"{trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log):.4g}")

@@ -22,7 +22,7 @@ from traces.store import open_trace
 
 _NAME = "kvbudget"
 _STARTUP_TRIALS = 24
-# Share of the trials of a rung that go on to the next, beside those that none dominates.
+# Share of the trials of a rung that go on to the next; twice that of those that none dominates.
 _PROMOTED = 1 / 3
 
 
@@ -67,6 +67,8 @@ class Question:
                 "fixed": dict(self.space.fixed),
                 "ranges": {name: asdict(own) for name, own in self.space.ranges.items()},
                 "waves": {model: asdict(wave) for model, wave in self.waves.items()},
+                "seed": self.seed,
+                "rungs": [[str(share) for share in rung] for rung in RUNGS],
                 "code": code_version(),
             },
             sort_keys=True,
@@ -136,7 +138,7 @@ def search(
     )
     study = optuna.load_study(study_name=_NAME, storage=_storage(path), sampler=sampler)
     judge = question.judge()
-    while time.time() < deadline and (n_trials is None or len(study.get_trials(deepcopy=False)) < n_trials):
+    while time.time() < deadline and (n_trials is None or _n_begun(study) < n_trials):
         trial = study.ask()
         policy, budget = question.space.suggest(trial)
         trial.set_user_attr("policy", policy)
@@ -175,7 +177,7 @@ def whole_trials(path: Path) -> list[Tried]:
 
 
 def _climb(study: optuna.Study, judge: Judge, measure: Callable[[int], Worth], budget: str) -> list[Worth]:
-    """Judge rung by rung: those that none dominates go on, and the next best while there is room."""
+    """Judge rung by rung: those that none dominates go on, and the next best, while there is room."""
     worths: list[Worth] = []
     for rung in range(len(RUNGS)):
         worths.append(measure(rung))
@@ -187,13 +189,20 @@ def _climb(study: optuna.Study, judge: Judge, measure: Callable[[int], Worth], b
         room = _PROMOTED * len(rivals)
         better = sum(rival[rung].dominates(worths[-1], judge.sign) for rival in rivals)
         n_promoted = sum(len(rival) > rung + 1 for rival in rivals)
-        if better and (better > room or n_promoted > room):
+        # Memory always differs a little, so that many are dominated by none.
+        if better > room or n_promoted > (room if better else 2 * room):
             break
     return worths
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _n_begun(study: optuna.Study) -> int:
+    # Those to begin with wait for their turn.
+    waiting = (TrialState.WAITING,)
+    return len(study.get_trials(deepcopy=False)) - len(study.get_trials(deepcopy=False, states=waiting))
 
 
 def _load(path: Path) -> optuna.Study:

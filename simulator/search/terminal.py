@@ -59,6 +59,10 @@ def print_search(
     shown.add_column("policy", overflow="fold")
     for row in verdicts.iter_rows(named=True):
         is_base = row["role"] == "base"
+        if row["held_out"] is None:
+            told = row["budget"], row["role"], f"{row['searched']:.5f}"
+            shown.add_row(*told, "", "", "", "", row["verdict"], row["policy"])
+            continue
         interval = f"{row['difference_low']:+.5f} to {row['difference_high']:+.5f}"
         shown.add_row(
             row["budget"] if is_base else "",

@@ -12,16 +12,18 @@ import polars as pl
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
+from simulator.policy import split_name
 from simulator.results import bootstrap, result_table
 from simulator.search.judge import Worth
 from simulator.search.study import Question, Tried
 from simulator.standings import METRICS
 from traces.atomic import write_file
+from traces.errors import UserError
 from traces.trace import Trace
 
 # Memory counts as equal within so much: heads and layers fill at different times.
 EQUAL_MEMORY = 0.01
-VERDICTS = ("better", "worse", "not told apart")
+VERDICTS = ("better", "worse", "not told apart", "failed")
 
 FRONT_SCHEMA: dict[str, Any] = {
     "policy": pl.String,
@@ -131,33 +133,42 @@ def judge_held_out(
     -------
     polars.DataFrame
         Columns of ``VERDICT_SCHEMA``: the difference of each to the base, trace by trace, with its 95%
-        interval; an interval that holds 0 tells nothing apart.
+        interval; an interval that holds 0, or a single trace, tells nothing apart. A policy that failed on
+        some trace has no numbers.
+
+    Raises
+    ------
+    UserError
+        If the base failed on some trace.
     """
     rng = np.random.default_rng(seed)
     better = 1 if METRICS[metric] else -1
     found = []
     for role, own in chosen:
         mine, bases = (_of(rows, text, own.budget) for text in (own.policy, base))
-        both = mine.join(bases, on="trace_id", suffix="_base").sort("trace_id")
+        failed = bases.filter(pl.col("status") != "ok")
+        if not failed.is_empty():
+            raise UserError(f"{base} at {own.budget}, {failed['trace'][0]}: {failed['error'][0]}")
+        row = {"role": role, "policy": own.policy, "budget": own.budget, "searched": own.worth.metric}
+        row["n_traces"] = len(bases)
+        if (mine["status"] != "ok").any():
+            found.append(row | {"verdict": VERDICTS[3]})
+            continue
+        both = mine.join(bases, on="trace_id", suffix="_base", validate="1:1").sort("trace_id")
         differences = (both[metric] - both[f"{metric}_base"]).to_numpy()
         low, high = bootstrap(differences, rng, 2000)
-        verdict = VERDICTS[2] if low <= 0 <= high else VERDICTS[0 if better * low > 0 else 1]
+        # One trace has no spread.
+        is_apart = len(both) > 1 and not low <= 0 <= high
         held, base_held = (float(both[name].to_numpy().mean()) for name in ("bytes_mean", "bytes_mean_base"))
-        found.append(
-            {
-                "role": role,
-                "policy": own.policy,
-                "budget": own.budget,
-                "searched": own.worth.metric,
-                "held_out": float(both[metric].to_numpy().mean()),
-                "difference": float(differences.mean()),
-                "difference_low": low,
-                "difference_high": high,
-                "memory_to_base": held / base_held - 1,
-                "n_traces": len(both),
-                "verdict": "" if role == "base" else verdict,
-            }
-        )
+        row |= {
+            "held_out": float(both[metric].to_numpy().mean()),
+            "difference": float(differences.mean()),
+            "difference_low": low,
+            "difference_high": high,
+            "memory_to_base": held / base_held - 1,
+            "verdict": "" if role == "base" else VERDICTS[(0 if better * low > 0 else 1) if is_apart else 2],
+        }
+        found.append(row)
     return pl.DataFrame(found, schema=VERDICT_SCHEMA)
 
 
@@ -168,18 +179,20 @@ def write_winners(path: Path, verdicts: pl.DataFrame, metric: str, fixed: dict[s
         | {"metric": metric}
         | {name: row[name] for name in VERDICT_SCHEMA if name not in ("policy", "budget", "role")}
         for row in verdicts.iter_rows(named=True)
+        if row["verdict"] != VERDICTS[3]
     ]
-    text = "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
+    text = "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _of(rows: pl.DataFrame, policy: str, budget: str) -> pl.DataFrame:
-    own = (pl.col("asked_policy") == policy) & (pl.col("asked_budget") == budget)
-    return rows.filter(own & (pl.col("status") == "ok"))
+    return rows.filter((pl.col("asked_policy") == policy) & (pl.col("asked_budget") == budget))
 
 
 def _with(policy: str, fixed: dict[str, Any]) -> str:
-    written = ",".join(f"{name}={value}" for name, value in fixed.items())
+    name = split_name(policy)
+    # The text may name some of them, at the same value.
+    written = [f"{key}={value}" for key, value in fixed.items() if f"{key}=" not in policy[len(name) :]]
     if not written:
         return policy
-    return f"{policy}{',' if ':' in policy else ':'}{written}"
+    return f"{policy}{',' if len(name) < len(policy) else ':'}{','.join(written)}"

@@ -12,8 +12,15 @@ from pathlib import Path
 
 from simulator.blas import use_one_thread
 from simulator.search.study import Question, search
+from traces.errors import UserError
 
 _POLL_SECONDS = 0.5
+
+
+class WorkerError(UserError):
+    """A process that is gone."""
+
+    exit_code = 1
 
 
 def search_together(
@@ -63,7 +70,10 @@ def _take(end: Connection) -> None:
     try:
         error = end.recv()
     except EOFError:
-        raise RuntimeError("a search process died; its trials are kept") from None
+        raise WorkerError(
+            "a search process was killed, perhaps for want of memory; run the same command again, with fewer "
+            "--jobs: its trials are kept"
+        ) from None
     if error is not None:
         raise error
 

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 from simulator.cells import PreparedTrace, code_version
+from simulator.sampling import EVERYTHING
 from simulator.sweep.grid import SweepCell
 from simulator.sweep.tasks import Task
 from traces.check import check_trace
@@ -56,11 +57,12 @@ def replay_task(content: bytes) -> Done:
             raise UserError(f"the worker runs code {code_version()}; the sweep needs {task.code_version}")
         if task.trace.error is not None:
             raise task.trace.error
-        prepared = _prepare(task)
+        seeds = dict.fromkeys(_sampled_by(task, cell) for cell in task.cells)
+        prepared = {seed: _prepare(task, seed) for seed in seeds}
     except Exception as error:
         results = [_failed(task, cell, error) for cell in task.cells]
     else:
-        results = [_replayed(task, cell, prepared) for cell in task.cells]
+        results = [_replayed(task, cell, prepared[_sampled_by(task, cell)]) for cell in task.cells]
     rows = [
         row | {"cell": cell.key, "seed": cell.seed, "trace": task.trace.name}
         for cell, (row, _) in zip(task.cells, results, strict=True)
@@ -68,8 +70,13 @@ def replay_task(content: bytes) -> Done:
     return Done(rows, [code for _, code in results], time.perf_counter() - started)
 
 
-def _prepare(task: Task) -> PreparedTrace:
-    name = task.trace.source, task.trace.trace_id, task.check, task.sampling
+def _sampled_by(task: Task, cell: SweepCell) -> int:
+    """Give the seed of a cell's sample; all are the same where everything is measured."""
+    return 0 if task.sampling == EVERYTHING else cell.seed
+
+
+def _prepare(task: Task, seed: int) -> PreparedTrace:
+    name = task.trace.source, task.trace.trace_id, task.check, task.sampling, seed
     with _preparing:
         if name in _prepared:
             _prepared.move_to_end(name)
@@ -82,7 +89,7 @@ def _prepare(task: Task) -> PreparedTrace:
             check_trace(trace)
         while len(_prepared) >= _N_PREPARED:
             _prepared.popitem(last=False)
-        _prepared[name] = PreparedTrace(trace, sampling=task.sampling)
+        _prepared[name] = PreparedTrace(trace, sampling=task.sampling, seed=seed)
         return _prepared[name]
 
 
