@@ -324,6 +324,22 @@ class TestSearch:
         assert "a search process was killed" in err
         assert len(err.splitlines()) == 1
 
+    def test_a_start_that_two_processes_took_counts_once(self, asked, run_sim, tmp_path, monkeypatch):
+        plain = studying._climb
+
+        def overtaken(study, *arguments):
+            worths = plain(study, *arguments)
+            first = study.trials[0]
+            if first.state == TrialState.RUNNING:
+                other = optuna.trial.Trial(study, first._trial_id)
+                other.set_user_attr("worths", [vars(worth) for worth in worths])
+                study.tell(other, [0.0, 1.0])
+            return worths
+
+        monkeypatch.setattr(studying, "_climb", overtaken)
+        assert run_sim(*asked, "--trials", 6, "--jobs", 1)[0] == 0
+        assert count_trials(tmp_path / "out" / "study.db")["judged"] == 6
+
     def test_a_file_that_is_no_study_is_refused(self, asked, run_sim, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "study.db").write_text("something else " * 100)

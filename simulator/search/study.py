@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -139,20 +140,26 @@ def search(
     study = optuna.load_study(study_name=_NAME, storage=_storage(path), sampler=sampler)
     judge = question.judge()
     while time.time() < deadline and (n_trials is None or _n_begun(study) < n_trials):
-        trial = study.ask()
-        policy, budget = question.space.suggest(trial)
-        trial.set_user_attr("policy", policy)
-        trial.set_user_attr("budget", budget)
-        try:
-            worths = _climb(study, judge, partial(judge.worth, question.space.parse(policy), budget), budget)
-        except UserError as error:
-            # A budget may be infeasible, or parameters not go together.
-            trial.set_user_attr("error", str(error))
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            trial.set_user_attr("worths", [asdict(worth) for worth in worths])
-            study.tell(trial, [judge.sign * worths[-1].metric, worths[-1].memory])
+        # Two processes that begin at once may take the same start: the first to finish counts.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            _try(study, judge, question.space)
         on_trial()
+
+
+def _try(study: optuna.Study, judge: Judge, space: Space) -> None:
+    trial = study.ask()
+    policy, budget = space.suggest(trial)
+    trial.set_user_attr("policy", policy)
+    trial.set_user_attr("budget", budget)
+    try:
+        worths = _climb(study, judge, partial(judge.worth, space.parse(policy), budget), budget)
+    except UserError as error:
+        # A budget may be infeasible, or parameters not go together.
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    else:
+        trial.set_user_attr("worths", [asdict(worth) for worth in worths])
+        study.tell(trial, [judge.sign * worths[-1].metric, worths[-1].memory], skip_if_finished=True)
 
 
 def count_trials(path: Path) -> dict[str, int]:
