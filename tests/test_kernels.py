@@ -9,14 +9,16 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.kernels import (
+from simulator.duplicate_kernels import (
     LOST,
-    add_attention_mass,
     add_similarity,
     carry_duplicates,
-    close_up,
     find_duplicates,
     find_duplicates_again,
+)
+from simulator.kernels import (
+    add_attention_mass,
+    close_up,
     increases,
     keep_best,
     max_pool,

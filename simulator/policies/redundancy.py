@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from simulator.kernels import (
+from simulator.duplicate_kernels import (
     LOST,
     add_similarity,
     carry_duplicates,
     find_duplicates,
     find_duplicates_again,
-    increases,
 )
+from simulator.kernels import increases
 from simulator.scratch import scratch
 
 # Keys whose products with all others are held at once: few enough to stay in the cache.
