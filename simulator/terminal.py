@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from simulator.naming import budget_label
 from simulator.results import summarise
 from simulator.standings import METRICS
 
@@ -47,7 +48,9 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     shared = _shared_parameters(rows)
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(_budget_label(row), []).append(_cells(row, shared))
+        groups.setdefault(budget_label(row["budget_asked"], row["budget_unit"]), []).append(
+            _cells(row, shared)
+        )
     sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
     columns = [
         name
@@ -89,10 +92,12 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)
-    budgets = list(dict.fromkeys(_budget_label(row) for row in rows))
+    budgets = list(dict.fromkeys(budget_label(row["budget_asked"], row["budget_unit"]) for row in rows))
     by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_policy.setdefault((row["policy"], row["policy_params"]), {})[_budget_label(row)] = row
+        by_policy.setdefault((row["policy"], row["policy_params"]), {})[
+            budget_label(row["budget_asked"], row["budget_unit"])
+        ] = row
     sign = -1 if METRICS[metric] else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
     shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
@@ -126,10 +131,6 @@ def _standing(row: dict[str, Any]) -> str:
     if row["n_traces"] == 1:
         return f"{row['mean']:.4f}"
     return f"{'= ' if row['is_tied'] else ''}{row['mean']:.4f} ±{(row['high'] - row['low']) / 2:.4f}"
-
-
-def _budget_label(row: dict[str, Any]) -> str:
-    return f"{row['budget_asked']:g}" + ("" if row["budget_unit"] == "entries" else row["budget_unit"])
 
 
 def _layout(groups: dict[str, list[dict[str, str]]], columns: list[str]) -> Table:

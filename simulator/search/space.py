@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import ceil
@@ -14,6 +13,7 @@ from optuna.trial import BaseTrial, FixedTrial
 from simulator.budget import parse_budget
 from simulator.policies import LAYER_ALLOCATORS
 from simulator.policy import Policy, parse_policy
+from simulator.toml_file import read_toml
 from traces.errors import UserError
 
 ROLES = ("scorer", "layers", "heads")
@@ -197,12 +197,7 @@ def read_ranges(path: Path | None) -> dict[str, Range | Choices]:
     """
     if path is None:
         return {}
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--ranges {path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--ranges {path}: no valid TOML: {error}") from None
+    content = read_toml(path, f"--ranges {path}")
     return {name: _read_range(path, name, value) for name, value in content.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
@@ -13,6 +12,7 @@ from typing import Any
 from simulator.budget import Budget, parse_budget
 from simulator.policy import REPLAY_FIELDS, Policy, parse_policy, split_name
 from simulator.sampling import EVERYTHING, Sampling, parse_sampling
+from simulator.toml_file import read_toml
 from traces.errors import UserError
 
 _KEYS = ("out", "traces", "policies", "budgets", "seeds", "waves", "sampling", "parameters", "grid")
@@ -64,12 +64,7 @@ def read_spec(path: Path) -> Spec:
     UserError
         If it cannot be read, or a key or value is not allowed; the message names it.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no valid TOML: {error}") from None
+    content = read_toml(path, str(path))
     try:
         return _parse(content)
     except UserError as error:
