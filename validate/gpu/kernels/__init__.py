@@ -1,0 +1,1 @@
+"""Triton kernels of eviction; see ``validate.gpu`` for the arrays they take."""
