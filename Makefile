@@ -20,7 +20,7 @@ space := $(empty) $(empty)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results policies validate others grid search wave card notebooks lint format clean
+.PHONY: help demo test traces results policies validate others grid search wave card notebooks gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -85,6 +85,11 @@ card: traces ## measure everything on the reference model's card again: accuracy
 
 notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 minute)
 	$(BIN)/python notebooks/execute.py
+
+gpu: .venv/.full ## check and measure the kernels on a GPU, for validate/results (10 minutes)
+	$(BIN)/python -m pytest tests/test_gpu_*.py
+	mkdir -p validate/results
+	$(BIN)/sim validate bench --gpu --out validate/results
 
 lint: .venv/.full ## ruff, mypy, import rules
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from simulator.search_command import search
 from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
+from validate.bench_command import bench as device_bench
 from validate.record_command import record
 from validate.report_command import report
 from validate.validate_command import validate
@@ -36,7 +37,10 @@ app.command()(search)
 app.command()(results)
 app.command()(report)
 app.command()(bench)
-app.command()(validate)
+validate_app = typer.Typer(invoke_without_command=True)
+validate_app.callback()(validate)
+validate_app.command("bench")(device_bench)
+app.add_typer(validate_app, name="validate")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ LEVELS = ("live", "shadow", "forced")
 
 
 def validate(
+    context: typer.Context,
     level: Annotated[
         str, typer.Option(help="live: problems with answers. shadow, forced: the tokens of --trace.")
     ] = "live",
@@ -99,6 +100,8 @@ def validate(
 
     A live run decodes every problem with the full cache first; shares of a budget are shares of that run.
     """
+    if context.invoked_subcommand is not None:
+        return
     from simulator.output import choose_format, require_place
     from validate.level_cells import compare_with_traces
     from validate.validate_output import read_simulated, report_failed, tell

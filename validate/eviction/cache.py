@@ -45,8 +45,12 @@ class EvictingCacheLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the new tokens and hand them on to attention, which stores them."""
-        self._n_seen += key_states.shape[2]
+        self.count(key_states.shape[2])
         return key_states, value_states
+
+    def count(self, n_tokens: int) -> None:
+        """Count tokens that attention has stored or is about to."""
+        self._n_seen += n_tokens
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Give the length of a mask over the whole history, and its offset."""
@@ -125,6 +129,7 @@ class EvictingCache(Cache):
         layer_type: type[EvictingLayer] = EvictingLayer,
     ) -> None:
         shape, rope = model_shape(model.config, model.dtype), rope_parameters(model.config)
+        self.shape = shape
         super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(shape.n_layers)])
         self.policy, self._seeds, self._layer_type = policy, seeds, layer_type
         self._one_budget = isinstance(entries, Integral)
@@ -196,7 +201,7 @@ class EvictingCache(Cache):
             output = held.entries.step(query, key, value, self._new_tokens(length))
         else:
             self._require_rows(n_rows)
-            prompts = _prompt_lengths(mask, n_rows, length)
+            prompts = prompt_lengths(mask, n_rows, length)
             if layer == 0:
                 self._prompts, self._budgets = prompts, self._divide(prompts)
             budgets = np.broadcast_to(self._budgets[:, layer], n_rows)
@@ -282,7 +287,7 @@ class _Views(Sequence):
         return self._layers[layer].views(self._row)
 
 
-def _prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
+def prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
     """Count each row's tokens, which have to stand at the end."""
     if mask is None:
         return np.full(n_rows, length)

@@ -1,0 +1,123 @@
+"""The measurement of a device, here of a CPU with its twins: what it computes, tells and keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from traces.errors import NoDeviceError
+from validate.gpu.bench.check import check_kernels
+from validate.gpu.bench.decode import mean_over_text
+from validate.gpu.bench.kernels import Setting, kernel_cases
+from validate.gpu.bench.run import BenchPlan, aims, round_down, run_bench
+from validate.gpu.ops import torch_ops
+
+PLAN = BenchPlan(
+    entries=24, buffer=8, lengths=(64, 128), kernel_batches=(1, 3), most_batch=3, repeat=2, minutes=5
+)
+SETTING = Setting(2, 2, 2, 16, 24, 8, torch.float32, torch.device("cpu"), True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", n_kv_heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    kept = []
+    found = run_bench(model, "tiny", PLAN, keep=lambda so_far: kept.append(json.dumps(so_far)))
+    assert json.loads(kept[-1]) == json.loads(json.dumps(found))
+    return found
+
+
+def test_everything_is_measured_once(result):
+    assert not result["skipped"]
+    kernels = {(case["kernel"], case["batch"], case["ragged"]) for case in result["kernels"]}
+    assert len(kernels) == len(result["kernels"]) == 7 * 2 * 2
+    decoded = [(case["policy"], case["batch"], case["new_tokens"]) for case in result["decode"]]
+    assert sorted(set(decoded)) == sorted(
+        (policy, batch, length)
+        for policy in ("full cache", "snapkv", "rkv", "reasonalloc")
+        for batch, length in ((1, 128), (3, 64), (3, 128))
+    )
+    assert all(check["error"] <= check["allowed"] for check in result["checks"])
+
+
+def test_memory_and_entries_are_those_of_the_plan(result):
+    for case in result["decode"]:
+        assert case["bytes_measured"] == case["bytes_planned"]
+        if case["policy"] in ("snapkv", "rkv"):
+            # Two layers of two KV heads, each with its budget and a full buffer.
+            assert case["entries_measured"] == case["entries_planned"] == 2 * 2 * (24 + 8)
+        if case["policy"] != "full cache":
+            assert 0 < case["entries_measured"] <= case["entries_planned"]
+            assert case["tokens_per_second"] == pytest.approx(case["batch"] / case["step_seconds"])
+
+
+def test_aims_are_set_against_what_was_measured(result):
+    found = {aim["aim"]: aim for aim in result["aims"]}
+    assert found["bytes of cache over planned, reasonalloc, batch 3"]["holds"]
+    slow = json.loads(json.dumps(result))
+    for case in slow["decode"]:
+        if case["policy"] == "reasonalloc":
+            case["tokens_per_second"] = 1e-3
+    later = {aim["aim"]: aim for aim in aims(slow, PLAN)}
+    name = "tokens/s of reasonalloc over the full cache, 128 tokens, the largest batches"
+    assert not later[name]["holds"]
+    assert later[name]["asked"] == 5.0
+    assert not later["time of reasonalloc over rkv, batch 1"]["holds"]
+
+
+def test_nothing_begins_after_the_time(model):
+    found = run_bench(model, "tiny", replace(PLAN, minutes=1e-9))
+    assert not found["decode"]
+    assert {skipped["why"] for skipped in found["skipped"]} == {"1e-09 minutes were over"}
+    assert any("reasonalloc at batch 1" in skipped["what"] for skipped in found["skipped"])
+
+
+def test_a_text_takes_the_mean_of_its_steps():
+    # A step of 1 + 2 s, s the share written, lasts 2 on average.
+    assert mean_over_text([(1 / 8, 1.25), (1 / 2, 2.0), (1.0, 3.0)]) == pytest.approx(2.0)
+    # Where early steps are no shorter than later ones nothing negative is extrapolated.
+    assert mean_over_text([(1 / 2, 1.0), (1.0, 3.0)]) == pytest.approx(0.25 * 1 + 0.5 * 2)
+
+
+def test_batches_are_round_where_they_are_large():
+    assert [round_down(batch) for batch in (3, 8, 15, 401)] == [3, 8, 8, 400]
+
+
+@pytest.mark.parametrize(
+    ("broken", "written"),
+    [
+        ("attend", 5),
+        ("window_importance", 4),
+        ("redundancy", 3),
+        ("combine_scores", 4),
+        ("demand", 4),
+        ("select", 4),
+        ("compact", 1),
+    ],
+)
+def test_a_wrong_kernel_is_noticed_before_it_is_timed(broken, written):
+    right = torch_ops()
+
+    def wrong(*arrays, **settings):
+        getattr(right, broken)(*arrays, **settings)
+        arrays[written].view(-1)[3] += 1
+
+    with pytest.raises(NoDeviceError, match="is wrong on this device"):
+        list(check_kernels(right._replace(**{broken: wrong}), right, SETTING))
+    assert len(list(check_kernels(right, right, SETTING))) == 10
+
+
+def test_bytes_are_what_has_to_move_at_least():
+    cases = {case["kernel"]: case for case in kernel_cases(torch_ops(), SETTING, 1)}
+    held = 2 * ((6 + 8) + (42 + 8))
+    assert cases["attention"]["bytes"] == held * 2 * 16 * 4
+    assert cases["compaction"]["bytes"] == 2 * (6 + 42) * (4 * 16 * 4 + 8)
+    assert cases["redundancy"]["gflop"] == pytest.approx(2 * 2 * (14**2 + 50**2) * 16e-9)

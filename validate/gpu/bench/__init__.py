@@ -1,0 +1,1 @@
+"""Measure a GPU: kernels against its copy bandwidth, and decoding under a budget against the full cache."""

@@ -1,0 +1,80 @@
+"""What a device is, and how long work on it takes."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+import torch
+
+_COPIED_BYTES = 2**30
+
+
+def device_facts(device: torch.device) -> dict[str, object]:
+    """Name the device and the versions of what runs on it."""
+    found: dict[str, object] = {"device": "cpu", "memory_gb": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found = {
+            "device": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    for package in ("torch", "transformers", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"python": platform.python_version()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Lap:
+    """Times of one piece of work after another, on the device's own clock where it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._marks = device, []
+        self.mark()
+
+    def mark(self) -> None:
+        """End one piece and begin the next."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Wait for all of them, and give each one's time."""
+        synchronize(self._device)
+        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        if self._device.type == "cuda":
+            return [before.elapsed_time(after) * 1e-3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+def median_seconds(work: Callable[[int], object], device: torch.device, repeat: int) -> float:
+    """Give the median time of ``work(i)`` for i = 0, 1, ..., after one call for what has to be compiled."""
+    work(0)
+    lap = Lap(device)
+    for i in range(repeat):
+        work(i)
+        lap.mark()
+    return median(lap.seconds())
+
+
+def copy_bandwidth(device: torch.device, n_bytes: int = _COPIED_BYTES) -> float:
+    """Measure a large copy within the device's memory; bytes read and written per second."""
+    source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * n_bytes / median_seconds(lambda _: target.copy_(source), device, 11)
