@@ -225,10 +225,11 @@ def draw_starts(rng, lengths, stretch):
 
 
 def check_compaction(compact, rows, dtype=torch.float32):
-    offsets = np.cumsum([0] + [row.stretch for row in rows]) + 2
-    capacity = offsets[-1] + 3
-    starts = np.concatenate([row.starts + at for row, at in zip(rows, offsets, strict=False)])
-    new_starts = np.concatenate([row.new_starts + at for row, at in zip(rows, offsets, strict=False)])
+    # The first row stands last.
+    offsets = np.cumsum([2] + [row.stretch for row in rows[::-1]])
+    capacity, offsets = offsets[-1] + 3, offsets[-2::-1]
+    starts = np.concatenate([row.starts + at for row, at in zip(rows, offsets, strict=True)])
+    new_starts = np.concatenate([row.new_starts + at for row, at in zip(rows, offsets, strict=True)])
     slots = [own for row in rows for own in row.survivors]
     survivors = np.full(capacity, 10**6, np.int32)
     old_slots = np.arange(capacity)
@@ -287,6 +288,8 @@ def test_a_whole_segment_shifts_over_itself(compact, shift):
 def check_filling(fill, rng, lengths, kept, longest, dtype, with_survivors=True):
     source_keys, source_values, _, source_starts, _ = ragged_pool(rng, lengths, HEAD_DIM, dtype)
     keys, values, positions, starts, _ = ragged_pool(rng, kept, HEAD_DIM, dtype, room=2)
+    # No two slots hold the same before.
+    positions -= torch.arange(len(positions), dtype=torch.int32, device=DEVICE)
     # Where the survivors stand need not be where the source's entries do.
     survivor_starts = np.cumsum(lengths) - lengths
     survivors = np.full(sum(lengths) + 1, 10**6, np.int32)
