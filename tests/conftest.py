@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 
 from traces import write_trace
 from validate import cli
+
+with suppress(ImportError):
+    # Before any test imports triton: only then can it be told that there is no GPU.
+    import gpu_device  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,7 @@ def compact(
 ) -> None:
     """Compute ``kernels.compaction.compact``, through a copy of a part of the columns at a time."""
     slots = torch.arange(len(positions), device=positions.device)
-    # The last segment that begins at a slot or before it; of several that begin there all but one are empty.
+    # The last segment that begins at a slot or before it; if several begin there, the one that is not empty.
     order = (new_starts * 2 + (kept > 0)).argsort()
     found = torch.searchsorted(new_starts[order], slots, right=True) - 1
     segment = order[found.clamp(min=0)]

@@ -171,7 +171,7 @@ def _move(
         first = (tl.load(kept + head) + CHUNK - 1) // CHUNK * CHUNK - CHUNK
         while first >= 0:
             _move_chunk(slots, survivors, starts, kept, new_starts, head, first, True, WORDS, SLICE, CHUNK)
-            first -= 2 * CHUNK
+            first -= CHUNK
         head -= 1
     head = 0
     while head < N_KV_HEADS:
