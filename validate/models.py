@@ -20,6 +20,7 @@ from transformers import (
 
 from traces.errors import NoDeviceError, UserError
 from traces.shape import ModelShape
+from validate.random_shapes import PREFIX
 
 REFERENCE = "reference"
 REFERENCE_NAME = "kvbudget-reasoner-v2"
@@ -46,7 +47,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str
-        ``reference`` for the packaged reasoner, a folder with a saved model, or a hub id.
+        ``reference`` for the packaged reasoner, a folder with a saved model, a hub id, or ``random:SHAPE``
+        for random weights.
     dtype : str
         ``auto`` for the type the weights are stored in, ``float32``, ``float16`` or ``bfloat16``.
     device : str
@@ -61,6 +63,13 @@ def load_model(
     NoDeviceError
         When the device is not available or too small.
     """
+    if name_or_path.startswith(PREFIX):
+        # It builds on this module.
+        from validate.random_weights import random_model
+
+        if revision is not None:
+            raise UserError(f"revision is '{revision}'; allowed: none for random weights")
+        return random_model(name_or_path.removeprefix(PREFIX), dtype=dtype, device=device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}")
     target = resolve_device(device)
@@ -118,7 +127,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def find_folder(name_or_path: str) -> Path | None:
-    """Find the local folder that a name stands for; None for a name to look up on the hub.
+    """Find the local folder that a name stands for; None for one of the hub, or for random weights.
 
     Raises
     ------
@@ -129,6 +138,8 @@ def find_folder(name_or_path: str) -> Path | None:
         if not (REFERENCE_FOLDER / "config.json").is_file():
             raise UserError(f"model '{REFERENCE}' is not installed: {REFERENCE_FOLDER} holds no config.json")
         return REFERENCE_FOLDER
+    if name_or_path.startswith(PREFIX):
+        return None
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

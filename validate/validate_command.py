@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from traces.errors import Interrupted, UserError
+from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
     import polars as pl
@@ -40,8 +41,12 @@ def validate(
         typer.Option("--trace", "-t", help="shadow, forced: trace, folder or glob; repeats."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="'reference', a folder with a saved model, or a hub id.")
-    ] = "reference",
+        str | None,
+        typer.Option(help="'reference', a folder with a saved model, or a hub id.", show_default="reference"),
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="Instead: random weights of this shape, such as R1-Llama-8B.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, float16 or bfloat16.", show_default="float32 on a CPU")
@@ -105,6 +110,7 @@ def validate(
 
     if level not in LEVELS:
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
+    source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
         require_place(place, option)
@@ -117,7 +123,7 @@ def validate(
         if steps is not None and level != "forced":
             raise UserError(f"--steps goes with --level forced; found: {level}")
         compare_with_traces(
-            level, trace, model, revision, dtype, device, cells, wave, seed, chosen, output, steps
+            level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
         return
     if prompts is None or out is None:
@@ -129,12 +135,12 @@ def validate(
     if calibration is not None and simulated is None:
         raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
     settings = _matrix_settings(
-        prompts, model, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
+        prompts, source, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
         max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
     rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
-    tell(rows, out, replayed, calibration, report, chosen, output)
+    tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
     report_failed(list(failed.values()), "batches")
 
 
