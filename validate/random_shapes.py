@@ -115,6 +115,11 @@ def find_shape(name: str) -> RandomShape:
     return SHAPES[name]
 
 
+def random_revision(seed: int) -> str:
+    """Give what stands for the revision of weights drawn from a seed."""
+    return f"seed-{seed}"
+
+
 def asked_model(model: str | None, random_weights: str | None, default: str) -> str:
     """Settle the model of a run from ``--model`` and ``--random-weights``.
 

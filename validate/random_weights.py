@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from traces.errors import NoDeviceError, UserError
 from validate.models import DTYPES, LoadedModel, resolve_device
-from validate.random_shapes import PREFIX, SPECIAL_TOKENS, find_shape
+from validate.random_shapes import PREFIX, SPECIAL_TOKENS, find_shape, random_revision
 
 
 def random_model(
@@ -58,7 +58,7 @@ def random_model(
         with target:
             model = AutoModelForCausalLM.from_config(config, dtype=stored)
         _fill(model, config.initializer_range, torch.Generator(target).manual_seed(seed))
-    return LoadedModel(model.eval(), byte_tokenizer(), name, f"seed-{seed}")
+    return LoadedModel(model.eval(), byte_tokenizer(), name, random_revision(seed))
 
 
 @torch.no_grad()

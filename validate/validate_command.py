@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from traces.errors import Interrupted, UserError
+from traces.errors import UserError
 from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from simulator.budget import Budget
     from simulator.policy import Policy
-    from validate.live.matrix import Batch
 
 DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
@@ -106,6 +100,7 @@ def validate(
     """
     from simulator.output import choose_format, require_place
     from validate.level_cells import compare_with_traces
+    from validate.matrix_run import open_matrix, processes, run_matrix
     from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
@@ -139,7 +134,8 @@ def validate(
         max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
-    rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
+    n_processes = processes(jobs, settings.device)
+    rows, failed = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
     tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
     report_failed(list(failed.values()), "batches")
 
@@ -178,16 +174,6 @@ def _asked_cells(
             )
         cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
     return list(dict.fromkeys(cells))
-
-
-def _processes(jobs: int, device: str) -> int:
-    import os
-
-    if jobs < 0:
-        raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
-    if jobs or device != "cpu":
-        return jobs or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _matrix_settings(
@@ -250,58 +236,3 @@ def _matrix_settings(
             "seed": seed,
         },
     )
-
-
-def _run_matrix(
-    settings: Any,
-    prompts: Path,
-    limit: int | None,
-    out: Path,
-    cells: list[tuple[Policy, Budget]],
-    jobs: int,
-    quiet: bool,
-) -> tuple[pl.DataFrame, dict[str, UserError]]:
-    from validate.live.grading import require_grader
-    from validate.live.matrix import Matrix
-    from validate.prompts import read_prompts
-
-    problems = read_prompts(prompts, limit)
-    for problem in problems:
-        if problem.answer is None:
-            raise UserError(f"{prompts}, line {problem.line}: no answer; --level live grades answers")
-    require_grader(problem.family for problem in problems)
-    matrix = Matrix(out, settings, len(problems))
-    batches = matrix.batches(cells)
-    done = 0
-    try:
-        with _progress(len(batches), quiet) as advance:
-
-            def on_batch(batch: Batch, error: str | None) -> None:
-                nonlocal done
-                done += error is None
-                advance()
-
-            failed = matrix.run(batches, jobs, on_batch)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted with {done} of {len(batches)} batches done: the same command again goes on with "
-            "the others"
-        ) from None
-    rows = matrix.table(batches)
-    if rows.is_empty():
-        raise next(iter(failed.values()))
-    return rows, failed
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    if quiet or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("batches", total=total)
-        yield lambda: progress.advance(task)
