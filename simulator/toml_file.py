@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,21 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{what}: no valid TOML: {error}") from None
+
+
+def require_known(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a key that means nothing.
+
+    Raises
+    ------
+    UserError
+    """
+    for key in table:
+        if key not in known:
+            raise UserError(f"{what} '{key}' is unknown; allowed: {', '.join(known)}")
+
+
+def shown(value: Any) -> str:
+    """Write a value as a message has it: short."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import Executor, Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,3 +103,18 @@ def write_seen(path, layers, row, prompt_tokens, n_steps):
         arrays.append((queries, keys))
     queries, keys = zip(*arrays, strict=True)
     return write_trace(path, queries, keys, prompt_tokens=prompt_tokens, dtype="float32", model=NAME)
+
+
+class InThisProcess(Executor):
+    """Takes the place of a process, whose start takes longer than all that it does here."""
+
+    def __init__(self, n_workers, context, initializer, initargs):
+        initializer(*initargs)
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future

@@ -1,10 +1,13 @@
 """Choosing the next token, against a slow twin."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
 from traces.errors import UserError
-from validate.sampling import Sampling
+from validate import sampling as sampling_module
+from validate.sampling import Sampling, choose_tokens
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 3.0, 0.5, 2.0])
 
@@ -74,3 +77,87 @@ def test_settings_out_of_range_are_refused(settings):
 def test_only_settings_with_an_effect_are_stated():
     assert Sampling(temperature=2.0).as_fields() == {"do_sample": False}
     assert Sampling(True, 2.0, 0.5).as_fields() == {"do_sample": True, "temperature": 2.0, "top_p": 0.5}
+
+
+# Whole batches --------------------------------------------------------------------------------------------
+
+MIXED = [
+    Sampling(True, 0.6, 0.95, seed=1),
+    Sampling(),
+    Sampling(True, 1.7, 1.0, seed=2),
+    Sampling(True, 1.0, 0.3, seed=3),
+    Sampling(True, 3.0, 0.999, seed=4),
+]
+
+
+def many_logits(n_rows=5, n_tokens=700, seed=0, dtype=torch.float32):
+    """Give logits of which many are equal, so that their order matters."""
+    logits = torch.randn(n_rows, n_tokens, generator=torch.Generator().manual_seed(seed)) * 2
+    return (logits * 4).round().div(4).to(dtype)
+
+
+def naive_choice(logits, sampling, generator):
+    """Walk down the likeliest tokens, one by one, with exact fractions."""
+    if not sampling.do_sample:
+        return logits.tolist().index(max(logits.tolist()))
+    uniform = Fraction(float(torch.rand((), dtype=torch.float64, generator=generator)))
+    shares = torch.softmax(logits.float() / sampling.temperature, -1).tolist()
+    order = sorted(range(len(shares)), key=lambda token: (-shares[token], token))
+    nucleus, total = [], Fraction(0)
+    for token in order:
+        if sampling.top_p < 1 and total >= Fraction(sampling.top_p):
+            break
+        nucleus.append(token)
+        total += Fraction(shares[token])
+    reached = Fraction(0)
+    for token in nucleus:
+        reached += Fraction(shares[token])
+        if reached > uniform * total:
+            return token
+    raise AssertionError("the last token of a nucleus reaches its total")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_draws_what_a_walk_down_its_rows_draws(dtype):
+    generators, twins = ([own.generator() for own in MIXED] for _ in range(2))
+    drawn = set()
+    for step in range(60):
+        logits = many_logits(seed=step, dtype=dtype)
+        found = choose_tokens(logits, MIXED, generators)
+        assert found == [naive_choice(*row) for row in zip(logits, MIXED, twins, strict=True)]
+        drawn |= set(found)
+    assert len(drawn) > 100
+
+
+@pytest.mark.parametrize("most_at_once", [1, 700, 1400, 10**6])
+def test_a_row_draws_the_same_alone_and_however_a_batch_is_cut(monkeypatch, most_at_once):
+    monkeypatch.setattr(sampling_module, "_MOST_AT_ONCE", most_at_once)
+    together, alone = ([own.generator() for own in MIXED] for _ in range(2))
+    for step in range(20):
+        logits = many_logits(seed=step)
+        expected = [own.choose(*row) for own, *row in zip(MIXED, logits, alone, strict=True)]
+        assert choose_tokens(logits, MIXED, together) == expected
+
+
+def test_a_greedy_row_draws_nothing():
+    generator = Sampling().generator()
+    before = generator.get_state()
+    sampled = Sampling(True).generator()
+    choose_tokens(many_logits(2), [Sampling(), Sampling(True)], [generator, sampled])
+    assert torch.equal(generator.get_state(), before)
+    assert not torch.equal(sampled.get_state(), before)
+
+
+def test_the_last_token_of_a_nucleus_is_the_last_that_is_drawn(monkeypatch):
+    monkeypatch.setattr(sampling_module, "_uniform", lambda generator: 1 - 2**-53)
+    logits = torch.tensor([[1.0, 3.0, -torch.inf, 3.0, 0.5, 2.0]])
+    for top_p, last in ((1e-300, 1), (0.3, 1), (0.5, 3), (0.9, 5), (1.0, 4)):
+        assert choose_tokens(logits, [Sampling(True, 1.0, top_p)], [torch.Generator()]) == [last]
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    logits = many_logits(2)
+    logits[1, 3] = torch.nan
+    samplings = [Sampling(True), Sampling(True)]
+    with pytest.raises(UserError, match="a value that is no number"):
+        choose_tokens(logits, samplings, [own.generator() for own in samplings])

@@ -6,14 +6,13 @@ import json
 import re
 import signal
 import sys
-from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from functools import partial
 
 import polars as pl
 import pytest
 import torch
-from spies import NAME
+from spies import NAME, InThisProcess
 from tiny_models import tiny_model
 
 import validate.live
@@ -62,21 +61,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trace(folder):
     return open_trace(sorted(folder.glob("*.kvtrace"))[0])
-
-
-class InThisProcess(Executor):
-    """Takes the place of a process, whose start takes longer than all that it does here."""
-
-    def __init__(self, n_workers, context, initializer, initargs):
-        initializer(*initargs)
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from transformers import (
 
 from traces.errors import NoDeviceError, UserError
 from traces.shape import ModelShape
+from validate.random_shapes import PREFIX, find_shape, random_revision
 
 REFERENCE = "reference"
 REFERENCE_NAME = "kvbudget-reasoner-v2"
@@ -46,7 +47,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str
-        ``reference`` for the packaged reasoner, a folder with a saved model, or a hub id.
+        ``reference`` for the packaged reasoner, a folder with a saved model, a hub id, or ``random:SHAPE``
+        for random weights.
     dtype : str
         ``auto`` for the type the weights are stored in, ``float32``, ``float16`` or ``bfloat16``.
     device : str
@@ -61,6 +63,13 @@ def load_model(
     NoDeviceError
         When the device is not available or too small.
     """
+    if name_or_path.startswith(PREFIX):
+        # It builds on this module.
+        from validate.random_weights import random_model
+
+        if revision is not None:
+            raise UserError(f"revision is '{revision}'; allowed: none for random weights")
+        return random_model(name_or_path.removeprefix(PREFIX), dtype=dtype, device=device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype is '{dtype}'; allowed: auto, {', '.join(DTYPES)}")
     target = resolve_device(device)
@@ -74,16 +83,54 @@ def load_model(
             source, config=config, dtype=DTYPES.get(dtype, "auto"), **options
         )
     except Exception as error:
-        # Names not found, no network, gated and unknown models, files that are damaged: the library
-        # has a type of its own for each.
-        reason = " ".join(str(error).split())
-        raise UserError(f"model '{name_or_path}' cannot be loaded: {reason[:300]}") from error
+        raise _cannot_be_loaded(name_or_path, error) from error
     dtype_name(model.dtype)
     model = _place(model, target, name_or_path)
+    return LoadedModel(model, tokenizer, *_identity(name_or_path, folder, config))
+
+
+class KnownModel(NamedTuple):
+    """What is known of a model before its weights are loaded."""
+
+    config: PreTrainedConfig
+    name: str
+    revision: str
+
+
+def know_model(name_or_path: str, revision: str | None = None) -> KnownModel:
+    """Read a model's configuration, and the name and revision that `load_model` will give it.
+
+    Raises
+    ------
+    UserError
+        When there is no such model.
+    """
+    if name_or_path.startswith(PREFIX):
+        shape = find_shape(name_or_path.removeprefix(PREFIX))
+        config = AutoConfig.for_model(shape.kind, **shape.settings, dtype=DTYPES[shape.dtype])
+        return KnownModel(config, name_or_path, random_revision(0))
+    folder = find_folder(name_or_path)
+    source = name_or_path if folder is None else str(folder)
+    try:
+        config = AutoConfig.from_pretrained(source, **({} if revision is None else {"revision": revision}))
+    except Exception as error:
+        raise _cannot_be_loaded(name_or_path, error) from error
+    return KnownModel(config, *_identity(name_or_path, folder, config))
+
+
+def _identity(name_or_path: str, folder: Path | None, config: PreTrainedConfig) -> tuple[str, str]:
+    """Give name and revision, as traces and waves state them."""
     if folder is None:
-        return LoadedModel(model, tokenizer, name_or_path, getattr(config, "_commit_hash", None) or "")
+        return name_or_path, getattr(config, "_commit_hash", None) or ""
     name = REFERENCE_NAME if name_or_path == REFERENCE else folder.resolve().name
-    return LoadedModel(model, tokenizer, name, weights_digest(folder))
+    return name, weights_digest(folder)
+
+
+def _cannot_be_loaded(name_or_path: str, error: Exception) -> UserError:
+    # Names not found, no network, gated and unknown models, files that are damaged: the library has a type
+    # of its own for each.
+    reason = " ".join(str(error).split())
+    return UserError(f"model '{name_or_path}' cannot be loaded: {reason[:300]}")
 
 
 def _place(model: PreTrainedModel, target: torch.device, name_or_path: str) -> PreTrainedModel:
@@ -118,7 +165,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def find_folder(name_or_path: str) -> Path | None:
-    """Find the local folder that a name stands for; None for a name to look up on the hub.
+    """Find the local folder that a name stands for; None for one of the hub, or for random weights.
 
     Raises
     ------
@@ -129,6 +176,8 @@ def find_folder(name_or_path: str) -> Path | None:
         if not (REFERENCE_FOLDER / "config.json").is_file():
             raise UserError(f"model '{REFERENCE}' is not installed: {REFERENCE_FOLDER} holds no config.json")
         return REFERENCE_FOLDER
+    if name_or_path.startswith(PREFIX):
+        return None
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

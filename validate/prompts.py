@@ -65,14 +65,26 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     UserError
         Naming file, line and what is wrong; also for two rows that would share a file name.
     """
-    path = Path(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
+    return parse_prompts(content, str(path), limit)
+
+
+def parse_prompts(content: bytes, path: str, limit: int | None = None) -> list[Prompt]:
+    """Read prompts from what a file holds; ``path`` is what messages call it.
+
+    Raises
+    ------
+    UserError
+        As `read_prompts`.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; allowed: 1 or more")
     try:
         # Not splitlines: JSON strings may hold the other characters that it takes for line ends.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"prompts file {path} is not UTF-8 text: {error}") from error
     prompts: list[Prompt] = []
@@ -184,3 +196,16 @@ def require_completions(prompts: list[Prompt], path: str | Path) -> None:
     for prompt in prompts:
         if prompt.completion is None:
             raise UserError(f"{path}, line {prompt.line}: no completion; --rescore needs one in each")
+
+
+def require_answers(prompts: list[Prompt], path: str | Path) -> None:
+    """Refuse prompts without an answer to grade by.
+
+    Raises
+    ------
+    UserError
+        Naming the first such line.
+    """
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise UserError(f"{path}, line {prompt.line}: no answer; --level live grades answers")

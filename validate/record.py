@@ -172,7 +172,7 @@ class _FullCacheRun:
         self._settings = {"use_cache": True} | ({"logits_to_keep": 1} if keeps else {})
 
     def read(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Feed tokens to the model and return the logits after the last, float32 on the CPU."""
+        """Feed tokens to the model and return the logits after the last, on its device."""
         if len(token_ids) < 1:
             raise UserError("the prompt has 0 tokens; allowed: 1 or more")
         n_known = self.model.get_input_embeddings().num_embeddings
@@ -186,7 +186,8 @@ class _FullCacheRun:
             self.token_ids += ids
             if self.on_tokens is not None:
                 self.on_tokens(len(self.token_ids))
-        return output.logits[0, -1].float().cpu()
+        # A copy, since a view would keep those of a whole pass alive.
+        return output.logits[0, -1].clone()
 
     def finish(
         self,

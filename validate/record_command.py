@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from traces.errors import Interrupted, UserError
+from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +28,12 @@ def record(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the traces, one ID.kvtrace per row.")],
     model: Annotated[
-        str, typer.Option(help="'reference', a folder with a saved model, or a hub id.")
-    ] = "reference",
+        str | None,
+        typer.Option(help="'reference', a folder with a saved model, or a hub id.", show_default="reference"),
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="Instead: random weights of this shape, such as R1-Llama-8B.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Take each row's completion instead of decoding.")
@@ -59,6 +64,7 @@ def record(
     Started again, it goes on with the rows that have no trace yet.
     """
     do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
+    name = asked_model(model, random_weights, "reference")
     results: list[Row] = []
     try:
         # torch and transformers take seconds to import; only here are they needed.
@@ -85,7 +91,7 @@ def record(
         if rescore:
             require_completions(rows, prompts)
         _set_library_messages(quiet)
-        loaded = load_model(model, dtype, device, revision)
+        loaded = load_model(name, dtype, device, revision)
         # A model that cannot be recorded is refused once, not once per row.
         observed_shape(loaded.model)
         _make_folder(out)
@@ -94,7 +100,7 @@ def record(
         raise Interrupted(
             f"interrupted with {len(results)} rows done: the same command again goes on with the others"
         ) from None
-    typer.echo("\n".join(table_lines(results)))
+    typer.echo("\n".join([*table_lines(results), *filter(None, [meaningless(name)])]))
     if any(row.status == "failed" for row in results):
         raise typer.Exit(1)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from traces.errors import UserError
+
+# Probabilities are counted in steps of this: sums of whole numbers are exact in any order, so neither a
+# device's way of adding nor the other rows of a batch can move a draw.
+_UNIT = 2**52
+# Logits of rows that are sorted together: a sort takes some 40 bytes for each.
+_MOST_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +56,89 @@ class Sampling:
         return torch.Generator().manual_seed(self.seed)
 
     def choose(self, logits: torch.Tensor, generator: torch.Generator) -> int:
-        """Choose the next token id.
+        """Choose the next token id of one text: `choose_tokens` on a batch of one.
 
         Parameters
         ----------
-        logits : Tensor, shape (n_token_ids,), float32, on the CPU
+        logits : Tensor, shape (n_token_ids,)
         generator : torch.Generator
             Advanced by one draw when sampling.
         """
-        if not self.do_sample:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits / self.temperature, dim=-1)
-        if self.top_p < 1:
-            # A stable sort, so that equally likely tokens enter the nucleus in order of their id.
-            ordered, ids = probabilities.sort(descending=True, stable=True)
-            before = ordered.cumsum(-1) - ordered
-            probabilities = probabilities.index_fill(0, ids[before >= self.top_p], 0.0)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        return choose_tokens(logits[None], [self], [generator])[0]
 
     def as_fields(self) -> dict[str, object]:
         """Give the settings that had an effect, for a trace's manifest."""
         if not self.do_sample:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+def choose_tokens(
+    logits: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Choose the next token id of every row, on the device of the logits.
+
+    A row is drawn from by inverting its running sum, likeliest token first, at one uniform number of its own
+    generator. What it gets does not depend on the other rows.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (n_rows, n_token_ids)
+        Of any floating type, on any device; computed with in float32. Only the ids leave the device.
+    samplings : sequence of Sampling, one per row
+    generators : sequence of torch.Generator, one per row
+        On the CPU; those of rows that sample are advanced by one draw.
+
+    Raises
+    ------
+    UserError
+        If a row to be drawn from holds a logit that is no number.
+    """
+    n_rows = max(1, _MOST_AT_ONCE // logits.shape[1])
+    parts = [
+        _chosen(logits[rows], samplings[rows], generators[rows])
+        for rows in (slice(start, start + n_rows) for start in range(0, len(logits), n_rows))
+    ]
+    tokens = torch.cat(parts).tolist()
+    if min(tokens) < 0:
+        raise UserError("the model's logits hold a value that is no number; allowed: another --dtype perhaps")
+    return tokens
+
+
+def _chosen(
+    logits: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Choose for rows that fit together; int64 (n_rows,), -1 where nothing can be drawn."""
+    draws = [own.do_sample for own in samplings]
+    if not any(draws):
+        return logits.argmax(-1)
+    settings = [
+        (own.temperature, _nucleus(own), _uniform(generator) if own.do_sample else 0.0)
+        for own, generator in zip(samplings, generators, strict=True)
+    ]
+    temperature, nucleus, uniform = (
+        torch.tensor(settings, dtype=torch.float64).to(logits.device).split(1, dim=1)
+    )
+    probabilities = torch.softmax(logits.float() / temperature.float(), dim=-1)
+    # A stable sort, so that equally likely tokens enter the nucleus in order of their id.
+    ordered, ids = probabilities.sort(descending=True, stable=True)
+    shares = (ordered.double() * _UNIT).long()
+    running = shares.cumsum(-1)
+    is_inside = (running - shares) < nucleus
+    total = running.masked_fill(~is_inside, 0).amax(-1, keepdim=True)
+    # Rounding up to the total itself would pass the last token that can be drawn.
+    target = torch.minimum((uniform * total).long(), total - 1)
+    found = torch.searchsorted(running, target, right=True).clamp(max=logits.shape[1] - 1)
+    drawn = ids.gather(-1, found).masked_fill(probabilities[:, :1].isnan(), -1)[:, 0]
+    if all(draws):
+        return drawn
+    return torch.where(torch.tensor(draws).to(drawn.device), drawn, logits.argmax(-1))
+
+
+def _nucleus(sampling: Sampling) -> float:
+    """Give the sum, in units, that a token must not find reached before it; without a nucleus none is."""
+    return math.ceil(sampling.top_p * _UNIT) if sampling.top_p < 1 else math.inf
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), dtype=torch.float64, generator=generator))

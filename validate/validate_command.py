@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from traces.errors import Interrupted, UserError
+from traces.errors import UserError
+from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from simulator.budget import Budget
     from simulator.policy import Policy
-    from validate.live.matrix import Batch
 
 DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
@@ -41,8 +36,12 @@ def validate(
         typer.Option("--trace", "-t", help="shadow, forced: trace, folder or glob; repeats."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="'reference', a folder with a saved model, or a hub id.")
-    ] = "reference",
+        str | None,
+        typer.Option(help="'reference', a folder with a saved model, or a hub id.", show_default="reference"),
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="Instead: random weights of this shape, such as R1-Llama-8B.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, float16 or bfloat16.", show_default="float32 on a CPU")
@@ -104,10 +103,12 @@ def validate(
         return
     from simulator.output import choose_format, require_place
     from validate.level_cells import compare_with_traces
+    from validate.matrix_run import open_matrix, processes, run_matrix
     from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
+    source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
         require_place(place, option)
@@ -120,7 +121,7 @@ def validate(
         if steps is not None and level != "forced":
             raise UserError(f"--steps goes with --level forced; found: {level}")
         compare_with_traces(
-            level, trace, model, revision, dtype, device, cells, wave, seed, chosen, output, steps
+            level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
         return
     if prompts is None or out is None:
@@ -132,12 +133,13 @@ def validate(
     if calibration is not None and simulated is None:
         raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
     settings = _matrix_settings(
-        prompts, model, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
+        prompts, source, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
         max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
-    rows, failed = _run_matrix(settings, prompts, limit, out, cells, _processes(jobs, settings.device), quiet)
-    tell(rows, out, replayed, calibration, report, chosen, output)
+    n_processes = processes(jobs, settings.device)
+    rows, failed = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
+    tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
     report_failed(list(failed.values()), "batches")
 
 
@@ -175,16 +177,6 @@ def _asked_cells(
             )
         cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
     return list(dict.fromkeys(cells))
-
-
-def _processes(jobs: int, device: str) -> int:
-    import os
-
-    if jobs < 0:
-        raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
-    if jobs or device != "cpu":
-        return jobs or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _matrix_settings(
@@ -247,58 +239,3 @@ def _matrix_settings(
             "seed": seed,
         },
     )
-
-
-def _run_matrix(
-    settings: Any,
-    prompts: Path,
-    limit: int | None,
-    out: Path,
-    cells: list[tuple[Policy, Budget]],
-    jobs: int,
-    quiet: bool,
-) -> tuple[pl.DataFrame, dict[str, UserError]]:
-    from validate.live.grading import require_grader
-    from validate.live.matrix import Matrix
-    from validate.prompts import read_prompts
-
-    problems = read_prompts(prompts, limit)
-    for problem in problems:
-        if problem.answer is None:
-            raise UserError(f"{prompts}, line {problem.line}: no answer; --level live grades answers")
-    require_grader(problem.family for problem in problems)
-    matrix = Matrix(out, settings, len(problems))
-    batches = matrix.batches(cells)
-    done = 0
-    try:
-        with _progress(len(batches), quiet) as advance:
-
-            def on_batch(batch: Batch, error: str | None) -> None:
-                nonlocal done
-                done += error is None
-                advance()
-
-            failed = matrix.run(batches, jobs, on_batch)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted with {done} of {len(batches)} batches done: the same command again goes on with "
-            "the others"
-        ) from None
-    rows = matrix.table(batches)
-    if rows.is_empty():
-        raise next(iter(failed.values()))
-    return rows, failed
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    if quiet or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("batches", total=total)
-        yield lambda: progress.advance(task)

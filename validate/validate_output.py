@@ -51,8 +51,12 @@ def tell(
     report: Path | None,
     chosen: str,
     output: Path | None,
+    note: str = "",
 ) -> None:
-    """Print accuracy and fidelity; write tables into the folder, the calibration and the report."""
+    """Print accuracy and fidelity; write tables into the folder, the calibration and the report.
+
+    A ``note`` stands under the table and in the report; next to rows it goes to standard error.
+    """
     from simulator.calibration import write_calibrations
     from simulator.naming import told_apart
     from simulator.output import write_rows
@@ -64,9 +68,11 @@ def tell(
     accuracy = accuracy_table(labelled)
     write_rows(accuracy, out / "accuracy.csv", "csv")
     if chosen == "table":
-        print_accuracy(accuracy, output)
+        print_accuracy(accuracy, output, note)
     else:
         write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
+    if note and (chosen != "table" or output is not None):
+        print(f"sim: {note}", file=sys.stderr)
     cells = fidelity = None
     if replayed is not None:
         models = sorted(set(replayed["model"]))
@@ -84,7 +90,7 @@ def tell(
     if report is not None:
         from validate.live.report import write_report
 
-        for name, svg in write_report(report, labelled, accuracy, cells, fidelity).items():
+        for name, svg in write_report(report, labelled, accuracy, cells, fidelity, note).items():
             write_text(svg, out / f"{name}.svg")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from simulator.budget import Budget, parse_budget
 from simulator.policy import REPLAY_FIELDS, Policy, parse_policy, split_name
 from simulator.sampling import EVERYTHING, Sampling, parse_sampling
-from simulator.toml_file import read_toml
+from simulator.toml_file import read_toml, require_known, shown
 from traces.errors import UserError
 
 _KEYS = ("out", "traces", "policies", "budgets", "seeds", "waves", "sampling", "parameters", "grid")
@@ -72,17 +72,17 @@ def read_spec(path: Path) -> Spec:
 
 
 def _parse(content: dict[str, Any]) -> Spec:
-    _require_known(content, _KEYS, "key")
+    require_known(content, _KEYS, "key")
     out = content.get("out")
     if out is not None and (not isinstance(out, str) or not out):
-        raise UserError(f"out is {_show(out)}; allowed: the name of a folder")
+        raise UserError(f"out is {shown(out)}; allowed: the name of a folder")
     traces = _strings(content, "traces")
     if not traces:
         raise UserError("traces is empty; allowed: a list of traces, folders, globs or URLs")
     seeds = _listed(content.get("seeds", [0]), "seeds")
     for seed in seeds:
         if type(seed) is not int or seed < 0:
-            raise UserError(f"seeds has {_show(seed)}; allowed: whole numbers, 0 or more")
+            raise UserError(f"seeds has {shown(seed)}; allowed: whole numbers, 0 or more")
     settings = [
         Setting(policy, budget, seed)
         for policy, budgets in _policies(content)
@@ -100,18 +100,18 @@ def _parse(content: dict[str, Any]) -> Spec:
 
 def _sampling(table: Any) -> Sampling:
     if not isinstance(table, dict):
-        raise UserError(f"sampling is {_show(table)}; allowed: a table such as {{ queries = '1/8' }}")
-    _require_known(table, _SAMPLING_KEYS, "sampling key")
+        raise UserError(f"sampling is {shown(table)}; allowed: a table such as {{ queries = '1/8' }}")
+    require_known(table, _SAMPLING_KEYS, "sampling key")
     counts = {name: table.get(name) for name in _SAMPLING_KEYS[1:]}
     for name, value in counts.items():
         if value is not None and type(value) is not int:
-            raise UserError(f"sampling {name} is {_show(value)}; allowed: a whole number")
+            raise UserError(f"sampling {name} is {shown(value)}; allowed: a whole number")
     queries = table.get("queries")
     try:
         return parse_sampling(None if queries is None else str(queries), counts["layers"], counts["kv_heads"])
     except UserError:
         raise UserError(
-            f"sampling queries is {_show(queries)}; allowed: a share above 0, up to 1, such as '1/8'"
+            f"sampling queries is {shown(queries)}; allowed: a share above 0, up to 1, such as '1/8'"
         ) from None
 
 
@@ -121,15 +121,15 @@ def _policies(content: dict[str, Any]) -> Iterator[tuple[Policy, list[Budget]]]:
     texts = _strings(content, "policies")
     grids = content.get("grid", [])
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
-        raise UserError(f"grid is {_show(grids)}; allowed: tables [[grid]]")
+        raise UserError(f"grid is {shown(grids)}; allowed: tables [[grid]]")
     if not texts and not grids:
         raise UserError("policies is empty; allowed: a list of policies, or tables [[grid]]")
     asked = [(text, _budgets(content, "budgets")) for text in texts]
     for grid in grids:
-        _require_known(grid, _GRID_KEYS, "grid key")
+        require_known(grid, _GRID_KEYS, "grid key")
         text = grid.get("policy")
         if not isinstance(text, str):
-            raise UserError(f"grid policy is {_show(text)}; allowed: one policy")
+            raise UserError(f"grid policy is {shown(text)}; allowed: one policy")
         own = _parameters(grid.get("parameters", {}), f"grid '{text}': parameters")
         _require_size(prod(map(len, own.values())))
         budgets = _budgets(grid if "budgets" in grid else content, "budgets")
@@ -164,7 +164,7 @@ def _with_parameters(text: str, chosen: Mapping[str, Any]) -> str:
 
 def _written(name: str, value: Any) -> str:
     if isinstance(value, str) and "," in value:
-        raise UserError(f"parameter {name} is {_show(value)}; allowed: text without a comma")
+        raise UserError(f"parameter {name} is {shown(value)}; allowed: text without a comma")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -175,12 +175,12 @@ def _choices(parameters: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 def _parameters(table: Any, where: str) -> dict[str, list[Any]]:
     if not isinstance(table, dict):
-        raise UserError(f"{where} is {_show(table)}; allowed: a table of names and values")
+        raise UserError(f"{where} is {shown(table)}; allowed: a table of names and values")
     found = {name: _listed(value, f"{where} {name}") for name, value in table.items()}
     for name, values in found.items():
         for value in values:
             if not isinstance(value, bool | int | float | str):
-                raise UserError(f"{where} {name} has {_show(value)}; allowed: numbers, text, true or false")
+                raise UserError(f"{where} {name} has {shown(value)}; allowed: numbers, text, true or false")
     return found
 
 
@@ -194,7 +194,7 @@ def _strings(content: Mapping[str, Any], key: str) -> list[str]:
     found = content.get(key, [])
     values = [found] if isinstance(found, str) else found
     if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-        raise UserError(f"{key} is {_show(found)}; allowed: a list of text")
+        raise UserError(f"{key} is {shown(found)}; allowed: a list of text")
     return values
 
 
@@ -205,17 +205,6 @@ def _listed(value: Any, where: str) -> list[Any]:
     return values
 
 
-def _require_known(table: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
-    for key in table:
-        if key not in known:
-            raise UserError(f"{what} '{key}' is unknown; allowed: {', '.join(known)}")
-
-
 def _require_size(n_settings: int) -> None:
     if n_settings > _MOST_SETTINGS:
         raise UserError(f"asks for {n_settings} policies; allowed: at most {_MOST_SETTINGS}")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

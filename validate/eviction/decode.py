@@ -15,7 +15,7 @@ from simulator.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.models import model_shape
-from validate.sampling import Sampling
+from validate.sampling import Sampling, choose_tokens
 
 # Sequences that have ended are dropped once they are this share of the batch.
 _DROP_AT = 0.1
@@ -125,9 +125,14 @@ def decode(
         run = _Run(model, cache, prompts)
         running = list(range(n))
         while True:
-            for row, logits in zip(running, run.logits, strict=True):
+            tokens = choose_tokens(
+                run.logits,
+                [rows[row].sampling for row in running],
+                [rows[row].generator for row in running],
+            )
+            for row, token in zip(running, tokens, strict=True):
                 if rows[row].is_running:
-                    rows[row].take(rows[row].sampling.choose(logits, rows[row].generator), stops)
+                    rows[row].take(token, stops)
             on_step(cache)
             alive = [at for at, row in enumerate(running) if rows[row].is_running]
             if not alive:
@@ -183,4 +188,5 @@ class _Run:
         device = self._model.device
         given = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
         output = self._model(**given, **mask, **self._settings)
-        self.logits = output.logits[:, -1].float().cpu()
+        # On their device; a copy, since a view would keep those of whole prompts alive.
+        self.logits = output.logits[:, -1].clone()

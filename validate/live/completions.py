@@ -57,9 +57,9 @@ class LiveSettings:
     ----------
     max_new_tokens : int
         Of the full-cache run.
-    stretch : float
+    stretch : float or None
         Under eviction a text may be so many times as long as its full-cache run: a derailed one may go on
-        for ever.
+        for ever. None gives it ``max_new_tokens``, as the full cache has.
     samples : int
         Texts per problem; more than one need a temperature.
     sampling : Sampling
@@ -69,7 +69,7 @@ class LiveSettings:
     """
 
     max_new_tokens: int = 1024
-    stretch: float = 1.1
+    stretch: float | None = 1.1
     samples: int = 1
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     use_chat_template: bool = True
@@ -118,7 +118,7 @@ def complete(
         # The token that ends a text is part of its history, as in a trace.
         totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(encoded, known, strict=True)]
         entries = [budget.entries(shape, total) for total in totals]
-        limits = [max(1, int((len(b.token_ids) + b.ended) * settings.stretch)) for b in known]
+        limits = [_limit(own, settings) for own in known]
     number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
     streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
     sampling = settings.sampling
@@ -168,6 +168,12 @@ def complete(
             }
         )
     return pl.DataFrame(rows, schema=ROW_SCHEMA)
+
+
+def _limit(baseline: Baseline, settings: LiveSettings) -> int:
+    if settings.stretch is None:
+        return settings.max_new_tokens
+    return max(1, int((len(baseline.token_ids) + baseline.ended) * settings.stretch))
 
 
 def _divergence(done: Completion, baseline: Baseline) -> int | None:

@@ -36,6 +36,7 @@ def write_report(
     accuracy: pl.DataFrame,
     cells: dict[str, Cells] | None,
     fidelity: pl.DataFrame | None,
+    note: str = "",
 ) -> dict[str, str]:
     """Write the page; give its charts as SVG, by name.
 
@@ -48,6 +49,8 @@ def write_report(
         Of `accuracy_table`.
     cells, fidelity
         Of `matched_cells` and `fidelity_table`; None without simulated rows.
+    note : str
+        What a reader has to know first.
 
     Raises
     ------
@@ -70,6 +73,7 @@ def write_report(
         figures["scatter"] = _svg(charts.scatter_chart(cells, fidelity, shown, policies))
     parts = [
         "<h1>KV budgets under real eviction</h1>",
+        *([_paragraph(note)] if note else []),
         _paragraph(_what_ran(rows, accuracy)),
         "<h2>Right answers against budget</h2>",
         _figure(figures["accuracy"]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simulator.naming import budget_label
 from simulator.terminal import format_bytes
@@ -18,8 +20,8 @@ from traces.atomic import write_file
 _WIDEST = 12
 
 
-def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None) -> None:
-    """Print accuracy per family and budget, one row per policy, or write it as text."""
+def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str = "") -> None:
+    """Print accuracy per family and budget, one row per policy, and a note, or write them as text."""
     tables = []
     for (family,), rows in accuracy.group_by("family", maintain_order=True):
         table = _table(f"{family or 'problems'}: {rows['n_problems'].max()} problems")
@@ -52,7 +54,7 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None) -> None:
             )
             last = budget
         tables.append(table)
-    _show(tables, output)
+    _show([*tables, Text(note)] if note else tables, output)
 
 
 def print_fidelity(fidelity: pl.DataFrame) -> None:
@@ -113,7 +115,7 @@ def _table(title: str | None) -> Table:
     )
 
 
-def _show(tables: list[Table], output: Path | None) -> None:
+def _show(tables: Sequence[Table | Text], output: Path | None) -> None:
     if output is None:
         Console(width=None if sys.stdout.isatty() else 160).print(*tables)
         return
