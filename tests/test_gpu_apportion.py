@@ -12,9 +12,8 @@ from validate.gpu.apportion import divide_heads
 
 
 def _both(demand, totals, **settings):
-    expected = np.array(
-        [robustify(row.astype(float), int(total), **settings)[0] for row, total in zip(demand, totals)]
-    )
+    pairs = zip(demand.astype(float), totals.tolist(), strict=True)
+    expected = np.array([robustify(row, total, **settings)[0] for row, total in pairs])
     found = divide_heads(torch.from_numpy(demand).to(DEVICE), torch.from_numpy(totals).to(DEVICE), **settings)
     return found.cpu().numpy(), expected
 

@@ -12,6 +12,7 @@ from tiny_models import N_TOKEN_IDS, tiny_model
 from simulator.policy import parse_policy
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
+from validate.eviction.decode import decode
 from validate.gpu.cache import DeviceCache, memory_plan
 from validate.gpu.compress import unsupported_part
 from validate.gpu.ops import torch_ops, triton_ops
@@ -203,3 +204,16 @@ def test_a_full_cache_ends_where_its_memory_ends(model):
             steps.step(tokens)
         with pytest.raises(UserError, match="laid out for 2 tokens"):
             steps.step(tokens)
+
+
+@pytest.mark.parametrize("text", ["fullkv", "rkv:window=4", "reasonalloc:window=4"])
+def test_decoding_writes_the_same_whichever_cache_it_takes(model, text):
+    policy = parse_policy(text, buffer=BUFFER)
+    written = [
+        decode(
+            model, PROMPTS, policy, ENTRIES, [60, 9, 33], stop_ids=[2], name=NAME, waves=WAVES, on_device=on
+        )
+        for on in (False, True)
+    ]
+    assert written[0] == written[1]
+    assert max(len(own.token_ids) for own in written[0]) > 30

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from traces.errors import UserError
+from traces.errors import NoDeviceError, UserError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -95,12 +95,13 @@ def tell(
 
 
 def report_failed(failed: list[UserError], what: str) -> None:
-    """Say each reason once and exit with 1, if there is any."""
+    """Say each reason once, if there is any, and exit with 1; with 6 where a device was too small."""
     for text in dict.fromkeys(map(str, failed)):
         print(f"sim: {text}", file=sys.stderr)
     if failed:
         print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
-        raise typer.Exit(1)
+        lacks_device = any(isinstance(error, NoDeviceError) for error in failed)
+        raise typer.Exit(NoDeviceError.exit_code if lacks_device else 1)
 
 
 def write_text(text: str, output: Path | None) -> None:

@@ -14,6 +14,8 @@ from simulator.policy import Policy
 from simulator.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
+from validate.gpu.cache import DeviceCache, serves
+from validate.gpu.steps import Steps
 from validate.models import model_shape
 from validate.sampling import Sampling, choose_tokens
 
@@ -82,6 +84,7 @@ def decode(
     waves: dict[str, Wave] | None = None,
     seeds: Sequence[int] | None = None,
     on_step: Callable[[EvictingCache], None] = lambda cache: None,
+    on_device: bool | None = None,
 ) -> list[Completion]:
     """Decode under eviction; every sequence has its own budget, limit, sampling and end.
 
@@ -102,6 +105,9 @@ def decode(
         As `EvictingCache`.
     on_step : callable
         Shown the cache after the prompts and after every decode step.
+    on_device : bool, optional
+        Whether entries are chosen on the model's device, by `DeviceCache`, or on the host; by default on a
+        GPU, where policy and model allow it.
 
     Raises
     ------
@@ -120,7 +126,13 @@ def decode(
         raise UserError("a prompt has 0 tokens, or max_new_tokens is 0; allowed: 1 or more")
     stops = set(stop_ids)
     rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
-    cache = EvictingCache(model, policy, entries, name=name, revision=revision, waves=waves, seeds=seeds)
+    settings = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
+    if on_device is None:
+        on_device = model.device.type == "cuda" and serves(model, policy)
+    if on_device:
+        cache = DeviceCache(model, policy, entries, ahead=max(limits), **settings)
+    else:
+        cache = EvictingCache(model, policy, entries, **settings)
     with evicting(model, cache):
         run = _Run(model, cache, prompts)
         running = list(range(n))
@@ -160,6 +172,7 @@ class _Run:
         self, model: PreTrainedModel, cache: EvictingCache, prompts: Sequence[Sequence[int]]
     ) -> None:
         self._model, self._cache = model, cache
+        self._steps: Steps | None = None
         # Logits of whole prompts would be the largest tensor of all; only the last row is used.
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._settings = {"use_cache": True, "past_key_values": cache} | (
@@ -172,9 +185,14 @@ class _Run:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         column = torch.arange(longest)[None] - (longest - self._lengths)[:, None]
         self._forward(ids, column.clamp(min=0), attention_mask=(column >= 0).to(model.device))
+        if isinstance(cache, DeviceCache):
+            self._steps = Steps(model, cache)
 
     def step(self, tokens: Sequence[int]) -> None:
         """Feed one token per row."""
+        if self._steps is not None:
+            self.logits = self._steps.step(torch.tensor(tokens))
+            return
         self._forward(torch.tensor(tokens)[:, None], self._lengths[:, None])
         self._lengths = self._lengths + 1
 
@@ -182,7 +200,7 @@ class _Run:
         """Drop all other rows."""
         index = torch.from_numpy(rows)
         self._lengths = self._lengths[index]
-        self._cache.batch_select_indices(index)
+        (self._cache.batch_select_indices if self._steps is None else self._steps.keep_rows)(index)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, **mask: torch.Tensor) -> None:
         device = self._model.device

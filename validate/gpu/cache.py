@@ -14,9 +14,10 @@ from simulator.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, prompt_lengths
 from validate.gpu.compress import DeviceCompressor, Due, in_blocks, new_starts, unsupported_part
-from validate.gpu.ops import Ops, ops_for, require_shape
+from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for, require_shape
 from validate.gpu.pool import DevicePool
 from validate.gpu.schedule import Schedule
+from validate.models import model_shape
 
 
 class DeviceCache(EvictingCache):
@@ -306,6 +307,13 @@ class DeviceCache(EvictingCache):
             index = torch.from_numpy(slots).to(self._device)[:, None, :, None]
             recent = query[:, :, -n:]
             self.ring[layer].scatter_(2, index.expand_as(recent), recent)
+
+
+def serves(model: PreTrainedModel, policy: Policy) -> bool:
+    """Say whether a device's cache can take this policy and this model."""
+    shape = model_shape(model.config, model.dtype)
+    fits = shape.head_dim in HEAD_DIMS and shape.n_query_heads // shape.n_kv_heads <= MAX_GROUP_SIZE
+    return fits and unsupported_part(policy) is None
 
 
 def memory_plan(

@@ -51,6 +51,7 @@ class Steps:
         Parameters
         ----------
         tokens : int Tensor, shape (n_rows,)
+            On any device.
 
         Returns
         -------
