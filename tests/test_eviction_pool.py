@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 from cases import MODERATE
+from gpu_device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from validate.eviction import kernels
-from validate.eviction.kernels import attend_padded, attend_ragged, blocks_of_like_length
+from validate.eviction.kernels import (
+    attend_by,
+    attend_padded,
+    attend_ragged,
+    blocks_of_like_length,
+    has_kernels,
+)
 from validate.eviction.pool import LayerPool
+from validate.gpu.ops import torch_ops, triton_ops
 
 WIDTH = 3
 
@@ -190,6 +198,24 @@ def test_attention_over_ragged_heads(rng, attend, lengths, group_size, width):
     found = attend(*heads, 0.7)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), attend_naively(*heads, 0.7), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ops", [torch_ops, triton_ops])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_attention_of_a_gpu_over_what_the_host_lays_out(rng, ops, lengths):
+    heads = [
+        part.to(DEVICE) if isinstance(part, torch.Tensor) else part
+        for part in random_pool(rng, lengths, 4, 16)
+    ]
+    assert has_kernels(heads[0], lengths.size)
+    found = attend_by(ops(), *heads, 0.7)
+    torch.testing.assert_close(found.double(), attend_naively(*heads, 0.7), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("group_size", "width"), [(4, 5), (16, 16)])
+def test_kernels_refuse_other_heads(rng, group_size, width):
+    queries, *_, lengths = random_pool(rng, LENGTHS["one head"], group_size, width)
+    assert not has_kernels(queries, lengths.size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

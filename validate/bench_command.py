@@ -172,11 +172,13 @@ def print_device_bench(result: dict[str, Any], console: Console | None = None) -
         f"Budget {settings['entries']:,}, buffer {settings['buffer']}.",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if machine["device"] == "cpu":
+        console.print("A CPU shows how the measurement goes. Its times say nothing of a GPU.")
     if result["checks"]:
         share = max(check["error"] / check["allowed"] for check in result["checks"] if check["allowed"])
         console.print(
-            f"{len(result['checks'])} checks of kernels against torch passed: decisions equal, numbers within "
-            f"{share:.1%} of the error allowed.",
+            f"{len(result['checks'])} checks of kernels against torch passed: decisions equal, numbers within"
+            f" {share:.1%} of the error allowed.",
             highlight=False,
         )
     if result["kernels"]:
@@ -224,7 +226,7 @@ def _kernel_table(cases: list[dict[str, Any]]) -> Any:
 
 def _decode_table(cases: list[dict[str, Any]]) -> Any:
     shown = _table(
-        "\npolicy", "\nbatch", "\ntokens", "\ntokens/s", "ms a\nstep", "ms a com-\npression", "cache\nGB",
+        "\npolicy", "\nbatch", "\ntokens", "\ntokens/s", "ms a\nstep", "ms a com-\npression", "cache\nMB",
         "peak\nGB", "\ngraph",
     )  # fmt: skip
     for case in cases:
@@ -236,7 +238,7 @@ def _decode_table(cases: list[dict[str, Any]]) -> Any:
             f"{case['tokens_per_second']:,.1f}",
             f"{case['step_seconds'] * 1e3:.2f}",
             "" if compression is None else f"{compression * 1e3:.2f}",
-            f"{case['bytes_measured'] / 1e9:.2f}",
+            f"{case['bytes_measured'] / 1e6:,.1f}",
             "" if peak is None else f"{peak / 1e9:.1f}",
             "yes" if case["is_captured"] else "no",
         )

@@ -9,6 +9,7 @@ import torch
 from numba import njit
 
 from simulator.kernels import VECTORISE, exp
+from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, triton_ops
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -39,7 +40,34 @@ def attend_ragged(
     """
     if queries.device.type == "cpu" and queries.dtype == torch.float32:
         return _attend_compiled(queries, keys, values, starts, lengths, scale)
+    if queries.device.type == "cuda" and has_kernels(queries, starts.size):
+        return attend_by(triton_ops(), queries, keys, values, starts, lengths, scale)
     return attend_padded(queries, keys, values, starts, lengths, scale)
+
+
+def has_kernels(queries: torch.Tensor, n_segments: int) -> bool:
+    """Say whether the GPU kernels know such heads."""
+    n_rows, n_query_heads, head_dim = queries.shape
+    return head_dim in HEAD_DIMS and n_rows * n_query_heads // n_segments <= MAX_GROUP_SIZE
+
+
+def attend_by(
+    ops: Ops,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    """Compute ``attend_ragged`` by the operations of a device."""
+    queries = queries.contiguous()
+    output = torch.empty_like(queries)
+    # Both in one copy: the host decides where entries stand, and says so anew in every step.
+    layout = torch.from_numpy(np.stack([starts.reshape(-1), lengths.reshape(-1)])).to(queries.device)
+    longest = int(lengths.max())
+    ops.attend(queries, keys, values, layout[0], layout[1].int(), output, scale=scale, longest=longest)
+    return output
 
 
 def attend_padded(

@@ -96,6 +96,7 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
         "policy": case.label,
         "batch": case.batch,
         "new_tokens": case.new_tokens,
+        "without_graph": not case.graph,
         "entries": case.entries if case.policy.evicts else None,
         "tokens_per_second": case.batch / found["step_seconds"],
         **found,
