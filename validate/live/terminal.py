@@ -78,7 +78,7 @@ def print_published(table: pl.DataFrame, source: str, note: str, output: Path | 
     told = [f"{mark} {text}" for text, mark in marks.items()]
     told += [f"published: {source}"] if source and table["published"].count() else []
     told += [note] if note else []
-    _show([*shown, *map(Text, told)], output)
+    _show([*shown, Text("\n".join(told))] if told else shown, output)
 
 
 def published_text(row: dict[str, Any], marks: dict[str, str]) -> tuple[str, ...]:
