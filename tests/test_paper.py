@@ -560,13 +560,6 @@ def test_a_folder_is_needed(run_sim, config):
     one_line(err, "--config needs --out FOLDER")
 
 
-def test_two_files_of_prompts_need_a_protocol(run_sim, folder, tmp_path):
-    given = ["--prompts", folder / "problems.jsonl"] * 2
-    code, _, err = run_sim("validate", *given, "--out", tmp_path / "run", "--device", "cpu")
-    assert code == 2
-    one_line(err, "--prompts is given 2 times; allowed: once, or with --config")
-
-
 def test_results_of_another_protocol_are_not_mixed(sim, config, tmp_path):
     assert sim("-p", "rkv", "-b", 30)[0] == 0
     before = decoded(tmp_path)

@@ -123,7 +123,7 @@ def validate(
         require_place(place, option)
     if config is not None:
         beside = {
-            "--trace": trace, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
+            "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
             "--top-p": top_p, "--stretch": stretch, "--simulated": simulated, "--calibration": calibration,
             "--steps": steps, "--level": None if level == "live" else level,
         }  # fmt: skip
