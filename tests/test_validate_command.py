@@ -481,7 +481,7 @@ def test_options_that_do_not_belong_together_are_refused(run_sim, folder, trace,
         (["--report", "/none/report.html"], "--report /none/report.html: folder /none is missing"),
         (["--format", "xml"], "--format is 'xml'"),
         (["--format", "parquet"], "needs a file"),
-        (["--prompts", "/none.jsonl"], "/none.jsonl cannot be read"),
+        (["--prompts", "/none.jsonl"], "--prompts is given 2 times; allowed: once, or with --config"),
         (["--simulated", "/none.parquet"], "--simulated /none.parquet is no table of sim replay"),
     ],
 )
@@ -522,6 +522,13 @@ def test_configurations_stand_instead_of_policies_and_budgets(live, tmp_path, op
     code, _, err = live("--configs", tmp_path / "configs.json", *option)
     assert code == 2
     one_line(err, "--configs stands instead of --policy and --budget")
+
+
+def test_problems_that_cannot_be_read_are_refused(live, tmp_path):
+    code, out, err = live(prompts="/none.jsonl")
+    assert (code, out) == (2, "")
+    one_line(err, "prompts file /none.jsonl cannot be read")
+    assert not (tmp_path / "run").exists()
 
 
 def test_problems_without_answers_are_refused(live, tmp_path):

@@ -120,7 +120,7 @@ def random_revision(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def asked_model(model: str | None, random_weights: str | None, default: str) -> str:
+def asked_model(model: str | None, random_weights: str | None, default: str | None) -> str | None:
     """Settle the model of a run from ``--model`` and ``--random-weights``.
 
     Raises

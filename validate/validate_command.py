@@ -26,7 +26,14 @@ def validate(
         str, typer.Option(help="live: problems with answers. shadow, forced: the tokens of --trace.")
     ] = "live",
     prompts: Annotated[
-        Path | None, typer.Option(help="live: JSONL with prompt (or problem, question) and answer.")
+        list[str] | None,
+        typer.Option(
+            help="live: JSONL with prompt (or problem, question) and answer. With --config: BENCHMARK=FILE."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="live: a protocol in TOML, such as validate/configs/reasonalloc_paper.toml."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="live: folder for the results; an interrupted run goes on there.")
@@ -62,10 +69,15 @@ def validate(
     ] = None,
     wave: Annotated[list[Path] | None, typer.Option(help="Wave made by sim calibrate; repeats.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first N problems.")] = None,
-    samples: Annotated[int, typer.Option(help="Texts per problem; more than one need --temperature.")] = 1,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Texts per problem; more than one need --temperature.", show_default="1"),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this nucleus only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of a full-cache text.")] = 1400,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of a full-cache text.", show_default="1400")
+    ] = None,
     stretch: Annotated[
         float | None,
         typer.Option(
@@ -76,7 +88,7 @@ def validate(
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Problems decoded together.")] = 128,
+    batch: Annotated[int | None, typer.Option(help="Problems decoded together.", show_default="128")] = None,
     simulated: Annotated[
         Path | None,
         typer.Option(help="Rows of sim replay (Parquet): how well do they predict these answers?"),
@@ -112,9 +124,46 @@ def validate(
     chosen = choose_format(format, output)
     for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
         require_place(place, option)
+    if config is not None:
+        beside = {
+            "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
+            "--top-p": top_p, "--stretch": stretch, "--simulated": simulated, "--calibration": calibration,
+            "--steps": steps, "--level": None if level == "live" else level,
+        }  # fmt: skip
+        for option, given in beside.items():
+            if given is not None:
+                raise UserError(f"{option} does not go with --config: the file says what is run")
+        if out is None:
+            raise UserError("--config needs --out FOLDER")
+        from validate.paper import run_protocol
+        from validate.protocol_options import Asked, asked_lists
+
+        policies, budgets = asked_lists(policy, budget)
+        asked = Asked(
+            config=config,
+            out=out,
+            model=asked_model(model, random_weights, None),
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            prompts=tuple(prompts or ()),
+            policies=policies,
+            budgets=budgets,
+            waves=tuple(map(str, wave or ())),
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+            limit=limit,
+            use_chat_template=not no_chat,
+            seed=seed,
+            jobs=jobs,
+            quiet=quiet,
+        )
+        run_protocol(asked, chosen, output, report)
+        return
     cells = _asked_cells(policy, budget, configs, buffer)
     if level != "live":
-        live_only = {"--prompts": prompts, "--out": out, "--simulated": simulated, "--report": report}
+        live_only = {"--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report}
         for name, given in live_only.items():
             if given is not None:
                 raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
@@ -124,7 +173,7 @@ def validate(
             level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
         return
-    if prompts is None or out is None:
+    if not prompts or out is None:
         raise UserError("--level live needs --prompts FILE.jsonl and --out FOLDER")
     if trace:
         raise UserError("--trace goes with --level shadow or forced; --level live takes --prompts")
@@ -132,9 +181,12 @@ def validate(
         raise UserError("--steps goes with --level forced; found: live")
     if calibration is not None and simulated is None:
         raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
+    if len(prompts) > 1:
+        raise UserError(f"--prompts is given {len(prompts)} times; allowed: once, or with --config")
     settings = _matrix_settings(
-        prompts, source, revision, dtype, device, limit, batch, wave, samples, temperature, top_p,
-        max_new_tokens, stretch, no_chat, seed,
+        prompts[0], source, revision, dtype, device, limit, 128 if batch is None else batch, wave,
+        1 if samples is None else samples, temperature, top_p,
+        1400 if max_new_tokens is None else max_new_tokens, stretch, no_chat, seed,
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = processes(jobs, settings.device)
@@ -180,7 +232,7 @@ def _asked_cells(
 
 
 def _matrix_settings(
-    prompts: Path,
+    prompts: str,
     model: str,
     revision: str | None,
     dtype: str | None,
@@ -225,7 +277,7 @@ def _matrix_settings(
         dtype=dtype or ("float32" if target == "cpu" else "auto"),
         device=target,
         revision=revision,
-        prompts=str(prompts),
+        prompts=prompts,
         limit=limit,
         batch=batch,
         waves=tuple(str(path) for path in wave or ()),

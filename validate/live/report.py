@@ -16,6 +16,7 @@ from traces.atomic import write_file
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
+from validate.live.terminal import published_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 1060px; margin: 2.5em auto;
@@ -37,6 +38,8 @@ def write_report(
     cells: dict[str, Cells] | None,
     fidelity: pl.DataFrame | None,
     note: str = "",
+    published: pl.DataFrame | None = None,
+    source: str = "",
 ) -> dict[str, str]:
     """Write the page; give its charts as SVG, by name.
 
@@ -51,6 +54,10 @@ def write_report(
         Of `matched_cells` and `fidelity_table`; None without simulated rows.
     note : str
         What a reader has to know first.
+    published : polars.DataFrame
+        Of `beside_published`; None without published numbers.
+    source : str
+        Where those are from.
 
     Raises
     ------
@@ -84,6 +91,8 @@ def write_report(
     ]
     if cells is not None and fidelity is not None:
         parts += _fidelity_parts(charts.METRIC_NAMES[best], fidelity, figures)
+    if published is not None:
+        parts += _published_parts(published, source)
     parts += _comparison_parts(rows)
     parts += ["<h2>All policies and budgets</h2>", _accuracy_table(accuracy)]
     body = "\n".join(parts)
@@ -162,6 +171,27 @@ def _comparison_parts(rows: pl.DataFrame) -> list[str]:
                 )
             )
     return ["<h2>Level by level, at equal budget</h2>", *parts] if parts else []
+
+
+def _published_parts(published: pl.DataFrame, source: str) -> list[str]:
+    marks: dict[str, str] = {}
+    table = _table(
+        ("benchmark", "policy", "model", "budget", "ours", "95%", "published", "ours - published", "95%"),
+        [
+            (
+                row["benchmark"],
+                row["policy"],
+                row["model"],
+                budget_label(row["budget_asked"], row["budget_unit"]),
+                *published_text(row, marks),
+            )
+            for row in published.iter_rows(named=True)
+        ],
+        n_text=3,
+    )
+    told = [f"Pass@1 in percent; intervals are of our own runs. Published: {source}."]
+    told += [f"{mark} {text}." for text, mark in marks.items()]
+    return ["<h2>Beside the published numbers</h2>", table, _note(" ".join(told))]
 
 
 def _accuracy_table(accuracy: pl.DataFrame) -> str:

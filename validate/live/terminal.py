@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
@@ -55,6 +56,46 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
             last = budget
         tables.append(table)
     _show([*tables, Text(note)] if note else tables, output)
+
+
+def print_published(table: pl.DataFrame, source: str, note: str, output: Path | None = None) -> None:
+    """Print accuracy beside published numbers, in percent, or write it; rows of `beside_published`."""
+    shown: list[Table | Text] = []
+    marks: dict[str, str] = {}
+    for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
+        first = rows.row(0, named=True)
+        each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
+        problems = f"{first['n_problems']} problems, {each} each"
+        lines = _table(f"{benchmark}, {model}: {problems}, pass@1 in percent")
+        for name in ("budget", "policy", "ours", "95%", "published", "ours - published", "95%"):
+            lines.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        last = None
+        for row in rows.iter_rows(named=True):
+            budget = budget_label(row["budget_asked"], row["budget_unit"])
+            lines.add_row("" if budget == last else budget, row["policy"], *published_text(row, marks))
+            last = budget
+        shown.append(lines)
+    told = [f"{mark} {text}" for text, mark in marks.items()]
+    told += [f"published: {source}"] if source and table["published"].count() else []
+    told += [note] if note else []
+    _show([*shown, Text("\n".join(told))] if told else shown, output)
+
+
+def published_text(row: dict[str, Any], marks: dict[str, str]) -> tuple[str, ...]:
+    """Write a row's accuracy, what was published and the difference, in percent; ``-`` where nothing was.
+
+    A published number with a note gets a mark, kept in ``marks`` by the note's text.
+    """
+    ours = f"{100 * row['accuracy']:.2f}", f"{100 * row['low']:.2f} to {100 * row['high']:.2f}"
+    if row["published"] is None:
+        return (*ours, "-", "-", "-")
+    mark = marks.setdefault(row["note"], "*" * (len(marks) + 1)) if row["note"] else ""
+    return (
+        *ours,
+        f"{100 * row['published']:.2f}{mark}",
+        f"{100 * row['difference']:+.2f}",
+        f"{100 * row['difference_low']:+.2f} to {100 * row['difference_high']:+.2f}",
+    )
 
 
 def print_fidelity(fidelity: pl.DataFrame) -> None:

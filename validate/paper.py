@@ -1,0 +1,162 @@
+"""Run the protocol of a TOML file, and set what it gives beside published numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simulator.wave import known_waves
+from traces.errors import UserError
+from validate.benchmark_prompts import prepare_prompts
+from validate.config_file import Benchmark, Protocol, read_protocol
+from validate.matrix_run import open_matrix, processes, run_matrix
+from validate.models import resolve_device
+from validate.preflight import require_runnable
+from validate.protocol_options import Asked, Choice, choose_model, given_prompts, narrowed
+from validate.random_shapes import PREFIX, meaningless
+from validate.validate_output import report_failed, write_text
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from validate.live.matrix import MatrixSettings
+
+
+def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: Path | None = None) -> None:
+    """Decode what is not done yet, and tell accuracy beside what was published.
+
+    Everything that can be refused is refused before the first text.
+
+    Parameters
+    ----------
+    asked : Asked
+    chosen : str
+        Format of ``output``: table, csv, json or parquet.
+    output : Path, optional
+        Where the comparison goes; standard output by default.
+    report : Path, optional
+        An HTML page.
+
+    Raises
+    ------
+    UserError
+    """
+    from simulator.output import write_rows
+    from validate.live.accuracy import accuracy_table
+    from validate.live.terminal import print_published
+
+    protocol = read_protocol(asked.config)
+    device = str(resolve_device(asked.device))
+    jobs = processes(asked.jobs, device)
+    model = choose_model(protocol, asked.model)
+    given = given_prompts(protocol, asked)
+    protocol, changes = narrowed(protocol, asked)
+    waves = _wave_files(protocol, model, asked.waves)
+    require_runnable(protocol, model, asked, known_waves(waves))
+    matrices = {}
+    for name, benchmark in protocol.benchmarks.items():
+        source = given.get(name, benchmark.prompts)
+        if source is None:
+            raise UserError(
+                f"{asked.config}: benchmark '{name}' has no prompts; allowed: --prompts {name}=FILE"
+            )
+        place = prepare_prompts(name, source, protocol.prompt, asked.out / "prompts")
+        settings = _settings(protocol, benchmark, model, asked, device, place, waves)
+        matrices[name] = open_matrix(settings, asked.out / model.folder / name)
+    found, failed = {}, []
+    for name, matrix in matrices.items():
+        cells = [(policy, own) for own in protocol.benchmarks[name].budgets for policy in protocol.policies]
+        rows, errors = run_matrix(matrix, cells, jobs, asked.quiet, name)
+        write_rows(accuracy_table(rows), matrix.folder / "accuracy.csv", "csv")
+        found[name] = rows
+        failed += errors.values()
+    table = _compared(found, protocol, model)
+    write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
+    note = "\n".join(filter(None, [*changes, meaningless(model.load)]))
+    if chosen == "table":
+        print_published(_shown(table), protocol.source, note, output)
+    else:
+        write_rows(table, output, chosen)
+    if note and (chosen != "table" or output is not None):
+        print("\n".join(f"sim: {line}" for line in note.splitlines()), file=sys.stderr)
+    if report is not None:
+        _write_report(report, found, table, protocol.source, note, asked.out / model.folder)
+    report_failed(failed, "batches")
+
+
+def _wave_files(protocol: Protocol, model: Choice, given: Sequence[str]) -> list[str]:
+    """List the files of waves: that of the model, unless its weights are random, and those given."""
+    own = None if model.stands_for is None else protocol.models[model.stands_for].wave
+    return [*([own] if own and not model.load.startswith(PREFIX) else []), *given]
+
+
+def _settings(
+    protocol: Protocol,
+    benchmark: Benchmark,
+    model: Choice,
+    asked: Asked,
+    device: str,
+    prompts: Path,
+    waves: Sequence[str],
+) -> MatrixSettings:
+    from validate.live.matrix import MatrixSettings
+
+    return MatrixSettings(
+        model=model.load,
+        # As without a file: the tokens of float32 are those of other implementations.
+        dtype=asked.dtype or ("float32" if device == "cpu" else "auto"),
+        device=device,
+        revision=asked.revision,
+        prompts=str(prompts),
+        limit=asked.limit,
+        batch=benchmark.batch,
+        waves=tuple(waves),
+        live={
+            "max_new_tokens": benchmark.max_new_tokens,
+            "stretch": protocol.stretch,
+            "samples": protocol.samples,
+            "sampling": asdict(replace(protocol.sampling, seed=asked.seed)),
+            "use_chat_template": asked.use_chat_template,
+            "seed": asked.seed,
+        },
+    )
+
+
+def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice) -> pl.DataFrame:
+    import polars as pl
+
+    from validate.live.published import beside_published
+
+    return pl.concat(
+        beside_published(
+            rows,
+            model.label,
+            name,
+            [own for own in protocol.published if (own.model, own.benchmark) == (model.stands_for, name)],
+        )
+        for name, rows in found.items()
+    )
+
+
+def _shown(table: pl.DataFrame) -> pl.DataFrame:
+    from simulator.naming import told_apart
+
+    return told_apart(table)[0]
+
+
+def _write_report(
+    place: Path, found: dict[str, pl.DataFrame], table: pl.DataFrame, source: str, note: str, folder: Path
+) -> None:
+    import polars as pl
+
+    from validate.live.accuracy import accuracy_table
+    from validate.live.report import write_report
+
+    rows = _shown(pl.concat(rows.with_columns(family=pl.lit(name)) for name, rows in found.items()))
+    accuracy = accuracy_table(rows)
+    figures = write_report(place, rows, accuracy, None, None, note, _shown(table), source)
+    for name, svg in figures.items():
+        write_text(svg, folder / f"{name}.svg")
