@@ -135,8 +135,8 @@ def validate(
                 raise UserError(f"{option} does not go with --config: the file says what is run")
         if out is None:
             raise UserError("--config needs --out FOLDER")
-        from validate.paper import run_protocol
-        from validate.protocol_options import Asked, asked_lists
+        from validate.protocol.options import Asked, asked_lists
+        from validate.protocol.run import run_protocol
 
         policies, budgets = asked_lists(policy, budget)
         asked = Asked(

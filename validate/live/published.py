@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from validate.config_file import Published
 from validate.live.accuracy import CELL, accuracy_table
+from validate.protocol.file import Published
 
 SCHEMA: dict[str, Any] = {
     "model": pl.String,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from simulator.wave import known_waves
 from traces.errors import UserError
-from validate.benchmark_prompts import prepare_prompts
-from validate.config_file import Benchmark, Protocol, read_protocol
 from validate.matrix_run import open_matrix, processes, run_matrix
 from validate.models import resolve_device
-from validate.preflight import require_runnable
-from validate.protocol_options import Asked, Choice, choose_model, given_prompts, narrowed
+from validate.protocol.file import Benchmark, Protocol, read_protocol
+from validate.protocol.options import Asked, Choice, choose_model, given_prompts, narrowed
+from validate.protocol.preflight import require_runnable
+from validate.protocol.prompts import prepare_prompts
 from validate.random_shapes import PREFIX, meaningless
 from validate.validate_output import report_failed, write_text
 

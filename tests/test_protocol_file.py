@@ -8,7 +8,7 @@ import pytest
 
 from simulator.budget import Budget
 from traces.errors import InfeasibleBudgetError, UserError
-from validate.config_file import read_protocol
+from validate.protocol.file import read_protocol
 from validate.sampling import Sampling
 
 SHIPPED = Path(__file__).parent.parent / "validate" / "configs" / "reasonalloc_paper.toml"

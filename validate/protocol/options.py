@@ -10,7 +10,7 @@ from pathlib import Path
 from simulator.budget import Budget, parse_budget
 from simulator.policy import Policy, parse_policy, split_list
 from traces.errors import UserError
-from validate.config_file import Benchmark, Protocol
+from validate.protocol.file import Benchmark, Protocol
 from validate.random_shapes import PREFIX
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from traces.atomic import write_file
 from traces.errors import UserError
 from traces.remote import is_remote
-from validate.config_file import PROBLEM
 from validate.prompts import parse_prompts, require_answers
+from validate.protocol.file import PROBLEM
 
 
 def prepare_prompts(name: str, source: str, template: str, folder: Path) -> Path:

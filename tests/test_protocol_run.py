@@ -17,15 +17,16 @@ from tiny_models import tiny_model
 
 from simulator.wave import known_waves
 from traces.errors import MissingDataError, UserError
-from validate import benchmark_prompts, cli
-from validate.config_file import read_protocol
+from validate import cli
 from validate.eviction.decode import Completion
 from validate.live import completions, matrix
 from validate.live.published import SCHEMA, beside_published
 from validate.models import know_model, load_model
-from validate.preflight import require_runnable
 from validate.prompts import encode_prompt, read_prompts
-from validate.protocol_options import Asked, choose_model
+from validate.protocol.file import read_protocol
+from validate.protocol.options import Asked, choose_model
+from validate.protocol.preflight import require_runnable
+from validate.protocol.prompts import prepare_prompts
 from validate.random_shapes import SHAPES
 from validate.reasoner.tasks import make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
@@ -394,7 +395,7 @@ def test_a_model_is_known_by_the_name_that_loading_gives_it(folder, name):
 
 
 def prepared(source, tmp_path, template="{problem}"):
-    return benchmark_prompts.prepare_prompts("math", str(source), template, tmp_path / "prompts")
+    return prepare_prompts("math", str(source), template, tmp_path / "prompts")
 
 
 def test_problems_are_asked_as_the_template_says(tmp_path):

@@ -12,9 +12,9 @@ from simulator.policy import Policy
 from simulator.request import divide_over_layers
 from simulator.wave import Wave
 from traces.errors import MissingDataError, UserError
-from validate.config_file import Protocol
 from validate.models import DTYPES, KnownModel, know_model, model_shape
-from validate.protocol_options import Asked, Choice
+from validate.protocol.file import Protocol
+from validate.protocol.options import Asked, Choice
 from validate.random_shapes import PREFIX
 
 # Enough for any policy: what a share of a text buys is known only with the text.
