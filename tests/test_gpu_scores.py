@@ -146,8 +146,8 @@ def test_large_logits_do_not_overflow(code, dtype, rng):
     code.window_importance(queries, keys, starts, lengths, found, scale=0.25, window=WINDOW, longest=200)
     largest = (queries[1, 0] @ keys[starts[1] : starts[1] + 200].T).abs().max() * 0.25
     assert largest > 100
-    # A product of size 100 is known to 1e-5, and so is the share that a weight has.
-    assert_matches(found, expected_importance(pool, queries, 0.25), rtol=1e-4, atol=1e-9)
+    # A logit of 100 is known to 1e-4 where tensor cores cut off what they add, and so is its weight.
+    assert_matches(found, expected_importance(pool, queries, 0.25), rtol=3e-4, atol=1e-9)
 
 
 @both
@@ -181,7 +181,7 @@ def test_redundancy_is_the_simulators(code, head_dim, threshold, dtype, rng):
     found = output(keys)
     code.redundancy(keys, starts, lengths, found, threshold=threshold, longest=int(lengths.max()))
     expected = list(expected_redundancy(pool, threshold))
-    assert_matches(found, expected, rtol=4e-7, atol=1e-9)
+    assert_matches(found, expected, rtol=1e-6, atol=1e-9)
     # Duplicates count: without any, shares are others.
     without = list(expected_redundancy(pool, 1.1))
     assert max(np.abs(a - b).max() for (_, a), (_, b) in zip(expected, without, strict=True)) > 1e-5
@@ -193,7 +193,7 @@ def test_every_key_but_opposites_is_a_duplicate_above_minus_one(code, rng):
     keys, _, _, starts, lengths = pool
     found = output(keys)
     code.redundancy(keys, starts, lengths, found, threshold=-1.0, longest=140)
-    assert_matches(found, expected_redundancy(pool, -1.0), rtol=4e-7, atol=1e-9)
+    assert_matches(found, expected_redundancy(pool, -1.0), rtol=1e-6, atol=1e-9)
 
 
 @both
@@ -209,7 +209,7 @@ def test_a_cosine_at_the_threshold_is_no_duplicate(code, dtype, rng):
     for threshold in (0.5, 0.4999):
         found[threshold] = output(keys)
         code.redundancy(keys, starts, lengths, found[threshold], threshold=threshold, longest=3)
-        assert_matches(found[threshold], expected_redundancy(pool, threshold), rtol=4e-7)
+        assert_matches(found[threshold], expected_redundancy(pool, threshold), rtol=1e-6)
     similar = torch.tensor([0.5, 0.5, 0.0], device=DEVICE) / 3
     slots = slice(int(starts[0]), int(starts[0]) + 3)
     torch.testing.assert_close(found[0.5][slots], similar.softmax(0), rtol=1e-6, atol=0)
@@ -226,7 +226,7 @@ def test_kernels_compare_wide_float32_keys_piece_by_piece(rng):
     keys[first, 127], keys[first + 1, 127] = 2, -2
     found = output(keys)
     Kernels.redundancy(keys, starts, lengths, found, threshold=0.5, longest=70)
-    assert_matches(found, expected_redundancy(pool, 0.5), rtol=4e-7)
+    assert_matches(found, expected_redundancy(pool, 0.5), rtol=1e-6)
 
 
 @types
@@ -240,7 +240,7 @@ def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
     for longest in (151, 8500):
         found = output(keys)
         Kernels.redundancy(keys, starts, lengths, found, threshold=0.5, longest=longest)
-        assert_matches(found, expected, rtol=4e-7, atol=1e-9)
+        assert_matches(found, expected, rtol=1e-6, atol=1e-9)
         found = output(keys)
         sizes = {"scale": 0.25, "window": WINDOW, "longest": longest}
         Kernels.window_importance(queries, keys, starts, lengths, found, **sizes)

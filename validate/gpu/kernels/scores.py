@@ -71,7 +71,7 @@ def combine_scores(
     )
 
 
-@triton.jit(do_not_specialize=["alpha", "rest", "window", "n_blocks"])
+@triton.jit(do_not_specialize=["window", "n_blocks"])
 def _combine(
     importance,
     redundancy,
@@ -101,6 +101,7 @@ def _combine(
         exists = (near >= 0) & (near < n_candidates)
         score = tl.maximum(score, tl.load(importance + start + near, mask=exists, other=float("-inf")))
     is_candidate = entries < n_candidates
+    score = tl.where(is_candidate, score, 0.0)
     if redundancy is not None:
         repeated = tl.load(redundancy + start + entries, mask=is_candidate, other=0.0)
         score = score * alpha - repeated * rest
