@@ -247,6 +247,22 @@ def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
         assert_matches(found, attended, rtol=1e-5)
 
 
+def test_kernels_score_a_segment_of_many_blocks(rng, monkeypatch):
+    # More blocks, and more parts of 64, than are summed at once.
+    monkeypatch.setattr(redundancy_kernels, "_BLOCK", 32)
+    pool = ragged_pool(rng, [12, 1100], 16, FLOAT32)
+    keys, _, _, starts, lengths = pool
+    plant_duplicates(rng, keys, starts, lengths)
+    queries, found = asked(rng, keys, 2, 2, 3), output(keys)
+    # The largest logit of one query comes with its last candidate.
+    keys[starts[1] + 1091] = 2 * queries[1, 0, 0]
+    Kernels.redundancy(keys, starts, lengths, found, threshold=0.6, longest=1100)
+    assert_matches(found, expected_redundancy(pool, 0.6), rtol=1e-6)
+    found = output(keys)
+    Kernels.window_importance(queries, keys, starts, lengths, found, scale=0.25, window=WINDOW, longest=1100)
+    assert_matches(found, expected_importance(pool, queries, 0.25), rtol=1e-5)
+
+
 def test_twins_do_not_depend_on_the_size_of_their_blocks(rng, monkeypatch):
     pool = ragged_pool(rng, [60, 0, 31, 9, 40], 16, FLOAT32)
     keys, _, positions, starts, lengths = pool
