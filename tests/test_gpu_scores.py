@@ -255,7 +255,7 @@ def test_kernels_score_a_segment_of_many_blocks(rng, monkeypatch):
     plant_duplicates(rng, keys, starts, lengths)
     queries, found = asked(rng, keys, 2, 2, 3), output(keys)
     # The largest logit of one query comes with its last candidate.
-    keys[starts[1] + 1091] = 2 * queries[1, 0, 0]
+    keys[starts[1] + 1091] = 8 * queries[1, 0, 0]
     Kernels.redundancy(keys, starts, lengths, found, threshold=0.6, longest=1100)
     assert_matches(found, expected_redundancy(pool, 0.6), rtol=1e-6)
     found = output(keys)
