@@ -17,9 +17,9 @@ def ragged_pool(rng, lengths, head_dim, dtype, room=3):
 
     Gives keys, values, positions, starts and lengths on ``DEVICE``.
     """
-    lengths = np.asarray(lengths)
+    lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths + room) - lengths
-    held = np.zeros(starts[-1] + lengths[-1] + room, bool)
+    held = np.zeros(int((lengths + room).sum()) + room, bool)
     positions = np.full(len(held), -7, np.int32)
     for start, n in zip(starts, lengths, strict=True):
         held[start : start + n] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,27 +14,69 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+TESTS = Path(__file__).parent
+KERNELS = {
+    "_attend_split": ["bf16", "fp32", "fp16"],
+    "_merge_splits": ["fp32"],
+    "_append": ["bf16", "fp32"],
+    "_sum_exponentials": ["bf16", "fp32"],
+    "_write_means": ["bf16", "fp32"],
+    "_sum_directions": ["bf16", "fp32"],
+    "_find_newest": ["bf16", "fp32"],
+    "_compare_newest": ["bf16", "fp32"],
+    "_write_exponentials": ["bf16", "fp32"],
+    "_normalise": ["fp32"],
+    "_combine": ["fp32"],
+    "_select": ["fp32"],
+    "_demand": ["fp32"],
+    "_compact": ["i32"],
+    "_fill": ["bf16"],
+}
+# Bytes of shared memory that one program can have on an H100.
+MOST_SHARED = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Give what every launch was compiled to, in a process of its own: an interpreter has no compiler."""
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(TESTS.parent), "TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, str(TESTS / "compile_launches.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def ptx_of(compiled, kernel, dtype):
+    return [one["ptx"] for one in compiled if (one["kernel"], one["dtype"]) == (kernel, dtype)]
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_an_h100(tmp_path):
-    own = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.curdir}
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    root = SCRIPT.parent.parent
-    done = subprocess.run(command, env=os.environ | own, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ptx = {path.stem: path.read_text() for path in tmp_path.glob("*.ptx")}
-    assert len(ptx) == 12
-    # Keys and values are on their way while the tensor cores are busy with those before.
-    assert "cp.async.cg" in ptx["attend_bfloat16"]
-    assert "mma.sync.aligned.m16n8k16" in ptx["attend_bfloat16"]
-    assert "cp.async.cg" in ptx["attend_float32"]
-    # 16 bytes at once, and between loads and stores all threads wait.
-    moves = re.findall(r"ld\.global\.v4|st\.global\.v4|bar\.sync", ptx["compact"])
-    assert "ld.global.v4" in moves
-    for before, after in pairwise(moves):
-        assert {before, after} != {"ld.global.v4", "st.global.v4"}
-    # The sign of zero is dropped before bits are compared.
-    assert "setp.eq.f32" in ptx["select"]
-    assert "setp.eq.f32" in ptx["demand"]
+def test_every_launch_compiles_for_hopper(compiled):
+    expected = {(kernel, dtype) for kernel, dtypes in KERNELS.items() for dtype in dtypes}
+    assert {(one["kernel"], one["dtype"]) for one in compiled} == expected
+    assert all(one["shared"] <= MOST_SHARED for one in compiled)
+
+
+@pytest.mark.slow
+def test_keys_are_on_their_way_while_tensor_cores_are_busy(compiled):
+    for ptx in ptx_of(compiled, "_attend_split", "bf16"):
+        assert "cp.async.cg" in ptx
+        assert "mma.sync.aligned.m16n8k16" in ptx
+    assert all("cp.async.cg" in ptx for ptx in ptx_of(compiled, "_attend_split", "fp32"))
+
+
+@pytest.mark.slow
+def test_threads_wait_between_loads_and_stores_of_a_move(compiled):
+    for ptx in ptx_of(compiled, "_compact", "i32"):
+        moves = re.findall(r"ld\.global\.v4|st\.global\.v4|bar\.sync", ptx)
+        assert "ld.global.v4" in moves
+        for before, after in pairwise(moves):
+            assert {before, after} != {"ld.global.v4", "st.global.v4"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["_select", "_demand"])
+def test_the_sign_of_zero_is_dropped_before_bits_are_compared(compiled, kernel):
+    assert all("setp.eq.f32" in ptx for ptx in ptx_of(compiled, kernel, "fp32"))

@@ -307,7 +307,7 @@ def test_batches_that_fail_leave_the_others(sim, tmp_path, monkeypatch):
 
     monkeypatch.setattr(completions, "decode", failing)
     code, out, err = sim("-b", 20)
-    assert code == 1
+    assert code == 6
     assert "rkv" in out
     assert "reasonalloc" not in out
     assert err.splitlines()[-1] == "sim: 5 batches failed, the others are written"

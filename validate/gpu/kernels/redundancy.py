@@ -137,7 +137,7 @@ def _sum_directions(
         scales = tl.div_rn(1.0, norms + 1e-8)
         tl.store(inverse + slots, scales, mask=held)
         direction += tl.sum(tile * scales[:, None], axis=0)
-        first += 2 * BLOCK
+        first += BLOCK
     tl.store(directions + program.to(tl.int64) * HEAD_DIM + dims, direction)
 
 
@@ -197,7 +197,7 @@ def _find_newest(
         cosines = cosines * scales[:, None] * other_scales[None, :]
         counts = known[None, :] & (entries[:, None] != others[None, :])
         duplicates = tl.where((cosines > threshold) & counts, others[None, :], -1)
-        found = tl.where(found < 0, tl.max(duplicates, axis=1), found)
+        found = tl.maximum(found, tl.max(duplicates, axis=1))
         block -= BLOCK
     tl.store(newest + start + entries, found, mask=held)
 
@@ -277,13 +277,13 @@ def _write_exponentials(
     spared = tl.zeros((BLOCK,), tl.float32)
     row = length * 0
     while row < length:
-        others = row + tl.arange(0, BLOCK)
+        others = row + tl.arange(0, 2 * BLOCK)
         known = others < length
         duplicates = tl.load(newest + start + others, mask=known, other=-1)
         cosines = tl.load(similarity + start + others, mask=known, other=0.0)
         meets = duplicates[:, None] == entries[None, :]
         spared += tl.sum(tl.where(meets, cosines[:, None], 0.0), axis=0)
-        row += BLOCK
+        row += 2 * BLOCK
     # Means are cosines at most, so that their exponentials need no shift.
     weights = tl.exp((similar - spared) / length)
     tl.store(redundancy + start + entries, weights, mask=held)
