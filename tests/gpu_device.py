@@ -12,13 +12,15 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def ragged_pool(rng, lengths, head_dim, dtype, room=3):
+def ragged_pool(rng, lengths, head_dim, dtype, room=3, *, shuffled=False):
     """Lay segments out with ``room`` free slots before each and after the last; those hold no numbers.
 
-    Gives keys, values, positions, starts and lengths on ``DEVICE``.
+    Gives keys, values, positions, starts and lengths on ``DEVICE``; segments by number, or shuffled.
     """
     lengths = np.asarray(lengths, np.int64)
-    starts = np.cumsum(lengths + room) - lengths
+    order = rng.permutation(len(lengths)) if shuffled else np.arange(len(lengths))
+    starts = np.empty_like(lengths)
+    starts[order] = np.cumsum(lengths[order] + room) - lengths[order]
     held = np.zeros(int((lengths + room).sum()) + room, bool)
     positions = np.full(len(held), -7, np.int32)
     for start, n in zip(starts, lengths, strict=True):

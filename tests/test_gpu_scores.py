@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,9 @@ class Kernels:
     redundancy = staticmethod(redundancy_kernels.redundancy)
     combine_scores = staticmethod(scores_kernels.combine_scores)
 
+
+# Scores must not lean on segments standing in the order of their numbers.
+shuffled_pool = partial(ragged_pool, shuffled=True)
 
 both = pytest.mark.parametrize("code", [Kernels, twins_scores], ids=["kernels", "twins"])
 types = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=["32", "16", "b16"])
@@ -127,7 +132,7 @@ def expected_redundancy(pool, threshold):
 )
 def test_importance_is_the_simulators(code, group_size, n_queries, head_dim, dtype, rng):
     lengths = LENGTHS if head_dim == 16 else [0, 73, 9, 8, 150]
-    pool = ragged_pool(rng, lengths, head_dim, dtype)
+    pool = shuffled_pool(rng, lengths, head_dim, dtype)
     keys, _, _, starts, lengths = pool
     queries = asked(rng, keys, len(lengths), group_size, n_queries)
     scale, found = head_dim**-0.5, output(keys)
@@ -139,7 +144,7 @@ def test_importance_is_the_simulators(code, group_size, n_queries, head_dim, dty
 @both
 @types
 def test_large_logits_do_not_overflow(code, dtype, rng):
-    pool = ragged_pool(rng, [40, 200], 64, dtype)
+    pool = shuffled_pool(rng, [40, 200], 64, dtype)
     keys, _, _, starts, lengths = pool
     queries = asked(rng, keys, 2, 4, WINDOW, size=25.0)
     found = output(keys)
@@ -153,7 +158,7 @@ def test_large_logits_do_not_overflow(code, dtype, rng):
 @both
 @pytest.mark.parametrize("window", [1, 5, 40])
 def test_importance_leaves_out_any_window(code, window, rng):
-    pool = ragged_pool(rng, [41, 40, 130, 6, 1], 16, FLOAT32)
+    pool = shuffled_pool(rng, [41, 40, 130, 6, 1], 16, FLOAT32)
     keys, _, _, starts, lengths = pool
     queries, found = asked(rng, keys, 5, 2, 3), output(keys)
     code.window_importance(queries, keys, starts, lengths, found, scale=0.3, window=window, longest=130)
@@ -175,7 +180,7 @@ def test_importance_leaves_out_any_window(code, window, rng):
 )
 def test_redundancy_is_the_simulators(code, head_dim, threshold, dtype, rng):
     lengths = LENGTHS if head_dim == 16 else [0, 73, 9, 150]
-    pool = ragged_pool(rng, lengths, head_dim, dtype)
+    pool = shuffled_pool(rng, lengths, head_dim, dtype)
     keys, _, _, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     found = output(keys)
@@ -189,7 +194,7 @@ def test_redundancy_is_the_simulators(code, head_dim, threshold, dtype, rng):
 
 @both
 def test_every_key_but_opposites_is_a_duplicate_above_minus_one(code, rng):
-    pool = ragged_pool(rng, [5, 140, 2, 1], 16, FLOAT32)
+    pool = shuffled_pool(rng, [5, 140, 2, 1], 16, FLOAT32)
     keys, _, _, starts, lengths = pool
     found = output(keys)
     code.redundancy(keys, starts, lengths, found, threshold=-1.0, longest=140)
@@ -199,7 +204,7 @@ def test_every_key_but_opposites_is_a_duplicate_above_minus_one(code, rng):
 @both
 @types
 def test_a_cosine_at_the_threshold_is_no_duplicate(code, dtype, rng):
-    keys, _, _, starts, lengths = pool = ragged_pool(rng, [3], 16, dtype)
+    keys, _, _, starts, lengths = pool = shuffled_pool(rng, [3], 16, dtype)
     # Both norms are powers of two: the cosine of the first two is 1/2 and no rounding moves it.
     keys[starts[0] : starts[0] + 3] = 0
     keys[starts[0], :4] = 1
@@ -219,7 +224,7 @@ def test_a_cosine_at_the_threshold_is_no_duplicate(code, dtype, rng):
 
 def test_kernels_compare_wide_float32_keys_piece_by_piece(rng):
     # Two keys that differ in the last dimensions only: whoever leaves those out takes them for duplicates.
-    keys, _, _, starts, lengths = pool = ragged_pool(rng, [2, 70], 128, FLOAT32)
+    keys, _, _, starts, lengths = pool = shuffled_pool(rng, [2, 70], 128, FLOAT32)
     first = int(starts[0])
     keys[first : first + 2] = 0
     keys[first : first + 2, 3] = 1
@@ -231,7 +236,7 @@ def test_kernels_compare_wide_float32_keys_piece_by_piece(rng):
 
 @types
 def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
-    pool = ragged_pool(rng, [150, 30, 0], 16, dtype)
+    pool = shuffled_pool(rng, [150, 30, 0], 16, dtype)
     keys, _, _, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     queries, expected = asked(rng, keys, 3, 2, WINDOW), list(expected_redundancy(pool, 0.5))
@@ -250,7 +255,7 @@ def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
 def test_kernels_score_a_segment_of_many_blocks(rng, monkeypatch):
     # More blocks, and more parts of 64, than are summed at once.
     monkeypatch.setattr(redundancy_kernels, "_BLOCK", 32)
-    pool = ragged_pool(rng, [12, 1100], 16, FLOAT32)
+    pool = shuffled_pool(rng, [12, 1100], 16, FLOAT32)
     keys, _, _, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     queries, found = asked(rng, keys, 2, 2, 3), output(keys)
@@ -264,7 +269,7 @@ def test_kernels_score_a_segment_of_many_blocks(rng, monkeypatch):
 
 
 def test_twins_do_not_depend_on_the_size_of_their_blocks(rng, monkeypatch):
-    pool = ragged_pool(rng, [60, 0, 31, 9, 40], 16, FLOAT32)
+    pool = shuffled_pool(rng, [60, 0, 31, 9, 40], 16, FLOAT32)
     keys, _, positions, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     queries = asked(rng, keys, 5, 2, WINDOW)
@@ -305,7 +310,7 @@ scorers = pytest.mark.parametrize(
 @both
 @scorers
 def test_the_same_positions_survive(code, scorer, rng):
-    pool = ragged_pool(rng, LENGTHS, 16, FLOAT32)
+    pool = shuffled_pool(rng, LENGTHS, 16, FLOAT32)
     keys, _, positions, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     # Exact copies would tie, and rounding decide between them.
@@ -331,7 +336,7 @@ def test_the_same_positions_survive(code, scorer, rng):
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.1, 1.0])
 def test_scores_combine_pooled_importance_and_redundancy(code, kernel_size, alpha, rng):
     lengths = [0, 5, 8, 9, 30, 700]
-    keys, _, _, starts, lengths = ragged_pool(rng, lengths, 16, FLOAT32)
+    keys, _, _, starts, lengths = shuffled_pool(rng, lengths, 16, FLOAT32)
     attended, repeated, found = output(keys), output(keys), output(keys)
     expected = []
     for slots in segments(starts, lengths):
@@ -359,7 +364,7 @@ def test_scores_combine_pooled_importance_and_redundancy(code, kernel_size, alph
 
 @types
 def test_kernels_repeat_bit_for_bit_alone_and_in_company(dtype, rng):
-    pool = ragged_pool(rng, [200, 70, 133], 16, dtype)
+    pool = shuffled_pool(rng, [200, 70, 133], 16, dtype)
     keys, _, _, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     queries = asked(rng, keys, 3, 3, WINDOW)
@@ -383,7 +388,7 @@ def test_kernels_repeat_bit_for_bit_alone_and_in_company(dtype, rng):
 @both
 @pytest.mark.parametrize(("lengths", "longest"), [([], 0), ([], 9), ([0, 0], 0), ([0, 0], 5)])
 def test_nothing_held_writes_nothing(code, lengths, longest, rng):
-    keys, _, _, starts, lengths = ragged_pool(rng, lengths, 16, FLOAT32)
+    keys, _, _, starts, lengths = shuffled_pool(rng, lengths, 16, FLOAT32)
     found = output(keys)
     queries = asked(rng, keys, len(starts), 2, WINDOW)
     sizes = {"window": 2, "longest": longest}
@@ -396,7 +401,7 @@ def test_nothing_held_writes_nothing(code, lengths, longest, rng):
 
 @both
 def test_refusals_say_what_is_allowed(code, rng):
-    keys, _, _, starts, lengths = ragged_pool(rng, [20], 16, FLOAT32)
+    keys, _, _, starts, lengths = shuffled_pool(rng, [20], 16, FLOAT32)
     sizes = {"window": WINDOW, "longest": 20}
     for kernel_size in (0, 4, -3):
         with pytest.raises(ValueError, match=f"kernel_size is {kernel_size}; allowed: an odd number"):
@@ -409,7 +414,7 @@ def test_refusals_say_what_is_allowed(code, rng):
 
 
 def test_kernels_refuse_widths_they_have_no_tiles_for(rng):
-    keys, _, _, starts, lengths = ragged_pool(rng, [20], 24, FLOAT32)
+    keys, _, _, starts, lengths = shuffled_pool(rng, [20], 24, FLOAT32)
     queries = asked(rng, keys, 1, 2, WINDOW)
     with pytest.raises(ValueError, match="head_dim is 24; allowed: 16, 32, 64, 128, 256"):
         Kernels.redundancy(keys, starts, lengths, output(keys), threshold=0.5, longest=20)

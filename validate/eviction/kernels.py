@@ -9,7 +9,7 @@ import torch
 from numba import njit
 
 from simulator.kernels import VECTORISE, exp
-from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, triton_ops
+from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -41,7 +41,7 @@ def attend_ragged(
     if queries.device.type == "cpu" and queries.dtype == torch.float32:
         return _attend_compiled(queries, keys, values, starts, lengths, scale)
     if queries.device.type == "cuda" and has_kernels(queries, starts.size):
-        return attend_by(triton_ops(), queries, keys, values, starts, lengths, scale)
+        return attend_by(ops_for(queries.device), queries, keys, values, starts, lengths, scale)
     return attend_padded(queries, keys, values, starts, lengths, scale)
 
 
