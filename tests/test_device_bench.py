@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,16 @@ def result(model):
     found = run_bench(model, "tiny", PLAN, keep=lambda so_far: kept.append(json.dumps(so_far)))
     assert json.loads(kept[-1]) == json.loads(json.dumps(found))
     return found
+
+
+def test_tables_and_statistics_need_not_be_installed():
+    absent = ("polars", "altair", "scipy", "joblib", "math_verify")
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "import validate.cli, validate.eviction.decode, validate.gpu.bench.run, validate.random_weights"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_everything_is_measured_once(result):
