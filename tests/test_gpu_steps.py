@@ -9,6 +9,7 @@ from tiny_models import N_TOKEN_IDS, tiny_model
 
 from simulator.policy import parse_policy
 from traces.errors import UserError
+from validate import models
 from validate.eviction.cache import evicting
 from validate.gpu.cache import DeviceCache
 from validate.gpu.ops import torch_ops
@@ -149,3 +150,12 @@ def test_a_token_without_room_is_refused_before_it_is_captured(model, cuda):
                 steps.step(PROMPTS[:, 0])
     assert [layer.get_seq_length() for layer in cache.layers] == [21, 21]
     assert not cuda.n_captured
+
+
+def test_kernels_are_launched_where_the_model_is(model, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(type(model), "to", lambda self, device: done.append("placed") or self)
+    for device in ("cpu", "cuda", "cuda:1"):
+        models._place(model, torch.device(device), "tiny")
+    assert done == ["placed", "placed", "cuda:1", "placed"]
