@@ -134,6 +134,6 @@ def robustify(
     # The smallest positive share lets an element without demand grow once all others are at their cap.
     relative = np.maximum(demand / peak, 1e-9) if peak > 0 else np.ones(n)
     bounds = np.full(n, float(lowest)), np.full(n, float(highest))
-    budgets = apportion(water_fill(relative**exponent, total, *bounds), total)
+    budgets = divide(water_fill(relative**exponent, total, *bounds), total)
     binding = protected > floor * mean and bool((budgets == protected).any())
     return budgets, binding

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from scipy.special import stdtrit
 
 from traces.errors import UserError
 from traces.trace import Trace
@@ -99,6 +98,9 @@ class Sample:
             unmeasured = 1 - n_heads / self.kv_heads_of
             variance += float(unmeasured * spread * np.square(self.layer_weights).sum() / n_heads)
             freedom.append(n_layers * max(1, n_heads - 1) - (n_heads == 1))
+        # Policies are read without it, on machines that only measure a GPU.
+        from scipy.special import stdtrit
+
         return float(stdtrit(min(freedom), 0.975) * np.sqrt(variance))
 
 

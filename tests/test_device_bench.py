@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_model
 
-from traces.errors import NoDeviceError
+from simulator.policy import parse_policy
+from traces.errors import NoDeviceError, UserError
+from validate.gpu.bench import decode, run
 from validate.gpu.bench.check import check_kernels
 from validate.gpu.bench.decode import mean_over_text
 from validate.gpu.bench.kernels import Setting, kernel_cases
@@ -33,6 +39,16 @@ def result(model):
     found = run_bench(model, "tiny", PLAN, keep=lambda so_far: kept.append(json.dumps(so_far)))
     assert json.loads(kept[-1]) == json.loads(json.dumps(found))
     return found
+
+
+def test_tables_and_statistics_need_not_be_installed():
+    absent = ("polars", "altair", "scipy", "joblib", "math_verify")
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "import validate.cli, validate.eviction.decode, validate.gpu.bench.run, validate.random_weights"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_everything_is_measured_once(result):
@@ -85,6 +101,81 @@ def test_nothing_begins_after_the_time(model):
     assert not found["decode"]
     assert {skipped["why"] for skipped in found["skipped"]} == {"1e-09 minutes were over"}
     assert any("reasonalloc at batch 1" in skipped["what"] for skipped in found["skipped"])
+
+
+def test_a_cycle_is_over_when_every_layer_and_sequence_has_compressed(model, monkeypatch):
+    caches = []
+
+    class Kept(decode.DeviceCache):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            caches.append(self)
+
+    monkeypatch.setattr(decode, "DeviceCache", Kept)
+    # Heads whose budgets are larger than what they hold put off the next compression of their layer.
+    policy = parse_policy("rkv+utility:window=2,delta=1,beta=4,mu=0,head_cap=3", buffer=12)
+    torch.manual_seed(0)
+    decode.measure(model, decode.Case("unequal", policy, 3, 128, 24))
+    assert caches[0].n_compressions > 3
+    assert (caches[0].schedule.n_compressions >= 3).all()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory")])
+def test_a_batch_that_does_not_fit_is_told_and_let_go_of(model, monkeypatch, error):
+    caches, alive = [], []
+
+    class Full(decode.DeviceCache):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            caches.append(weakref.ref(self))
+
+        def _compress(self, due):
+            raise type(error)(*error.args)
+
+    monkeypatch.setattr(decode, "DeviceCache", Full)
+    bench = run._Bench(model, "tiny", PLAN, lambda line: None, lambda result: None)
+    monkeypatch.setattr(bench, "_free", lambda: alive.append(caches[-1]() is not None))
+    assert not bench._decode("rkv", 2, 128)
+    assert alive == [False]
+    assert "does not fit into the memory" in bench.result["skipped"][0]["why"]
+
+
+def test_what_not_even_one_sequence_fits_in_is_told(model, monkeypatch):
+    bench = run._Bench(model, "tiny", PLAN, lambda line: None, lambda result: None)
+    monkeypatch.setattr(bench, "_fitting", lambda policy, new_tokens: 0)
+    bench._decode_largest("full cache", 128)
+    assert bench.result["skipped"][0]["why"] == "not even one sequence fits"
+
+
+def test_a_model_that_the_kernels_are_not_made_for_is_refused_at_once():
+    kept = []
+    with pytest.raises(UserError, match="head_dim is 24"):
+        run_bench(tiny_model("llama", n_kv_heads=2, head_dim=24), "tiny", PLAN, keep=kept.append)
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        (("--budget", 31), 2, "--budget is 31; allowed: 32 or more"),
+        (("--buffer", 3), 2, "--buffer is 3; allowed: 4 or more"),
+        (("--lengths", "200"), 2, "--lengths holds 200"),
+        (("--gpu", "--device", "cpu"), 6, "--gpu is given with --device cpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(run_sim, given, code, told):
+    found, _, error = run_sim("validate", "bench", *given)
+    assert found == code
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_the_least_that_can_be_measured(run_sim, tmp_path):
+    small = ("--budget", 32, "--buffer", 4, "--lengths", 72, "--batches", 1, "--most-batch", 2)
+    code, printed, _ = run_sim("validate", "bench", "--device", "cpu", "-q", "--out", tmp_path, *small)
+    assert code == 0
+    assert "reasonalloc" in printed
+    assert len(json.loads((tmp_path / "cpu-random-tiny.json").read_text())["decode"]) == 8
 
 
 def test_a_text_takes_the_mean_of_its_steps():

@@ -46,3 +46,11 @@ def test_heads_without_demand_and_equal_ones(demand):
         np.array([demand], np.int32), np.array([402]), exponent=0.5, floor=0.25, cap=2.0, protected=8
     )
     np.testing.assert_array_equal(found, expected)
+
+
+def test_remainders_that_are_equal_in_truth_are_ties():
+    # 70.5 and 126.5 entries in two of the heads, but for the rounding errors of their making.
+    demand = np.array([[0, 88, 106, 158, 185, 187, 187, 123, 187, 271]], np.int32)
+    found, expected = _both(demand, np.array([1153]), exponent=1.0, floor=0.25, cap=1.3, protected=0)
+    np.testing.assert_array_equal(found, expected)
+    assert found[0].tolist() == [29, 71, 85, 126, 148, 149, 149, 98, 149, 149]

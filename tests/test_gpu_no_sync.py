@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simulator.policy import parse_policy
 from validate.eviction.cache import evicting
@@ -18,6 +19,12 @@ from validate.gpu.ops import torch_ops
 from validate.gpu.steps import Steps
 
 ENTRIES, BUFFER, PROMPT_TOKENS = 14, 8, 20
+
+
+@pytest.fixture(autouse=True)
+def _no_autocast(monkeypatch):
+    """Older versions of transformers ask for it by the kind of device, and torch knows none for this one."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,38 @@ def test_steps_and_compressions_ask_nothing(model, text):
     cache = _run(model, text, 5 * BUFFER)
     assert cache.n_compressions >= 5 or text == "fullkv"
     assert cache.held.shape == (3,)
+
+
+class _Waits(TorchDispatchMode):
+    """Notes every copy between host and device that one waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        output = function(*arguments, **named)
+        aten = torch.ops.aten
+        if function.overloadpacket in (aten.to, aten._to_copy, aten.copy_):
+            kinds = {
+                tensor.device.type for tensor in (*arguments, output) if isinstance(tensor, torch.Tensor)
+            }
+            if len(kinds) > 1 and not named.get("non_blocking"):
+                self.found.append(function)
+        return output
+
+
+@pytest.mark.parametrize("text", ["rkv:window=4", "rkv+utility:window=4,delta=1"])
+def test_nothing_is_copied_that_is_waited_for(model, text):
+    cache = DeviceCache(model, parse_policy(text, buffer=BUFFER), ENTRIES, ahead=9, ops=torch_ops())
+    ids = torch.zeros(3, PROMPT_TOKENS, dtype=torch.long, device="meta")
+    with torch.inference_mode(), evicting(model, cache):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        due = np.ones((2, 3), bool)
+        with _Waits() as waits:
+            cache._compress(due)
+    assert not waits.found
 
 
 def test_rows_are_dropped_without_asking(model):

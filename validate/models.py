@@ -134,6 +134,7 @@ def _cannot_be_loaded(name_or_path: str, error: Exception) -> UserError:
 
 
 def _place(model: PreTrainedModel, target: torch.device, name_or_path: str) -> PreTrainedModel:
+    launch_on(target)
     try:
         return model.to(target).eval()
     except torch.OutOfMemoryError as error:
@@ -162,6 +163,12 @@ def resolve_device(device: str) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= n_devices:
         raise NoDeviceError(f"device is '{device}'; found: {n_devices} CUDA devices; allowed: auto, cpu")
     return target
+
+
+def launch_on(target: torch.device) -> None:
+    """Let kernels, graphs and events be those of a model's device, if it is one of several."""
+    if target.type == "cuda" and target.index is not None:
+        torch.cuda.set_device(target)
 
 
 def find_folder(name_or_path: str) -> Path | None:

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from traces.errors import NoDeviceError, UserError
-from validate.models import DTYPES, LoadedModel, resolve_device
+from validate.models import DTYPES, LoadedModel, launch_on, resolve_device
 from validate.random_shapes import PREFIX, SPECIAL_TOKENS, find_shape, random_revision
 
 
@@ -54,6 +54,7 @@ def random_model(
     layers = {} if n_layers is None else {"num_hidden_layers": n_layers}
     config = AutoConfig.for_model(shape.kind, **(shape.settings | layers), dtype=stored)
     name = PREFIX + shape_name + ("" if n_layers is None else f":{n_layers}-layers")
+    launch_on(target)
     with _told_if_too_small(name, target):
         with target:
             model = AutoModelForCausalLM.from_config(config, dtype=stored)

@@ -66,7 +66,8 @@ def _water_fill(
 
 
 def _apportion(shares: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """Round by largest remainder, ties to the lower head."""
+    """Round by largest remainder, ties to the lower head, as ``simulator.apportion.divide`` does."""
+    shares = torch.round(shares * 2**20) / 2**20
     floors = torch.floor(shares + 1e-9)
     missing = totals - floors.sum(1).to(torch.int64)
     order = torch.argsort(floors - shares, dim=1, stable=True)

@@ -13,7 +13,14 @@ from simulator.policy import Policy
 from simulator.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, prompt_lengths
-from validate.gpu.compress import DeviceCompressor, Due, in_blocks, new_starts, unsupported_part
+from validate.gpu.compress import (
+    DeviceCompressor,
+    Due,
+    in_blocks,
+    new_starts,
+    to_device,
+    unsupported_part,
+)
 from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for, require_shape
 from validate.gpu.pool import DevicePool
 from validate.gpu.schedule import Schedule
@@ -177,7 +184,7 @@ class DeviceCache(EvictingCache):
         )
         self.schedule = Schedule(self.policy, entries, prompts, n_kv_heads)
         self.compressor = DeviceCompressor(self.policy, self.ops, entries, n_kv_heads, scale, self._device)
-        self.n_tokens = torch.from_numpy(prompts.astype(np.int32)).to(self._device)
+        self.n_tokens = to_device(prompts.astype(np.int32), self._device)
         self._scale = scale
 
     def _prefill(
@@ -198,7 +205,7 @@ class DeviceCache(EvictingCache):
         n_kv_heads, length = key.shape[1:3]
         segments = (rows[:, None] * n_kv_heads + np.arange(n_kv_heads)) * length + padding[rows, None]
         lengths = np.repeat(self._prompts[rows, None], n_kv_heads, 1).astype(np.int32)
-        source = torch.from_numpy(segments).to(self._device)
+        source = to_device(segments, self._device)
         keys, values = (tensor.view(-1, tensor.shape[3]) for tensor in (key, value))
         layers = np.full(len(rows), layer)
         due = Due(
@@ -209,7 +216,7 @@ class DeviceCache(EvictingCache):
             layer,
             layer + 1,
         )
-        lengths_here = torch.from_numpy(lengths).to(self._device)
+        lengths_here = to_device(lengths, self._device)
         survivors, kept = survive(keys, source, lengths_here, due, int(lengths.max()))
         is_compressed = survivors is not None
         starts = self._lay_out(due, kept, is_compressed)
@@ -228,7 +235,7 @@ class DeviceCache(EvictingCache):
         )
 
     def _survivors(self, keys, starts, lengths, due, longest):
-        rows = torch.from_numpy(due.rows).to(self._device)
+        rows = to_device(due.rows, self._device)
         queries = self.ring[due.first_layer, rows]
         return self.compressor.decide(keys, starts, lengths, queries, due, longest)
 
@@ -265,7 +272,7 @@ class DeviceCache(EvictingCache):
         self.n_compressions += 1
         for block in in_blocks(due, self.schedule.totals, self.schedule.to_divide(), pool):
             slots = pool.layers(block.first_layer, block.stop_layer)
-            layers, rows = (torch.from_numpy(at).to(self._device) for at in (block.layers, block.rows))
+            layers, rows = (to_device(at, self._device) for at in (block.layers, block.rows))
             starts, lengths = pool.starts[layers, rows] - slots.start, pool.lengths[layers, rows]
             longest = int(self._longest[block.layers].max())
             keys, values = pool.keys[slots], pool.values[slots]
@@ -287,12 +294,12 @@ class DeviceCache(EvictingCache):
     def _lay_out(self, due: Due, kept: torch.Tensor, is_compressed: bool) -> torch.Tensor:
         """Give what is kept its place; int64 Tensor (n_due, n_kv_heads), the first slots."""
         pool, buffer = self.pool, getattr(self.policy.trigger, "buffer", 0)
-        bases = torch.from_numpy(pool.bases[due.layers, due.rows]).to(self._device)
+        bases = to_device(pool.bases[due.layers, due.rows], self._device)
         totals = self.schedule.totals[due.layers, due.rows]
         if not self.policy.evicts:
             totals = self.shape.n_kv_heads * (self._prompts[due.rows] + self._ahead)
-        starts, held = new_starts(kept, bases, torch.from_numpy(totals).to(self._device), buffer)
-        layers, rows = (torch.from_numpy(at).to(self._device) for at in (due.layers, due.rows))
+        starts, held = new_starts(kept, bases, to_device(totals, self._device), buffer)
+        layers, rows = (to_device(at, self._device) for at in (due.layers, due.rows))
         pool.starts[layers, rows], pool.lengths[layers, rows] = starts, kept
         if is_compressed:
             self.schedule.compressed(due.layers, due.rows, due.divide, held)
@@ -304,7 +311,7 @@ class DeviceCache(EvictingCache):
         n = min(window, query.shape[2])
         if n:
             slots = (self._prompts[:, None] - n + np.arange(n)) % window
-            index = torch.from_numpy(slots).to(self._device)[:, None, :, None]
+            index = to_device(slots, self._device)[:, None, :, None]
             recent = query[:, :, -n:]
             self.ring[layer].scatter_(2, index.expand_as(recent), recent)
 

@@ -146,8 +146,7 @@ class DeviceCompressor:
         """
         starts, lengths = starts.reshape(-1), lengths.reshape(-1)
         scores = self._scores(keys, starts, lengths, queries, longest)
-        layers = torch.from_numpy(due.layers).to(self.device, non_blocking=True)
-        rows = torch.from_numpy(due.rows).to(self.device, non_blocking=True)
+        layers, rows = to_device(due.layers, self.device), to_device(due.rows, self.device)
         if due.divide.any():
             self._divide(scores, starts, lengths, layers, rows, due, longest)
         quotas = self.budgets[layers, rows].reshape(-1)
@@ -199,7 +198,7 @@ class DeviceCompressor:
         longest: int,
     ) -> None:
         heads = self.policy.heads
-        totals = torch.from_numpy(due.totals).to(self.device, non_blocking=True)
+        totals = to_device(due.totals, self.device)
         counts = torch.empty_like(lengths)
         self.ops.demand(
             scores,
@@ -219,9 +218,15 @@ class DeviceCompressor:
             protected=self.policy.protected,
         )
         if not due.divide.all():
-            again = torch.from_numpy(due.divide).to(self.device, non_blocking=True)
+            again = to_device(due.divide, self.device)
             budgets = torch.where(again[:, None], budgets, self.budgets[layers, rows])
         self.budgets[layers, rows] = budgets
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Begin to copy an array to a device, without waiting for what the device has to do before."""
+    # Memory that is not pinned has been read when this returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def new_starts(

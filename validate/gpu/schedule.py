@@ -35,6 +35,7 @@ class Schedule:
         Budgets over all KV heads.
     n_tokens : int64 (n_rows,)
         Tokens in each row's history.
+    n_compressions : int64 (n_layers, n_rows)
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Schedule:
         self._since = np.broadcast_to(prompts, entries.shape).astype(np.int64)
         self._divided = np.full(entries.shape, -1, np.int64)
         self._is_counted = np.ones(entries.shape, bool)
-        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], np.ndarray, torch.Tensor, _Event]] = []
+        self.n_compressions = np.zeros(entries.shape, np.int64)
+        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event]] = []
         self._held: np.ndarray | None = None
         self._due = np.full(entries.shape, _NEVER)
         if self._evicts:
@@ -102,6 +104,7 @@ class Schedule:
         before = self._base[layers, rows]
         before = before + self._n_kv_heads * (self.n_tokens[rows] - self._since[layers, rows])
         self._since[layers, rows] = self.n_tokens[rows]
+        self.n_compressions[layers, rows] += 1
         self._divided[layers[divided], rows[divided]] = self.n_tokens[rows[divided]]
         if not self._delta:
             # Equal heads are of equal length.
@@ -112,7 +115,7 @@ class Schedule:
             return
         self._is_counted[layers, rows] = False
         self._due[layers, rows] = self.n_tokens[rows] + self._buffer
-        self._counts.append(((layers, rows), self._since[layers, rows], *_to_host(held)))
+        self._counts.append(((layers, rows), *_to_host(held)))
 
     def keep_rows(self, rows: np.ndarray) -> None:
         """Forget all other rows."""
@@ -120,7 +123,7 @@ class Schedule:
         self.n_tokens = self.n_tokens[rows]
         if self._held is not None:
             self._held = self._held[rows]
-        for name in ("totals", "_base", "_since", "_divided", "_is_counted", "_due"):
+        for name in ("totals", "n_compressions", "_base", "_since", "_divided", "_is_counted", "_due"):
             setattr(self, name, getattr(self, name)[:, rows])
 
     def _count(self) -> np.ndarray:
@@ -129,7 +132,7 @@ class Schedule:
 
     def _take_counts(self) -> None:
         """Wait for the counts under way."""
-        for at, _, counts, event in self._counts:
+        for at, counts, event in self._counts:
             event.synchronize()
             self._base[at] = counts.numpy()
         self._counts = []

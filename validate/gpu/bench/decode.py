@@ -16,11 +16,13 @@ from validate.eviction.cache import evicting
 from validate.gpu.bench.clock import Lap, synchronize
 from validate.gpu.cache import DeviceCache
 from validate.gpu.schedule import Schedule
-from validate.gpu.steps import Steps
+from validate.gpu.steps import Steps, is_out_of_memory
 
 PROMPT_TOKENS = 16
 # Steps before anything is timed: one is compiled, one captured.
 _WARM_STEPS = 3
+# Most steps of a cycle have to be without a compression.
+LEAST_BUFFER = 4
 # A full cache's steps are timed where so much of the text is written.
 _FULL_AT = (1 / 8, 1 / 2, 1.0)
 _FULL_STEPS = 24
@@ -55,17 +57,18 @@ class Case:
 def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = None) -> dict[str, object]:
     """Time decode steps of one case.
 
-    A cache under a budget is timed over two cycles of its buffer, each with its compression, which is its
+    A cache under a budget is timed until every layer of every sequence has compressed twice, which is its
     steady state; a full cache at three lengths, between which the time of a step is taken as linear. What is
     held is noise: no kernel's time depends on it, but the head budgets do.
 
     Returns
     -------
     dict
-        The case; ``step_seconds`` (mean over the text), ``tokens_per_second``, ``compression_seconds``
-        (None for a full cache), ``bytes_planned`` and ``bytes_measured`` of keys and values,
-        ``entries_planned`` and ``entries_measured`` (peaks, over layers and KV heads of one sequence),
-        ``peak_bytes`` of everything on the device, ``is_captured``.
+        The case; ``step_seconds`` (mean over the text), ``tokens_per_second``, ``compression_seconds`` (of
+        all layers and sequences; None for a full cache), ``bytes_planned`` and ``bytes_measured`` of keys
+        and values, ``entries_planned`` and ``entries_measured`` (peaks, over layers and KV heads of one
+        sequence), ``peak_bytes`` of everything on the device, ``is_captured``, and ``not_captured``: why it
+        is not.
 
     Raises
     ------
@@ -86,7 +89,9 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
             torch.cuda.reset_peak_memory_stats(device)
         with evicting(model, cache):
             found = _timed(model, cache, case)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise NoDeviceError(
             f"{case.label} at batch {case.batch} does not fit into the memory of device '{device}'; "
             "allowed: a smaller batch"
@@ -120,6 +125,7 @@ def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, 
         "bytes_measured": cache.bytes_allocated,
         "bytes_with_rest": measured,
         "is_captured": steps.is_captured,
+        "not_captured": steps.not_captured,
     }
 
 
@@ -134,8 +140,9 @@ def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) 
     entries = stand_at(cache, case.new_tokens // 2, ahead=_WARM_STEPS)
     for _ in range(_WARM_STEPS):
         tokens = steps.step(tokens).argmax(-1)
+    done = cache.schedule.n_compressions + _CYCLES
     lap, due, most = Lap(cache.n_tokens.device), [], 0
-    # Heads that are short after a compression put the next one off, for at most another cycle.
+    # Heads that are short after a compression put the next one off, each layer's and sequence's by itself.
     for number in range(2 * _CYCLES * buffer):
         before = cache.n_compressions
         tokens = steps.step(tokens).argmax(-1)
@@ -145,14 +152,14 @@ def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) 
             most = max(most, int(cache.pool.lengths.sum((0, 2)).max()))
         if cache.n_compressions > before:
             due.append(number)
-        if len(due) == _CYCLES:
+        if (cache.schedule.n_compressions >= done).all():
             break
     times = lap.seconds()
     usual = median(seconds for number, seconds in enumerate(times) if number not in due)
     return {
         "step_seconds": mean(times),
         "plain_step_seconds": usual,
-        "compression_seconds": mean(times[number] - usual for number in due),
+        "compression_seconds": sum(times[number] - usual for number in due) / _CYCLES,
         "entries_planned": int((entries + buffer).sum()) * cache.shape.n_kv_heads,
         "entries_measured": most + len(entries) * cache.shape.n_kv_heads,
     }

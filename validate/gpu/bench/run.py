@@ -15,10 +15,10 @@ from simulator.wave import Wave
 from traces.errors import NoDeviceError, UserError
 from validate.gpu.bench.check import check_kernels
 from validate.gpu.bench.clock import copy_bandwidth, device_facts
-from validate.gpu.bench.decode import PROMPT_TOKENS, Case, measure
-from validate.gpu.bench.kernels import Setting, kernel_cases
+from validate.gpu.bench.decode import LEAST_BUFFER, PROMPT_TOKENS, Case, measure
+from validate.gpu.bench.kernels import WINDOW, Setting, kernel_cases
 from validate.gpu.cache import memory_plan
-from validate.gpu.ops import ops_for, torch_ops
+from validate.gpu.ops import ops_for, require_shape, torch_ops
 from validate.models import model_shape
 
 POLICIES = {"full cache": "fullkv", "snapkv": "snapkv", "rkv": "rkv", "reasonalloc": "reasonalloc"}
@@ -91,6 +91,8 @@ def run_bench(
     ------
     NoDeviceError
         When a kernel gives wrong results on this device.
+    UserError
+        For a model whose heads the kernels are not made for.
     """
     return _Bench(model, name, plan, tell, keep).run()
 
@@ -99,6 +101,7 @@ class _Bench:
     def __init__(self, model: PreTrainedModel, name: str, plan: BenchPlan, tell: Tell, keep: Keep) -> None:
         self._model, self._plan, self._tell, self._keep = model, plan, tell, keep
         self._device, self._shape = model.device, model_shape(model.config, model.dtype)
+        require_shape(self._shape.head_dim, self._shape.n_query_heads // self._shape.n_kv_heads)
         self._ends = time.monotonic() + 60 * plan.minutes
         self._waves = {"bench": _assumed_wave(self._shape.n_layers, self._shape.n_kv_heads)}
         self._policies = {label: parse_policy(text, buffer=plan.buffer) for label, text in POLICIES.items()}
@@ -205,10 +208,13 @@ class _Bench:
             return
         batch = min(self._plan.most_batch, self._fitting(policy, new_tokens))
         for _ in range(_TRIES):
-            if batch < 1 or self._decode(label, batch, new_tokens):
+            if batch < 1:
+                break
+            if self._decode(label, batch, new_tokens):
                 return
             batch = round_down(int(0.9 * batch))
-        self._skip(f"{label} at the largest batch, {new_tokens:,} tokens", f"{_TRIES} batches did not fit")
+        why = f"{_TRIES} batches did not fit" if batch else "not even one sequence fits"
+        self._skip(f"{label} at the largest batch, {new_tokens:,} tokens", why)
 
     def _fitting(self, policy: Policy, new_tokens: int) -> int:
         """Estimate the largest batch from what the device has free."""
@@ -314,12 +320,16 @@ def _assumed_wave(n_layers: int, n_kv_heads: int) -> Wave:
 
 
 def require_measurable(plan: BenchPlan) -> None:
-    """Refuse a plan whose texts are shorter than the budget.
+    """Refuse a plan whose budget, buffer or texts are too small for what is timed.
 
     Raises
     ------
     UserError
     """
+    # A quarter of the budget is the least that a head holds beside its buffer.
+    for name, value, least in (("budget", plan.entries, 4 * WINDOW), ("buffer", plan.buffer, LEAST_BUFFER)):
+        if value < least:
+            raise UserError(f"--{name} is {value}; allowed: {least} or more")
     shortest = 2 * (plan.entries + plan.buffer)
     if min(plan.lengths) < shortest:
         raise UserError(
