@@ -219,3 +219,32 @@ def test_bytes_are_what_has_to_move_at_least():
     assert cases["attention"]["bytes"] == held * 2 * 16 * 4
     assert cases["compaction"]["bytes"] == 2 * (6 + 42) * (4 * 16 * 4 + 8)
     assert cases["redundancy"]["gflop"] == pytest.approx(2 * 2 * (14**2 + 50**2) * 16e-9)
+
+
+class _NotCompiled(Exception):
+    """An error such as Triton raises, of a type of its own."""
+
+
+_NotCompiled.__module__ = "triton.compiler.errors"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            _NotCompiled("at 12:3:\n  out of shared memory"),
+            "cannot be compiled for this device: at 12:3: out of",
+        ),
+        (torch.OutOfMemoryError("no room"), "does not fit into the memory of device 'cpu'"),
+    ],
+)
+def test_what_a_device_cannot_do_is_one_line_and_what_was_measured_is_kept(model, monkeypatch, error, words):
+    def fail(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(run, "kernel_cases" if "compiled" in words else "check_kernels", fail)
+    kept = []
+    with pytest.raises(NoDeviceError, match=words):
+        run_bench(model, "tiny", PLAN, keep=lambda so_far: kept.append(len(so_far["checks"])))
+    assert (max(kept, default=0) > 0) == ("compiled" in words)

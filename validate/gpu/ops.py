@@ -94,12 +94,7 @@ def ops_for(device: torch.device) -> Ops:
     NoDeviceError
         For a GPU without Triton.
     """
-    if device.type != "cuda":
-        return torch_ops()
-    if device.index is not None:
-        # Triton launches on the current device, wherever the tensors are.
-        torch.cuda.set_device(device)
-    return triton_ops()
+    return triton_ops() if device.type == "cuda" else torch_ops()
 
 
 def require_shape(head_dim: int, group_size: int) -> None:

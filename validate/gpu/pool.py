@@ -27,6 +27,8 @@ class DevicePool:
     positions : int32 Tensor, shape (capacity,)
     bases : int64 (n_layers, n_rows)
         First slot of each stretch; known to the host.
+    bytes_taken : int
+        What the device's allocator gave for keys and values.
     starts : int64 Tensor, shape (n_layers, n_rows, n_kv_heads)
     lengths : int32 Tensor, shape (n_layers, n_rows, n_kv_heads)
 
@@ -43,9 +45,11 @@ class DevicePool:
         self.stretches = stretches
         self.bases = (np.cumsum(stretches) - stretches.reshape(-1)).reshape(stretches.shape)
         per_slot = 2 * head_dim * dtype.itemsize + 4
+        before = _taken(device)
         try:
             self.keys = torch.empty(capacity, head_dim, dtype=dtype, device=device)
             self.values = torch.empty_like(self.keys)
+            self.bytes_taken = _taken(device) - before if device.type == "cuda" else self.bytes_allocated
             self.positions = torch.empty(capacity, dtype=torch.int32, device=device)
         except torch.OutOfMemoryError as error:
             raise NoDeviceError(
@@ -72,3 +76,7 @@ class DevicePool:
         """Forget all other rows; their slots lie idle."""
         self.stretches, self.bases = self.stretches[:, rows], self.bases[:, rows]
         self.starts, self.lengths = self.starts[:, index].contiguous(), self.lengths[:, index].contiguous()
+
+
+def _taken(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -122,7 +122,7 @@ def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, 
         times = _growing(steps, cache, tokens, case)
     return times | {
         "bytes_planned": planned_bytes(cache),
-        "bytes_measured": cache.bytes_allocated,
+        "bytes_measured": cache.pool.bytes_taken,
         "bytes_with_rest": measured,
         "is_captured": steps.is_captured,
         "not_captured": steps.not_captured,
@@ -141,15 +141,12 @@ def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) 
     for _ in range(_WARM_STEPS):
         tokens = steps.step(tokens).argmax(-1)
     done = cache.schedule.n_compressions + _CYCLES
-    lap, due, most = Lap(cache.n_tokens.device), [], 0
+    lap, due = Lap(cache.n_tokens.device), []
     # Heads that are short after a compression put the next one off, each layer's and sequence's by itself.
     for number in range(2 * _CYCLES * buffer):
         before = cache.n_compressions
         tokens = steps.step(tokens).argmax(-1)
         lap.mark()
-        if number % buffer == buffer - 2:
-            # One token before it is full: what this waits for is timed with the next step.
-            most = max(most, int(cache.pool.lengths.sum((0, 2)).max()))
         if cache.n_compressions > before:
             due.append(number)
         if (cache.schedule.n_compressions >= done).all():
@@ -160,9 +157,26 @@ def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) 
         "step_seconds": mean(times),
         "plain_step_seconds": usual,
         "compression_seconds": sum(times[number] - usual for number in due) / _CYCLES,
-        "entries_planned": int((entries + buffer).sum()) * cache.shape.n_kv_heads,
-        "entries_measured": most + len(entries) * cache.shape.n_kv_heads,
+        "entries_planned": _most_planned(cache, entries + buffer),
+        "entries_measured": _most_held(steps, cache, tokens, buffer),
     }
+
+
+def _most_planned(cache: DeviceCache, per_head: np.ndarray) -> int:
+    """Give what a row may hold at most; heads that were short give whole tokens more."""
+    n_kv_heads = cache.shape.n_kv_heads
+    rounding = n_kv_heads - 1 if cache.policy.heads.delta else 0
+    return int((per_head * n_kv_heads + rounding).sum())
+
+
+def _most_held(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, buffer: int) -> int:
+    """Go on for a cycle, untimed, and ask the device how many entries a row held at most."""
+    most = cache.pool.lengths.sum((0, 2)).max()
+    for _ in range(buffer):
+        tokens = steps.step(tokens).argmax(-1)
+        most = torch.maximum(most, cache.pool.lengths.sum((0, 2)).max())
+    # A step attends after its own token has come.
+    return int(most) + cache.pool.lengths.shape[0] * cache.shape.n_kv_heads
 
 
 def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, object]:

@@ -19,6 +19,7 @@ from validate.gpu.bench.decode import LEAST_BUFFER, PROMPT_TOKENS, Case, measure
 from validate.gpu.bench.kernels import WINDOW, Setting, kernel_cases
 from validate.gpu.cache import memory_plan
 from validate.gpu.ops import ops_for, require_shape, torch_ops
+from validate.gpu.steps import is_out_of_memory
 from validate.models import model_shape
 
 POLICIES = {"full cache": "fullkv", "snapkv": "snapkv", "rkv": "rkv", "reasonalloc": "reasonalloc"}
@@ -90,11 +91,24 @@ def run_bench(
     Raises
     ------
     NoDeviceError
-        When a kernel gives wrong results on this device.
+        When a kernel gives wrong results on this device or cannot be compiled for it, or the device is too
+        small for anything.
     UserError
         For a model whose heads the kernels are not made for.
     """
-    return _Bench(model, name, plan, tell, keep).run()
+    try:
+        return _Bench(model, name, plan, tell, keep).run()
+    except Exception as error:
+        # Whatever Triton finds wrong has a type of its own, some outside its public modules.
+        if type(error).__module__.startswith("triton"):
+            reason = " ".join(str(error).split())[:300]
+            raise NoDeviceError(f"a kernel cannot be compiled for this device: {reason}") from error
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise NoDeviceError(
+                f"the kernels' measurement does not fit into the memory of device '{model.device}'; allowed: "
+                "a smaller model, budget or --batches"
+            ) from error
+        raise
 
 
 class _Bench:
@@ -134,10 +148,11 @@ class _Bench:
         for batch in self._plan.kernel_batches:
             for ragged in (False, True):
                 self._kernels(batch, ragged)
+        if self._device.type == "cuda":
+            # First, since a capture that fails may spoil what comes after it.
+            self._decode("rkv", 1, self._plan.lengths[-1], graph=False)
         for label in self._policies:
             self._decode(label, 1, self._plan.lengths[-1])
-        if self._device.type == "cuda":
-            self._decode("rkv", 1, self._plan.lengths[-1], graph=False)
         for length in self._plan.lengths:
             for label in self._policies:
                 self._decode_largest(label, length)
@@ -281,7 +296,9 @@ def aims(result: dict[str, object], plan: BenchPlan) -> list[dict[str, object]]:
     bounded = [case for case in decode if case["policy"] != "full cache" and "same_as" not in case]
     for what in ("bytes", "entries"):
         ratios = [case[f"{what}_measured"] / case[f"{what}_planned"] for case in bounded]
-        add(f"{what} held over those planned, at most", 1.0, max(ratios, default=None), at_least=False)
+        # An allocator gives whole blocks.
+        bound = 1.001 if what == "bytes" else 1.0
+        add(f"{what} held over those planned, at most", bound, max(ratios, default=None), at_least=False)
     if result["machine"]["device"] == "cpu":
         # The twins' times say nothing of a GPU's.
         return found
