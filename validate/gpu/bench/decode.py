@@ -20,12 +20,12 @@ from validate.gpu.steps import Steps, is_out_of_memory
 
 PROMPT_TOKENS = 16
 # Steps before anything is timed: one is compiled, one captured.
-_WARM_STEPS = 3
+WARM_STEPS = 3
 # Most steps of a cycle have to be without a compression.
 LEAST_BUFFER = 4
 # A full cache's steps are timed where so much of the text is written.
-_FULL_AT = (1 / 8, 1 / 2, 1.0)
-_FULL_STEPS = 24
+FULL_AT = (1 / 8, 1 / 2, 1.0)
+FULL_STEPS = 24
 _CYCLES = 2
 
 
@@ -80,7 +80,7 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
         model,
         case.policy,
         case.entries,
-        ahead=case.new_tokens + _FULL_STEPS,
+        ahead=case.new_tokens + FULL_STEPS,
         name="bench",
         waves=waves,
     )
@@ -137,8 +137,8 @@ def _read_prompts(model: PreTrainedModel, cache: DeviceCache, batch: int) -> Non
 def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, object]:
     buffer = case.policy.trigger.buffer
     # The first compression, which compiles kernels, comes with the last warm step.
-    entries = stand_at(cache, case.new_tokens // 2, ahead=_WARM_STEPS)
-    for _ in range(_WARM_STEPS):
+    entries = stand_at(cache, case.new_tokens // 2, ahead=WARM_STEPS)
+    for _ in range(WARM_STEPS):
         tokens = steps.step(tokens).argmax(-1)
     done = cache.schedule.n_compressions + _CYCLES
     lap, due = Lap(cache.n_tokens.device), []
@@ -181,13 +181,13 @@ def _most_held(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, buffer: i
 
 def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, object]:
     points = []
-    for share in _FULL_AT:
-        n_tokens = int(PROMPT_TOKENS + share * case.new_tokens) - _WARM_STEPS
+    for share in FULL_AT:
+        n_tokens = int(PROMPT_TOKENS + share * case.new_tokens) - WARM_STEPS
         stand_at(cache, n_tokens)
-        for _ in range(_WARM_STEPS):
+        for _ in range(WARM_STEPS):
             tokens = steps.step(tokens).argmax(-1)
         lap = Lap(cache.n_tokens.device)
-        for _ in range(_FULL_STEPS - _WARM_STEPS):
+        for _ in range(FULL_STEPS - WARM_STEPS):
             tokens = steps.step(tokens).argmax(-1)
             lap.mark()
         points.append((share, median(lap.seconds())))

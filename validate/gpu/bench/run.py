@@ -17,6 +17,8 @@ from validate.gpu.bench.check import check_kernels
 from validate.gpu.bench.clock import copy_bandwidth, device_facts
 from validate.gpu.bench.decode import LEAST_BUFFER, PROMPT_TOKENS, Case, measure
 from validate.gpu.bench.kernels import WINDOW, Setting, kernel_cases
+from validate.gpu.bench.stock import LABEL as STOCK
+from validate.gpu.bench.stock import measure_stock
 from validate.gpu.cache import memory_plan
 from validate.gpu.ops import ops_for, require_shape, torch_ops
 from validate.gpu.steps import is_out_of_memory
@@ -153,6 +155,9 @@ class _Bench:
             self._decode("rkv", 1, self._plan.lengths[-1], graph=False)
         for label in self._policies:
             self._decode(label, 1, self._plan.lengths[-1])
+        if self._may_begin(f"{STOCK} at batch 1, {self._plan.lengths[-1]:,} tokens"):
+            self._add("decode", measure_stock(self._model, 1, self._plan.lengths[-1]))
+            self._free()
         for length in self._plan.lengths:
             for label in self._policies:
                 self._decode_largest(label, length)
@@ -293,7 +298,7 @@ def aims(result: dict[str, object], plan: BenchPlan) -> list[dict[str, object]]:
             found.append({"aim": aim, "asked": asked, "seen": seen, "holds": bool(holds)})
 
     decode, longest = result["decode"], plan.lengths[-1]
-    bounded = [case for case in decode if case["policy"] != "full cache" and "same_as" not in case]
+    bounded = [case for case in decode if case["entries"] and "same_as" not in case]
     for what in ("bytes", "entries"):
         ratios = [case[f"{what}_measured"] / case[f"{what}_planned"] for case in bounded]
         # An allocator gives whole blocks.
@@ -310,18 +315,19 @@ def aims(result: dict[str, object], plan: BenchPlan) -> list[dict[str, object]]:
             if case["policy"] == label
             and (case["batch"] > 1) == large
             and case["new_tokens"] == longest
-            and not case["without_graph"]
+            and (label == STOCK or not case["without_graph"])
         ]
         return own[0] if own else None
 
     for large, words in ((False, "batch 1"), (True, "the largest batches")):
-        full, own, plain = (rate(label, large) for label in ("full cache", "reasonalloc", "rkv"))
+        own, plain = rate("reasonalloc", large), rate("rkv", large)
         if own and plain:
             add(f"time of reasonalloc over rkv, {words}", 1.02, plain / own, at_least=False)
-        if own and full:
-            bound = 5.0 if large else 1.15
-            what = f"tokens/s of reasonalloc over the full cache, {longest:,} tokens, {words}"
-            add(what, bound, own / full)
+        for label, of in (("full cache", ""), (STOCK, " of transformers")):
+            full = rate(label, large)
+            if own and full:
+                what = f"tokens/s of reasonalloc over the full cache{of}, {longest:,} tokens, {words}"
+                add(what, 5.0 if large else 1.15, own / full)
     for case in result["kernels"]:
         if case["kernel"] == "attention" and case["batch"] == max(plan.kernel_batches):
             words = "unequal" if case["ragged"] else "equal"
