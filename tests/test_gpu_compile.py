@@ -79,4 +79,6 @@ def test_threads_wait_between_loads_and_stores_of_a_move(compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["_select", "_demand"])
 def test_the_sign_of_zero_is_dropped_before_bits_are_compared(compiled, kernel):
-    assert all("setp.eq.f32" in ptx for ptx in ptx_of(compiled, kernel, "fp32"))
+    # As a comparison of floats, or by clearing the bit, whichever a version of Triton chooses.
+    dropped = re.compile(r"setp\.eq\.f32|and\.b32.*, 2147483647;")
+    assert all(dropped.search(ptx) for ptx in ptx_of(compiled, kernel, "fp32"))
