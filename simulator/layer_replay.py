@@ -8,9 +8,9 @@ import numpy as np
 
 from simulator.compression import Compressor
 from simulator.contract import asked_to_fire
-from simulator.kernels import add_attention_mass
 from simulator.ledger import Ledger
 from simulator.policy import Policy
+from simulator.products import KINDS, measure_heads, sgemm_address
 from simulator.rope import Rope
 from simulator.sampling import Sample
 from simulator.scratch import scratch
@@ -20,7 +20,7 @@ from traces.trace import Trace
 
 # Queries of one matrix product: enough for its full speed, so few that the products stay in the cache and
 # that hardly any of them lie in a query's future.
-_BLOCK_QUERIES = 128
+_BLOCK_QUERIES = 192
 # Tokens read at once; bounds the memory of long spans.
 _BLOCK_TOKENS = 512
 
@@ -152,38 +152,53 @@ class LayerReplay:
         offsets = self._steps[sampled] - step
         # A slice where it is one: no copy of what is mapped.
         tokens = slice(start, stop) if len(offsets) == n_tokens else start + offsets
-        for row, kv_head in enumerate(self._kv_heads):
-            if self.ledger.lengths[kv_head] == stop or not len(offsets):
-                continue
-            group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
-            # Queries by token, so that those of a few tokens stand together.
-            queries = self._stored["queries"][group, tokens].transpose(1, 0, 2)
-            lse = np.ascontiguousarray(self._stored["lse"][group, tokens].T)
-            mass = np.empty(lse.shape, np.float32)
-            keys = self.ledger.keys(kv_head)
-            n_before = len(keys) - n_tokens
-            self._measure(keys, n_before + offsets, to_float32(queries, shape.dtype), lse, mass)
-            self.mass[row * shape.group_size : (row + 1) * shape.group_size, sampled] = mass.T
+        # A head that still holds everything has mass 1.
+        evicted = [row for row, head in enumerate(self._kv_heads) if self.ledger.lengths[head] != stop]
+        if evicted and len(offsets):
+            self._measure(evicted, tokens, n_tokens, offsets, sampled)
 
     def _measure(
-        self, keys: np.ndarray, own: np.ndarray, queries: np.ndarray, lse: np.ndarray, mass: np.ndarray
+        self,
+        rows: list[int],
+        tokens: slice | np.ndarray,
+        n_tokens: int,
+        offsets: np.ndarray,
+        sampled: slice,
     ) -> None:
-        """Write the mass that some tokens' queries find in one KV head.
+        """Write the mass that queries find in what some of the measured KV heads hold.
 
-        ``own`` is int64 (n_tokens,), the slot of each token's own entry, the last that its queries see;
-        ``queries`` float32 (n_tokens, group_size, head_dim), ``lse`` and ``mass`` (n_tokens, group_size).
+        ``tokens`` are those whose queries are measured, at ``offsets`` among the ``n_tokens`` just appended;
+        ``sampled`` is where their mass belongs.
         """
-        n_tokens, group_size, head_dim = queries.shape
-        queries, lse, mass = queries.reshape(-1, head_dim), lse.reshape(-1), mass.reshape(-1)
-        n_at_once = max(1, _BLOCK_QUERIES // group_size)
-        for first in range(0, n_tokens, n_at_once):
-            last = min(first + n_at_once, n_tokens)
-            block = slice(first * group_size, last * group_size)
-            n_seen = own[last - 1] + 1
-            products = scratch(n_seen, (last - first) * group_size)
-            np.matmul(keys[:n_seen], queries[block].T, out=products)
-            seen_from = np.searchsorted(own[first:last], np.arange(own[first], n_seen)) * group_size
-            add_attention_mass(products, self._scale, lse[block], seen_from, mass[block])
+        kv_heads = [self._kv_heads[row] for row in rows]
+        keys = [self.ledger.keys(kv_head) for kv_head in kv_heads]
+        lengths = np.array([len(held) for held in keys])
+        queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
+        mass = np.empty(lse.shape, np.float32)
+        n_at_once = max(1, _BLOCK_QUERIES // self._shape.group_size)
+        room = scratch(int(lengths.max()) + self._shape.head_dim, n_at_once * self._shape.group_size)
+        measure_heads(
+            sgemm_address(),
+            np.array([_address(held) for held in keys]),
+            (lengths - n_tokens)[:, None] + offsets,
+            _address(queries),
+            np.array(queries.strides[:3]),
+            KINDS[self._shape.dtype],
+            self._shape.head_dim,
+            lse,
+            self._scale,
+            n_at_once,
+            room.reshape(-1),
+            mass,
+        )
+        by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
+        by_head[rows, :, sampled] = mass
+
+    def _of_heads(self, name: str, kv_heads: list[int], tokens: slice | np.ndarray) -> np.ndarray:
+        """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""
+        stored = self._stored[name]
+        grouped = stored.reshape(self._shape.n_kv_heads, -1, *stored.shape[1:])[:, :, tokens]
+        return grouped if len(kv_heads) == len(grouped) else grouped[kv_heads]
 
     def reallocate(self) -> None:
         """Divide the layer's budget over its KV heads by the scores of now."""
@@ -244,3 +259,7 @@ class LayerReplay:
         if self._with_values:
             values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
         return self.compressor.score(self._held_keys(), self._held(), queries, self._n_tokens, values)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -1,0 +1,89 @@
+"""The compiled loop that measures a span of all heads, against products and sums in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simulator.products import KINDS, _widen, measure_heads, sgemm_address
+from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
+
+SCALE = np.float32(0.3)
+
+
+def _address(array):
+    return array.__array_interface__["data"][0]
+
+
+def _measured(keys, own, stored, dtype, lse, n_at_once):
+    """Measure heads whose queries are stored as (n_kv_heads, group_size, n_tokens, head_dim)."""
+    n_rows = max(len(held) for held in keys)
+    room = np.full(n_at_once * lse.shape[1] * (n_rows + stored.shape[3]), np.nan, np.float32)
+    mass = np.full(lse.shape, np.nan, np.float32)
+    measure_heads(
+        sgemm_address(),
+        np.array([_address(held) for held in keys]),
+        own,
+        _address(stored),
+        np.array(stored.strides[:3]),
+        KINDS[dtype],
+        stored.shape[3],
+        lse,
+        SCALE,
+        n_at_once,
+        room,
+        mass,
+    )
+    return mass
+
+
+def _expected(keys, own, queries, lse):
+    mass = np.zeros(lse.shape)
+    for kv_head, member, token in np.ndindex(lse.shape):
+        seen = keys[kv_head][: own[kv_head, token] + 1].astype(np.float64)
+        logits = SCALE * (seen @ queries[kv_head, member, token].astype(np.float64))
+        mass[kv_head, member, token] = np.exp(logits - lse[kv_head, member, token]).sum()
+    return mass
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("n_at_once", [1, 3, 4, 9, 50])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_mass_of_a_span(rng, dtype, n_at_once, group_size):
+    n_tokens, head_dim = 9, 24
+    keys = [rng.normal(size=(n, head_dim)).astype(np.float32) for n in (9, 40, 13)]
+    # Every token, or some of those appended.
+    own = np.array([np.arange(len(held) - n_tokens, len(held)) for held in keys])
+    whole = round_to_storage(rng.normal(size=(3, group_size, 30, head_dim)).astype(np.float32), dtype)
+    stored = whole[:, :, 5 : 5 + n_tokens]
+    assert not stored.flags.c_contiguous
+    lse = rng.normal(size=(3, group_size, n_tokens)).astype(np.float32)
+    for picked in (np.arange(n_tokens), np.array([0, 1, 5, 8]), np.array([7])):
+        some = stored[:, :, picked] if len(picked) < n_tokens else stored
+        found = _measured(
+            keys, own[:, picked], some, dtype, np.ascontiguousarray(lse[:, :, picked]), n_at_once
+        )
+        expected = _expected(keys, own[:, picked], to_float32(some, dtype), lse[:, :, picked])
+        np.testing.assert_allclose(found, expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_stored_number_is_widened_exactly(dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    numbers = np.empty(len(bits), np.float32)
+    _widen(_address(bits), KINDS[dtype], numbers)
+    exact = to_float32(bits.view(STORAGE_DTYPES[dtype]), dtype)
+    is_number = ~np.isnan(exact)
+    np.testing.assert_array_equal(numbers[is_number].view(np.uint32), exact[is_number].view(np.uint32))
+    assert np.isnan(numbers[~is_number]).all()
+
+
+def test_what_is_not_a_number_is_seen(rng):
+    stored = np.zeros((1, 1, 3, 16), np.float16)
+    stored[0, 0, 1, 4], stored[0, 0, 2, 4] = np.nan, -np.inf
+    keys = [np.ones((1, 16), np.float32)]
+    lse, own = np.zeros((1, 1, 3), np.float32), np.zeros((1, 3), np.int64)
+    plain, nan, lowest = _measured(keys, own, stored, "float16", lse, 3)[0, 0]
+    assert plain == 1
+    assert nan != plain
+    assert lowest < 1e-30
