@@ -10,7 +10,7 @@ from simulator.compression import Compressor
 from simulator.contract import asked_to_fire
 from simulator.ledger import Ledger
 from simulator.policy import Policy
-from simulator.products import KINDS, measure_heads, sgemm_address
+from simulator.products import KINDS, addresses, measure_heads, sgemm_address
 from simulator.rope import Rope
 from simulator.sampling import Sample
 from simulator.scratch import scratch
@@ -179,9 +179,9 @@ class LayerReplay:
         room = scratch(int(lengths.max()) + self._shape.head_dim, n_at_once * self._shape.group_size)
         measure_heads(
             sgemm_address(),
-            np.array([_address(held) for held in keys]),
+            addresses(keys),
             (lengths - n_tokens)[:, None] + offsets,
-            _address(queries),
+            int(addresses([queries])[0]),
             np.array(queries.strides[:3]),
             KINDS[self._shape.dtype],
             self._shape.head_dim,
@@ -259,7 +259,3 @@ class LayerReplay:
         if self._with_values:
             values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
         return self.compressor.score(self._held_keys(), self._held(), queries, self._n_tokens, values)
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
-from simulator.kernels import add_attention_mass
+from simulator.kernels import VECTORISE, add_attention_mass, exp, max_pool, mean_weights, merge_logits
 
 # How numbers are stored; see ``traces.numbers``.
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -21,6 +22,11 @@ _INT, _FLOAT, _BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(8)
 def sgemm_address() -> int:
     """Give where the BLAS of SciPy keeps its ``sgemm``, for ``measure_heads``."""
     return get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+
+
+def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Give where arrays begin, int64 (n,); they have to be kept while those are used."""
+    return np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
 
 
 @intrinsic
@@ -155,3 +161,51 @@ def measure_heads(sgemm, keys, own, queries, strides, kind, head_dim, lse, scale
                 for member in range(group_size):
                     mass[kv_head, member, token] = found[row]
                     row += 1
+
+
+@njit(nogil=True, cache=True, fastmath=VECTORISE)
+def _exponentials(logits):
+    for i in range(logits.shape[0]):
+        logits[i] = exp(logits[i])
+
+
+@njit(nogil=True, cache=True)
+def pool_window_attention(
+    sgemm, keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, room, scores
+):
+    """Write the window's mean attention to the candidates of every KV head, pooled over their neighbours.
+
+    Parameters
+    ----------
+    sgemm : int
+        ``sgemm_address()``.
+    keys : int64 (n_kv_heads,)
+        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
+    n_candidates : int64 (n_kv_heads,)
+        Leading entries that are judged.
+    queries : int64 (n_kv_heads,)
+        Addresses of the window's queries, float32 (group_size, n_queries, head_dim), row by row.
+    group_size, n_queries, head_dim : int
+    scale : float32
+    kernel_size : int
+    room : float32 (n,)
+        ``(group_size + 1) * n_queries + 1`` numbers for each of the most candidates.
+    scores : float32 (n_kv_heads, n_most)
+        Written for candidates.
+    """
+    n_columns = group_size * n_queries
+    for kv_head in range(keys.shape[0]):
+        n = n_candidates[kv_head]
+        if n <= 0:
+            continue
+        products = room[: n * n_columns].reshape(n, n_columns)
+        asked = carray(_pointer(queries[kv_head], np.float32(0)), (n_columns, head_dim))
+        _multiply(sgemm, n, n_columns, head_dim, keys[kv_head], asked, products)
+        rest = room[n * n_columns :]
+        weights = rest[: n * n_queries].reshape(n_queries, n)
+        # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
+        merge_logits(products, scale, group_size, weights)
+        _exponentials(rest[: n * n_queries])
+        means = rest[n * n_queries : n * (n_queries + 1)]
+        mean_weights(weights, 1, means)
+        max_pool(means, kernel_size, scores[kv_head, :n])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.base import refuse_unless
+from simulator.policies.base import Scorer, refuse_unless
 from simulator.policies.redundancy import redundancy
 from simulator.policies.snapkv import SnapKV
 from simulator.view import CacheView
@@ -55,7 +56,16 @@ class RKV(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""
-        scores = SnapKV.score(self, view)
+        return self._less_repeated(self.importance([view])[0], view)
+
+    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        """Score a layer's KV heads at once."""
+        if type(self).score is not RKV.score:
+            return Scorer.score_heads(self, views)
+        found = self.importance(views)
+        return [self._less_repeated(scores, view) for scores, view in zip(found, views, strict=True)]
+
+    def _less_repeated(self, scores: np.ndarray, view: CacheView) -> np.ndarray:
         n_candidates = view.n_entries - self.window
         if n_candidates > 0:
             memo = view.memo if self.slot_order == "chronological" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from simulator.kernels import max_pool, mean_weights, merge_logits
 from simulator.policies.base import Scorer, refuse_unless
+from simulator.products import addresses, pool_window_attention, sgemm_address
 from simulator.scratch import scratch
 from simulator.view import CacheView
 
@@ -67,12 +69,51 @@ class SnapKV(Scorer):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by pooled attention; zero in the window."""
-        scores = np.zeros(view.n_entries, np.float32)
-        n_candidates = view.n_entries - self.window
-        if n_candidates > 0:
-            weights = window_attention(view, n_candidates, self.group_reduce)
-            max_pool(weights, self.kernel_size, scores[:n_candidates])
-        return scores
+        return self.importance([view])[0]
+
+    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        """Score a layer's KV heads at once."""
+        # A subclass may score a head in a way of its own.
+        return self.importance(views) if type(self).score is SnapKV.score else super().score_heads(views)
+
+    def importance(self, views: Sequence[CacheView]) -> list[np.ndarray]:
+        """Give what the windows attend to, pooled over neighbours; zero in the windows themselves."""
+        if self.group_reduce == "max_logits":
+            return pooled_attention(views, self.window, self.kernel_size)
+        found = []
+        for view in views:
+            scores = np.zeros(view.n_entries, np.float32)
+            n_candidates = view.n_entries - self.window
+            if n_candidates > 0:
+                weights = window_attention(view, n_candidates, self.group_reduce)
+                max_pool(weights, self.kernel_size, scores[:n_candidates])
+            found.append(scores)
+        return found
+
+
+def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) -> list[np.ndarray]:
+    """Do for several heads what ``window_attention`` with ``max_logits``, and pooling, do for one."""
+    keys, queries = (
+        [np.ascontiguousarray(getattr(view, name)) for view in views] for name in ("keys", "queries")
+    )
+    group_size, n_queries, head_dim = queries[0].shape
+    lengths = np.array([view.n_entries for view in views])
+    n_most = int(lengths.max())
+    scores = np.zeros((len(views), n_most), np.float32)
+    pool_window_attention(
+        sgemm_address(),
+        addresses(keys),
+        lengths - window,
+        addresses(queries),
+        group_size,
+        n_queries,
+        head_dim,
+        np.float32(views[0].scale),
+        kernel_size,
+        scratch(n_most, (group_size + 1) * n_queries + 1).reshape(-1),
+        scores,
+    )
+    return [own[:n] for own, n in zip(scores, lengths, strict=True)]
 
 
 def window_attention(view: CacheView, n_candidates: int, group_reduce: str) -> np.ndarray:
