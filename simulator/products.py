@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from llvmlite import ir
@@ -16,6 +17,12 @@ from simulator.kernels import VECTORISE, add_attention_mass, exp, max_pool, mean
 # How numbers are stored; see ``traces.numbers``.
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 _INT, _FLOAT, _BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(8)
+
+
+@cache
+def has_sgemm() -> bool:
+    """Say whether there is a BLAS for compiled loops; a machine that only decodes may lack SciPy."""
+    return find_spec("scipy") is not None
 
 
 @cache

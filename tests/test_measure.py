@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from simulator.policies import snapkv
+from simulator.policies.rkv import RKV
+from simulator.policies.snapkv import SnapKV
 from simulator.products import KINDS, _widen, measure_heads, sgemm_address
+from simulator.view import CacheView
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 SCALE = np.float32(0.3)
@@ -87,3 +91,49 @@ def test_what_is_not_a_number_is_seen(rng):
     assert plain == 1
     assert nan != plain
     assert lowest < 1e-30
+
+
+@pytest.mark.parametrize(
+    "scorer", [SnapKV(window=4), RKV(window=4, kernel_size=3), SnapKV(window=4, kernel_size=1)]
+)
+def test_heads_are_judged_alike_together_one_by_one_and_without_a_blas(rng, monkeypatch, scorer):
+    views = [
+        CacheView(
+            keys=rng.normal(size=(n, 16)).astype(np.float32),
+            positions=np.arange(60 - n, 60, dtype=np.int32),
+            queries=rng.normal(size=(3, 4, 16)).astype(np.float32) * 40,
+            scale=0.25,
+            n_tokens=60,
+            prompt_tokens=5,
+            layer=0,
+            kv_head=kv_head,
+            seed=0,
+        )
+        for kv_head, n in enumerate((4, 60, 5, 31))
+    ]
+    together = scorer.score_heads(views)
+    for view, found in zip(views, together, strict=True):
+        np.testing.assert_array_equal(scorer.score(view), found)
+    monkeypatch.setattr(snapkv, "has_sgemm", lambda: False)
+    for found, other in zip(together, scorer.score_heads(views), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, other, rtol=2e-5, atol=1e-9)
+
+
+def test_a_subclass_that_scores_a_head_in_its_own_way_is_asked(rng):
+    class Flat(RKV):
+        def score(self, view):
+            return np.full(view.n_entries, 7, np.float32)
+
+    view = CacheView(
+        keys=rng.normal(size=(9, 16)).astype(np.float32),
+        positions=np.arange(9, dtype=np.int32),
+        queries=rng.normal(size=(2, 8, 16)).astype(np.float32),
+        scale=0.25,
+        n_tokens=9,
+        prompt_tokens=5,
+        layer=0,
+        kv_head=0,
+        seed=0,
+    )
+    assert (Flat().score_heads([view])[0] == 7).all()

@@ -10,7 +10,7 @@ import numpy as np
 
 from simulator.kernels import max_pool, mean_weights, merge_logits
 from simulator.policies.base import Scorer, refuse_unless
-from simulator.products import addresses, pool_window_attention, sgemm_address
+from simulator.products import addresses, has_sgemm, pool_window_attention, sgemm_address
 from simulator.scratch import scratch
 from simulator.view import CacheView
 
@@ -78,7 +78,7 @@ class SnapKV(Scorer):
 
     def importance(self, views: Sequence[CacheView]) -> list[np.ndarray]:
         """Give what the windows attend to, pooled over neighbours; zero in the windows themselves."""
-        if self.group_reduce == "max_logits":
+        if self.group_reduce == "max_logits" and has_sgemm():
             return pooled_attention(views, self.window, self.kernel_size)
         found = []
         for view in views:
