@@ -111,9 +111,7 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
 
 def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, object]:
     device = model.device
-    before = _allocated(device)
     _read_prompts(model, cache, case.batch)
-    measured = (_allocated(device) - before) if device.type == "cuda" else None
     steps = Steps(model, cache, graph=case.graph)
     tokens = torch.zeros(case.batch, dtype=torch.long, device=device)
     if case.policy.evicts:
@@ -123,7 +121,6 @@ def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, 
     return times | {
         "bytes_planned": planned_bytes(cache),
         "bytes_measured": cache.pool.bytes_taken,
-        "bytes_with_rest": measured,
         "is_captured": steps.is_captured,
         "not_captured": steps.not_captured,
     }
@@ -241,7 +238,3 @@ def stand_at(cache: DeviceCache, n_tokens: int, ahead: int = 0) -> np.ndarray:
 def planned_bytes(cache: DeviceCache) -> int:
     """Tell how many bytes of keys and values the plan asked for."""
     return int(cache.pool.stretches.sum()) * 2 * cache.shape.head_dim * cache.pool.keys.element_size()
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
