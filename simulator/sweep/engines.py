@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from queue import SimpleQueue
 from typing import Any
 
 from joblib import Parallel, delayed, parallel_config, register_parallel_backend
@@ -23,6 +24,9 @@ from traces.errors import UserError
 _ALLOWED = "local, dask://HOST:PORT, ray (running on this machine) or ray://HOST:PORT"
 _ADDRESS = re.compile(r"(dask|ray)://([^/\s]+)")
 _WATCH_SECONDS = 1.0
+_LEAVE_SECONDS = 5.0
+# Tells of every task that cannot be handed to workers that are being taken away.
+_LOG = logging.getLogger("concurrent.futures")
 
 
 @dataclass(frozen=True)
@@ -92,26 +96,58 @@ def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
         If a package is missing, or no cluster answers.
     """
     with ExitStack() as stack:
-        # A sweep that stops early drops what it did not take; that is said in its own words.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*adjusting the input task iterator")
         if engine.kind == "dask":
-            n_workers = _connect_dask(engine.address, stack)
+            yield _on_dask(engine.address, stack)
         elif engine.kind == "ray":
-            n_workers = _connect_ray(engine.address, stack)
+            yield _on_ray(engine.address, stack)
+        elif jobs == 1:
+            yield Workers(1, lambda function, contents: (function(content) for content in contents))
         else:
-            n_workers = jobs
-            if jobs > 1:
-                # Each worker's BLAS in one thread: sums are cut alike whatever the number of workers.
-                options = {"inner_max_num_threads": 1, "initializer": _live_with, "initargs": (os.getpid(),)}
-                stack.callback(_end_processes)
-                stack.enter_context(parallel_config(backend="loky", **options))
-        parallel = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
+            # Each worker's BLAS in one thread: sums are cut alike whatever the number of workers.
+            options = {"inner_max_num_threads": 1, "initializer": _live_with, "initargs": (os.getpid(),)}
+            stack.callback(_end_processes)
+            yield _joblib(jobs, _end_processes, backend="loky", **options)
 
-        def run(function: Callable[[bytes], Any], contents: Iterable[bytes]) -> Iterator[Any]:
-            return parallel(delayed(function)(content) for content in contents)
 
-        yield Workers(n_workers, run)
+def _joblib(n_workers: int, end: Callable[[], object], **config: Any) -> Workers:
+    """Have joblib run in a thread of its own; ``end`` takes its workers away before it is done.
+
+    Ctrl-C lands in the main thread, and joblib does not bear it at any moment: semaphores leak, threads and
+    results are left. In its own thread it only ever learns that its workers are gone.
+    """
+
+    def run(function: Callable[[bytes], Any], contents: Iterable[bytes]) -> Iterator[Any]:
+        came: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+
+        def work() -> None:
+            # Processes inherit it, so that Ctrl-C in a terminal finds none of them half started.
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                with parallel_config(**config):
+                    parallel = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
+                    for result in parallel(delayed(function)(content) for content in contents):
+                        came.put(("result", result))
+                came.put(("end", None))
+            except BaseException as error:
+                came.put(("error", error))
+
+        thread = threading.Thread(target=work, name="joblib", daemon=True)
+        try:
+            thread.start()
+            while (item := came.get())[0] == "result":
+                yield item[1]
+            if item[0] == "error":
+                raise item[1]
+        finally:
+            _LOG.disabled = True
+            until = time.monotonic() + _LEAVE_SECONDS
+            while thread.is_alive() and time.monotonic() < until:
+                end()  # again, if it was just starting its workers
+                thread.join(0.1)
+            _LOG.disabled = False
+
+    return Workers(n_workers, run)
 
 
 def _end_processes() -> None:
@@ -121,7 +157,7 @@ def _end_processes() -> None:
         executor.shutdown(wait=True, kill_workers=True)
 
 
-def _connect_dask(address: str, stack: ExitStack) -> int:
+def _on_dask(address: str, stack: ExitStack) -> Workers:
     distributed = _required("distributed", "dask")
     try:
         _require_listener(address)
@@ -132,11 +168,10 @@ def _connect_dask(address: str, stack: ExitStack) -> int:
     n_workers = sum(client.ncores().values())
     if not n_workers:
         raise UserError(f"--engine: the Dask scheduler at {address} has no worker; allowed: one or more")
-    stack.enter_context(parallel_config(backend="dask", client=client))
-    return n_workers
+    return _joblib(n_workers, client.close, backend="dask", client=client)
 
 
-def _connect_ray(address: str, stack: ExitStack) -> int:
+def _on_ray(address: str, stack: ExitStack) -> Workers:
     ray = _required("ray", "ray")
     if not ray.is_initialized():
         try:
@@ -150,8 +185,7 @@ def _connect_ray(address: str, stack: ExitStack) -> int:
     # Its pool calls back from a thread for every result, all that a generator asks for; joblib only lacks
     # the word, which its parent class takes back for the sake of forked processes.
     register_parallel_backend("ray", type("RayResults", (backend,), {"supports_return_generator": True}))
-    stack.enter_context(parallel_config(backend="ray"))
-    return int(ray.cluster_resources().get("CPU", 1))
+    return _joblib(int(ray.cluster_resources().get("CPU", 1)), ray.shutdown, backend="ray")
 
 
 def _require_listener(address: str) -> None:
