@@ -16,7 +16,7 @@ from simulator.contract import (
     checked_notes,
     checked_scores,
 )
-from simulator.policies.base import HeadRequest
+from simulator.policies.base import HeadRequest, Scorer
 from simulator.policy import Policy
 from simulator.rope import Rope
 from simulator.selection import select_slots
@@ -131,6 +131,7 @@ class Compressor:
         values : sequence of float32 (n_entries, head_dim), optional
         """
         grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
+        grouped.flags.writeable = False
         return [
             CacheView(
                 keys=keys[kv_head],
@@ -222,6 +223,8 @@ class Compressor:
 
     def _quotas(self, n_tokens: int) -> np.ndarray:
         scorer, protected = self.policy.scorer, self.policy.protected_of(self.prompt_tokens)
+        if type(scorer).quota is Scorer.quota:
+            return self.budgets
         quotas = np.array([asked_quota(scorer, int(budget), n_tokens) for budget in self.budgets], np.int64)
         # What is protected stays, whatever the scorer grants; no budget is smaller.
         return np.maximum(quotas, np.minimum(self.budgets, protected))

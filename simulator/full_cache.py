@@ -7,15 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from simulator.kernels import raise_strongest
+from simulator.products import addresses, find_strongest, n_panels
 from simulator.sampling import EVERYTHING, Sample
 from simulator.scratch import scratch
+from simulator.tiles import WIDTH
+from simulator.widening import KINDS
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-# Queries and keys of one product: few enough that the products stay in the cache.
-_BLOCK_QUERIES = 128
-_BLOCK_KEYS = 1024
 # Tokens whose queries are read at once.
 _BLOCK_TOKENS = 512
 # Weights of one block of queries, float32: 16 MB.
@@ -155,13 +154,23 @@ class FullCache:
             is_run = tokens[-1] - tokens[0] == len(tokens) - 1
             # A slice where it is one: no copy of what is mapped.
             where = slice(tokens[0], tokens[-1] + 1) if is_run else tokens
-            # Queries by token, so that those of a few tokens stand together.
-            queries = to_float32(stored[group, where].transpose(1, 0, 2), shape.dtype)
-            largest, strongest = _strongest(queries, keys, tokens)
+            queries = stored[group, where]
+            largest = np.empty(queries.shape[:2], np.float32)
             block = slice(first, first + len(tokens))
-            self.strongest[row, measured, block] = strongest.T
-            logits = largest.T * np.float32(trace.scale)
-            self.largest[row, measured, block] = np.exp(logits - lse[group, where])
+            strongest = np.empty(largest.shape, np.int32)
+            find_strongest(
+                int(addresses([keys])[0]),
+                tokens,
+                int(addresses([queries])[0]),
+                np.array([0, *queries.strides[:2]]),
+                KINDS[shape.dtype],
+                shape.head_dim,
+                scratch(n_panels(largest.size) * WIDTH, shape.head_dim).reshape(-1),
+                largest,
+                strongest,
+            )
+            self.strongest[row, measured, block] = strongest
+            self.largest[row, measured, block] = np.exp(largest * np.float32(trace.scale) - lse[group, where])
 
     def _collect_weights(self, trace: Trace, layer: int) -> None:
         positions = self.sample.steps[self.oracle_at] + self._prompt_tokens
@@ -170,28 +179,3 @@ class FullCache:
         for collected, position, weights in zip(self._weights, positions, rows, strict=True):
             size = n_kv_heads * (position + 1)
             collected[layer * size : (layer + 1) * size] = weights.reshape(-1)
-
-
-def _strongest(queries: np.ndarray, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the largest product of each query with the keys up to its own token, and that key's position.
-
-    ``queries`` is float32 (n_tokens, group_size, head_dim), ``keys`` (n_keys, head_dim), ``tokens`` int64
-    (n_tokens,), rising; gives float32 and int32 (n_tokens, group_size).
-    """
-    n_tokens, group_size, head_dim = queries.shape
-    queries = queries.reshape(-1, head_dim)
-    largest = np.full(len(queries), -np.inf, np.float32)
-    strongest = np.zeros(len(queries), np.int32)
-    n_at_once = max(1, _BLOCK_QUERIES // group_size)
-    for first in range(0, n_tokens, n_at_once):
-        own = tokens[first : first + n_at_once]
-        block = slice(first * group_size, (first + len(own)) * group_size)
-        n_seen = int(own[-1]) + 1
-        seen_from = np.searchsorted(own, np.arange(own[0], n_seen)) * group_size
-        for start in range(0, n_seen, _BLOCK_KEYS):
-            stop = min(start + _BLOCK_KEYS, n_seen)
-            products = scratch(stop - start, len(own) * group_size)
-            np.matmul(keys[start:stop], queries[block].T, out=products)
-            some = seen_from[max(0, start - own[0]) : max(0, stop - own[0])]
-            raise_strongest(products, start, some, largest[block], strongest[block])
-    return largest.reshape(n_tokens, group_size), strongest.reshape(n_tokens, group_size)

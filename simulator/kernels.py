@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from simulator.tiles import ROWS, WIDTH
+
 # Sums may be reassociated so that they vectorise. NaN and infinity keep their meaning, and one machine
 # always adds in the same order, so two runs are equal bit for bit.
 VECTORISE = {"reassoc", "contract"}
@@ -42,95 +44,64 @@ def exp(x):
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def add_attention_mass(products, scale, lse, seen_from, mass):
-    """Write each query's full-cache attention mass on the entries it can see.
+def add_tile_mass(tile, scale, lse, mass):
+    """Add the full-cache attention mass of a tile's entries to that of its queries.
 
     Parameters
     ----------
-    products : float32 (n_entries, n_queries)
-        Key-query dot products, unscaled; queries in time order.
+    tile : float32 (ROWS, WIDTH)
+        Key-query dot products, unscaled; minus infinity, which adds nothing, where a query sees no entry.
     scale : float32
-    lse : float32 (n_queries,)
+    lse : float32 (WIDTH,)
         Log-sum-exp of each query over the full causal cache.
-    seen_from : int64 (n_own,)
-        The first query that sees each of the last entries, in rising order; all see those before.
-    mass : float32 (n_queries,)
-        Written.
+    mass : float32 (WIDTH,)
+        Updated.
     """
-    n_entries, n_queries = products.shape
-    n_shared = n_entries - seen_from.shape[0]
-    mass[:] = 0
-    n_quads = n_shared // 4 * 4
-    # Four entries at once keep the sums in registers; queries side by side need no sum across lanes.
-    for j in range(0, n_quads, 4):
-        for query in range(n_queries):
+    # Sizes known beforehand need no checks; two entries at once keep the sums in registers, and queries side
+    # by side need no sum across lanes.
+    for row in range(0, ROWS, 2):
+        for query in range(WIDTH):
             # Subtract before scaling to base 2: the difference is small where the weight is large.
             shift = lse[query]
-            early = exp(products[j, query] * scale - shift) + exp(products[j + 1, query] * scale - shift)
-            late = exp(products[j + 2, query] * scale - shift) + exp(products[j + 3, query] * scale - shift)
-            mass[query] += early + late
-    for j in range(n_quads, n_entries):
-        first = 0 if j < n_shared else seen_from[j - n_shared]
-        # Slices that begin at 0 vectorise; ranges that begin at ``first`` do not.
-        own, shifts, sums = products[j, first:], lse[first:], mass[first:]
-        for query in range(n_queries - first):
-            sums[query] += exp(own[query] * scale - shifts[query])
+            mass[query] += exp(tile[row, query] * scale - shift) + exp(tile[row + 1, query] * scale - shift)
+
+
+@njit(nogil=True, cache=True)
+def add_tile_often(tile, scale, lse, mass, n_times):
+    """Do ``add_tile_mass`` a number of times, to be timed."""
+    for _ in range(n_times):
+        add_tile_mass(tile, scale, lse, mass)
 
 
 # A largest value vectorises only if NaN and the sign of zero may be ignored; products are finite.
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def raise_strongest(products, first, seen_from, largest, strongest):
-    """Keep each query's largest product so far and its key's position, ties to the later one.
+def raise_strongest(tile, first_slot, largest, strongest):
+    """Keep each query's largest product so far and its entry's slot, ties to the later one.
 
     Parameters
     ----------
-    products : float32 (n_keys, n_queries)
-        Of neighbouring keys; queries in time order. Those not seen are overwritten.
-    first : int
-        Position of the first key.
-    seen_from : int64 (n_own,)
-        The first query that sees each of the last keys, in rising order; all see those before.
-    largest : float32 (n_queries,)
+    tile : float32 (ROWS, WIDTH)
+        Dot products, minus infinity where a query sees no entry.
+    first_slot : int
+        Slot of the tile's first entry.
+    largest : float32 (WIDTH,)
         Updated.
-    strongest : int32 (n_queries,)
+    strongest : int32 (WIDTH,)
         Updated.
     """
-    n_keys, n_queries = products.shape
-    n_own = seen_from.shape[0]
-    for j in range(n_own):
-        products[n_keys - n_own + j, : seen_from[j]] = -np.inf
-    # Maxima of a few rows at a time vectorise, and where there is a new largest one, few rows have to be
-    # looked through for it.
-    n_groups = (n_keys + 7) // 8
-    groups = np.empty((n_groups, n_queries), np.float32)
-    for group in range(n_groups):
-        first_row = min(8 * group, max(0, n_keys - 8))
-        rows, best = products[first_row : first_row + 8], groups[group]
-        if n_keys < 8:
-            best[:] = rows[0]
-            for j in range(1, n_keys):
-                for query in range(n_queries):
-                    best[query] = max(best[query], rows[j, query])
-        else:
-            for query in range(n_queries):
-                early = max(max(rows[0, query], rows[1, query]), max(rows[2, query], rows[3, query]))
-                late = max(max(rows[4, query], rows[5, query]), max(rows[6, query], rows[7, query]))
-                best[query] = max(early, late)
-    most = groups[0].copy()
-    for group in range(1, n_groups):
-        best = groups[group]
-        for query in range(n_queries):
-            most[query] = max(most[query], best[query])
-    for query in range(n_queries):
-        if most[query] >= largest[query]:
-            largest[query] = most[query]
-            group = n_groups - 1
-            while groups[group, query] != most[query]:
-                group -= 1
-            row = min(8 * group + 7, n_keys - 1)
-            while products[row, query] != most[query]:
-                row -= 1
-            strongest[query] = first + row
+    # Few tiles bring a new largest product, and only those are looked through for it.
+    n_raised = 0
+    for query in range(WIDTH):
+        most = tile[0, query]
+        for row in range(1, ROWS):
+            most = max(most, tile[row, query])
+        n_raised += most >= largest[query]
+    if n_raised:
+        for query in range(WIDTH):
+            for row in range(ROWS):
+                if tile[row, query] >= largest[query] and tile[row, query] > -np.inf:
+                    largest[query] = tile[row, query]
+                    strongest[query] = first_slot + row
 
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
@@ -245,13 +216,3 @@ def increases(numbers):
     for i in range(1, numbers.shape[0]):
         rises &= numbers[i] > numbers[i - 1]
     return rises
-
-
-@njit(nogil=True, cache=True)
-def close_up(rows, slots):
-    """Move the rows at ``slots``, which increase, to the front; updated in place."""
-    for i in range(slots.shape[0]):
-        slot = slots[i]
-        if slot != i:
-            for d in range(rows.shape[1]):
-                rows[i, d] = rows[slot, d]

@@ -10,17 +10,16 @@ from simulator.compression import Compressor
 from simulator.contract import asked_to_fire
 from simulator.ledger import Ledger
 from simulator.policy import Policy
-from simulator.products import KINDS, addresses, measure_heads, sgemm_address
+from simulator.products import addresses, measure_heads, n_panels
 from simulator.rope import Rope
 from simulator.sampling import Sample
 from simulator.scratch import scratch
+from simulator.tiles import WIDTH
 from simulator.view import CacheView
+from simulator.widening import KINDS
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-# Queries of one matrix product: enough for its full speed, so few that the products stay in the cache and
-# that hardly any of them lie in a query's future.
-_BLOCK_QUERIES = 192
 # Tokens read at once; bounds the memory of long spans.
 _BLOCK_TOKENS = 512
 
@@ -171,15 +170,13 @@ class LayerReplay:
         ``sampled`` is where their mass belongs.
         """
         kv_heads = [self._kv_heads[row] for row in rows]
-        keys = [self.ledger.keys(kv_head) for kv_head in kv_heads]
-        lengths = np.array([len(held) for held in keys])
+        lengths = self.ledger.lengths[kv_heads]
         queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
         mass = np.empty(lse.shape, np.float32)
-        n_at_once = max(1, _BLOCK_QUERIES // self._shape.group_size)
-        room = scratch(int(lengths.max()) + self._shape.head_dim, n_at_once * self._shape.group_size)
+        n_queries = len(offsets) * self._shape.group_size
+        room = scratch(n_panels(n_queries) * WIDTH, self._shape.head_dim)
         measure_heads(
-            sgemm_address(),
-            addresses(keys),
+            self.ledger.key_addresses[kv_heads],
             (lengths - n_tokens)[:, None] + offsets,
             int(addresses([queries])[0]),
             np.array(queries.strides[:3]),
@@ -187,7 +184,6 @@ class LayerReplay:
             self._shape.head_dim,
             lse,
             self._scale,
-            n_at_once,
             room.reshape(-1),
             mass,
         )
@@ -210,13 +206,14 @@ class LayerReplay:
         scores = self._scores or self._score_heads()
         self._scores = None
         compression = self.compressor.n_compressions
-        for kv_head, slots in enumerate(self.compressor.survivors(scores, self._held())):
-            if slots is not None:
-                self.n_evicted += int(self.ledger.lengths[kv_head]) - len(slots)
-                self.ledger.retain(kv_head, slots, self._n_tokens)
-            if self._keep_retained:
-                kept = self.ledger.positions(kv_head).copy()
-                self.retained.append(Retained(self.layer, kv_head, compression, self._n_tokens, kept))
+        n_held = self.ledger.n_entries
+        self.ledger.retain(self.compressor.survivors(scores, self._held()), self._n_tokens)
+        self.n_evicted += n_held - self.ledger.n_entries
+        if self._keep_retained:
+            self.retained += [
+                Retained(self.layer, kv_head, compression, self._n_tokens, kept.copy())
+                for kv_head, kept in enumerate(self._held())
+            ]
         at = self.layer, compression, self._n_tokens
         self.divisions.append(Division(*at, self.compressor.budgets.copy(), self.ledger.lengths.copy()))
 
@@ -237,11 +234,8 @@ class LayerReplay:
         self.compressor.resize(entries)
 
     def _append(self, start: int, stop: int) -> None:
-        if self.policy.evicts:
-            values = self._read("values", start, stop) if self._with_values else None
-            self.ledger.append(start, self._read("keys", start, stop), values)
-        else:
-            self.ledger.append(start, np.empty((self._shape.n_kv_heads, stop - start, 0), np.float32))
+        values = self._stored["values"][:, start:stop] if self._with_values else None
+        self.ledger.append(start, self._stored["keys"][:, start:stop], values, self._shape.dtype)
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         return to_float32(self._stored[name][:, start:stop], self._shape.dtype)

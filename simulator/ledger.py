@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from simulator.kernels import close_up, increases
+from simulator.ledger_kernels import append_rows, retain_entries
+from simulator.widening import KINDS
 
 NEVER = np.iinfo(np.int32).max
 
@@ -25,67 +28,83 @@ class Ledger:
     ) -> None:
         self.lengths = np.zeros(n_kv_heads, np.int64)
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
-        self._keys = [np.empty((0, head_dim), np.float32) for _ in range(n_kv_heads)]
-        width = head_dim if with_values else 0
-        self._values = [np.empty((0, width), np.float32) for _ in range(n_kv_heads)]
-        self._positions = [np.empty(0, np.int32) for _ in range(n_kv_heads)]
+        self._keys = np.empty((n_kv_heads, 0, head_dim), np.float32)
+        self._values = np.empty((n_kv_heads, 0, head_dim if with_values else 0), np.float32)
+        self._positions = np.empty((n_kv_heads, 0), np.int32)
 
     @property
     def n_entries(self) -> int:
         """Entries held by all heads together."""
         return int(self.lengths.sum())
 
+    @property
+    def key_addresses(self) -> np.ndarray:
+        """Addresses of each head's keys, int64 (n_kv_heads,), until the next append."""
+        first = self._keys.__array_interface__["data"][0]
+        return first + self._keys.strides[0] * np.arange(len(self.lengths))
+
     def keys(self, kv_head: int) -> np.ndarray:
-        """Give one head's keys in slot order, float32 (n_entries, head_dim), without a copy."""
-        return self._keys[kv_head][: self.lengths[kv_head]]
+        """Give one head's keys in slot order, float32 (n_entries, head_dim), read-only and without a copy."""
+        return self._keys[kv_head, : self.lengths[kv_head]]
 
     def positions(self, kv_head: int) -> np.ndarray:
-        """Give one head's token positions in slot order, int32 (n_entries,), without a copy."""
-        return self._positions[kv_head][: self.lengths[kv_head]]
+        """Give one head's token positions in slot order, int32 (n_entries,), as ``keys``."""
+        return self._positions[kv_head, : self.lengths[kv_head]]
 
     def values(self, kv_head: int) -> np.ndarray:
         """Give one head's values, of width 0 if none are stored; as ``keys``."""
-        return self._values[kv_head][: self.lengths[kv_head]]
+        return self._values[kv_head, : self.lengths[kv_head]]
 
-    def append(self, first: int, keys: np.ndarray, values: np.ndarray | None = None) -> None:
-        """Add the entries of positions ``first`` onwards, float32 (n_kv_heads, n_tokens, head_dim)."""
+    def append(
+        self, first: int, keys: np.ndarray, values: np.ndarray | None = None, dtype: str = "float32"
+    ) -> None:
+        """Add the entries of positions ``first`` onwards.
+
+        ``keys`` and ``values`` are (n_kv_heads, n_tokens, head_dim) as stored in ``dtype``.
+        """
         n_tokens = keys.shape[1]
-        for kv_head, length in enumerate(self.lengths):
-            self._reserve(kv_head, length + n_tokens)
-            self._keys[kv_head][length : length + n_tokens] = keys[kv_head]
-            if values is not None:
-                self._values[kv_head][length : length + n_tokens] = values[kv_head]
-            self._positions[kv_head][length : length + n_tokens] = np.arange(first, first + n_tokens)
+        longest = int(self.lengths.max())
+        self._reserve(longest + n_tokens)
+        for stored, rows in ((keys, self._keys), (values, self._values)):
+            if stored is None or not rows.shape[2]:
+                continue
+            if stored.strides[2] != stored.itemsize:
+                stored = np.ascontiguousarray(stored)
+            at, strides = stored.__array_interface__["data"][0], np.array(stored.strides[:2])
+            append_rows(at, strides, KINDS[dtype], n_tokens, self.lengths, rows)
+        added = np.arange(first, first + n_tokens)
+        for kv_head, length in enumerate(self.lengths.tolist()):
+            self._positions[kv_head, length : length + n_tokens] = added
         self.lengths += n_tokens
 
-    def retain(self, kv_head: int, slots: np.ndarray, n_tokens: int) -> None:
-        """Keep the entries at ``slots``, in that order, and evict the others at ``n_tokens`` tokens."""
-        positions = self.positions(kv_head)
-        evicted = np.ones(len(positions), bool)
-        evicted[slots] = False
-        self.evicted_at[kv_head, positions[evicted]] = n_tokens
-        for rows in (self._keys[kv_head], self._values[kv_head]):
-            if not rows.shape[1]:
-                continue
-            if increases(slots):
-                close_up(rows, slots)
-            else:
-                rows[: len(slots)] = rows[slots]
-        self._positions[kv_head][: len(slots)] = positions[slots]
-        self.lengths[kv_head] = len(slots)
+    def retain(self, slots: Sequence[np.ndarray | None], n_tokens: int) -> None:
+        """Keep the entries at each head's ``slots``, in that order, and evict the others at ``n_tokens``.
+
+        ``slots`` are int64 (n_kept,), or None where everybody stays.
+        """
+        counts = np.array([-1 if own is None else len(own) for own in slots])
+        kept = [own for own in slots if own is not None]
+        if kept:
+            rows = self._keys, self._values, self._positions
+            retain_entries(np.concatenate(kept), counts, n_tokens, *rows, self.lengths, self.evicted_at)
 
     def release(self) -> None:
         """Let go of keys, values and positions; ``lengths`` and ``evicted_at`` stay."""
-        self._keys = [keys[:0].copy() for keys in self._keys]
-        self._values = [values[:0].copy() for values in self._values]
-        self._positions = [positions[:0].copy() for positions in self._positions]
+        self._keys = self._keys[:, :0].copy()
+        self._values = self._values[:, :0].copy()
+        self._positions = self._positions[:, :0].copy()
 
-    def _reserve(self, kv_head: int, capacity: int) -> None:
-        held = len(self._keys[kv_head])
+    def _reserve(self, capacity: int) -> None:
+        held = self._positions.shape[1]
         if capacity <= held:
             return
         grown = max(capacity, held + held // 2)
-        for arrays in (self._keys, self._values, self._positions):
-            larger = np.empty((grown, *arrays[kv_head].shape[1:]), arrays[kv_head].dtype)
-            larger[:held] = arrays[kv_head]
-            arrays[kv_head] = larger
+        self._keys, self._values, self._positions = (
+            _longer(rows, grown) for rows in (self._keys, self._values, self._positions)
+        )
+
+
+def _longer(rows: np.ndarray, capacity: int) -> np.ndarray:
+    longer = np.empty((rows.shape[0], capacity, *rows.shape[2:]), rows.dtype)
+    longer[:, : rows.shape[1]] = rows
+    return longer

@@ -13,11 +13,13 @@ from threading import Barrier, Event, Thread
 
 import numpy as np
 
-from simulator.kernels import add_attention_mass
+from simulator.kernels import add_tile_often
+from simulator.tiles import ROWS, WIDTH
 
 # The replay's own products, (rows x 128) @ (128 x columns): queries of a span and what a KV head retains.
 _HEAD_DIM, _ENTRIES, _GROUP_SIZE = 128, 1152, 4
 _SHAPES = ((512, _ENTRIES), (2048, _ENTRIES), (_ENTRIES, 512), (_ENTRIES, 2048))
+_TIMES = 1000
 _STATUS = Path("/proc/self/status")
 
 
@@ -59,14 +61,13 @@ def _sgemm_rate(n_rows: int, n_columns: int, n_threads: int, seconds: float) -> 
 
 
 def exp_time(seconds: float = 0.1) -> float:
-    """Measure one logit's scale, exp and sum in the fused kernel, one thread; ns."""
+    """Measure one logit's scale, exp and sum in the replay's own loop, one thread; ns."""
     rng = np.random.default_rng(0)
-    n_queries = 128 * _GROUP_SIZE
-    products = rng.standard_normal((_ENTRIES, n_queries), np.float32)
-    lse, mass = np.full(n_queries, 8, np.float32), np.empty(n_queries, np.float32)
-    arguments = products, np.float32(0.1), lse, np.empty(0, np.int64), mass
-    best = _best_time(lambda: add_attention_mass(*arguments), seconds)
-    return best / products.size * 1e9
+    tile = rng.standard_normal((ROWS, WIDTH), np.float32)
+    lse, mass = np.full(WIDTH, 8, np.float32), np.zeros(WIDTH, np.float32)
+
+    best = _best_time(lambda: add_tile_often(tile, np.float32(0.1), lse, mass, _TIMES), seconds)
+    return best / (_TIMES * tile.size) * 1e9
 
 
 def copy_rate(n_bytes: int = 2**28, seconds: float = 0.3) -> float:

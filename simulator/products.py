@@ -1,34 +1,26 @@
-"""Matrix products from within compiled loops, so that one call measures a span of all heads."""
+"""Compiled loops over a layer's KV heads, so that one call measures, scores or searches them all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import get_cython_function_address, intrinsic
+from numba import carray, njit
 
-from simulator.kernels import VECTORISE, add_attention_mass, exp, max_pool, mean_weights, merge_logits
+from simulator.kernels import (
+    VECTORISE,
+    add_tile_mass,
+    exp,
+    max_pool,
+    mean_weights,
+    merge_logits,
+    raise_strongest,
+)
+from simulator.tiles import ROWS, WIDTH, fill_panel, hide_unseen, multiply_tile
+from simulator.widening import floats_at, widen_rows
 
-# How numbers are stored; see ``traces.numbers``.
-KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
-_INT, _FLOAT, _BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(8)
-
-
-@cache
-def has_sgemm() -> bool:
-    """Say whether there is a BLAS for compiled loops; a machine that only decodes may lack SciPy."""
-    return find_spec("scipy") is not None
-
-
-@cache
-def sgemm_address() -> int:
-    """Give where the BLAS of SciPy keeps its ``sgemm``, for ``measure_heads``."""
-    return get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+# Keys that all queries of a span meet before the next ones: they stay in the cache meanwhile.
+_BLOCK_KEYS = 40 * ROWS
 
 
 def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -36,84 +28,36 @@ def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
 
 
-@intrinsic
-def _multiply(typing_context, sgemm, n_rows, n_columns, width, keys, queries, products):
-    """Write ``products = keys @ queries.T``, all three row by row.
-
-    ``sgemm`` and ``keys`` are addresses, since functions and lists of arrays would have to be compiled for
-    anew; ``queries`` float32 (n_columns, width) and ``products`` float32 (n_rows, n_columns) are arrays.
-    """
-    signature = types.void(*(types.int64,) * 5, queries, products)
-
-    def generate(context, builder, signature, arguments):
-        sgemm, n_rows, n_columns, width, keys, queries, products = arguments
-
-        def place(value):
-            held = cgutils.alloca_once(builder, value.type)
-            builder.store(value, held)
-            return held
-
-        rows, columns, depth = (place(builder.trunc(n, _INT)) for n in (n_rows, n_columns, width))
-        one, zero = (place(ir.Constant(_FLOAT, value)) for value in (1.0, 0.0))
-        transposed, plain = (place(ir.Constant(_BYTE, ord(letter))) for letter in "TN")
-        rows_at = builder.inttoptr(keys, _FLOAT.as_pointer())
-        columns_at, products_at = (
-            context.make_array(kind)(context, builder, array).data
-            for kind, array in zip(signature.args[5:], (queries, products), strict=True)
-        )
-        # BLAS reads arrays column by column, so that this is the product of the transposed.
-        given = [transposed, plain, columns, rows, depth, one, columns_at, depth, rows_at, depth, zero]
-        given += [products_at, columns]
-        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in given])
-        builder.call(builder.inttoptr(sgemm, kind.as_pointer()), given)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def _pointer(typing_context, address, like):
-    """Give an address as a pointer to numbers of the type of ``like``."""
-    signature = types.CPointer(like)(address, like)
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return signature, generate
+def n_panels(n_queries: int) -> int:
+    """Count the panels that queries fill."""
+    return -(-n_queries // WIDTH)
 
 
 @njit(nogil=True, cache=True)
-def _widen(address, kind, numbers):
-    """Write stored numbers, of a kind of ``KINDS``, as float32."""
-    n = numbers.shape[0]
-    if kind == 0:
-        numbers[:] = carray(_pointer(address, np.float32(0)), (n,))
-        return
-    bits = carray(_pointer(address, np.uint16(0)), (n,))
-    if kind == 2:
-        # The bits of a bfloat16 are the upper half of a float32's.
-        for i in range(n):
-            numbers[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
-        return
-    factor = np.float32(2.0**112)
-    for i in range(n):
-        size = np.uint32(np.uint32(bits[i] & np.uint16(0x7FFF)) << np.uint32(13))
-        # Shifted, the bits are those of a float32 whose exponent is 112 too small, also of subnormal numbers.
-        found = np.float32(np.uint32(size).view(np.float32) * factor).view(np.uint32)
-        # What is infinite or not a number has an exponent of its own.
-        found = np.uint32(size | np.uint32(0x7F800000)) if size >= np.uint32(0x0F800000) else found
-        sign = np.uint32(np.uint32(bits[i] & np.uint16(0x8000)) << np.uint32(16))
-        numbers[i] = np.uint32(found | sign).view(np.float32)
+def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
+    """Turn stored queries of a KV head, those of a token side by side, into panels; the rest is zero."""
+    n_queries, head_dim = n_tokens * group_size, panels.shape[1]
+    flat = np.zeros(WIDTH * head_dim, np.float32)
+    rows = flat.reshape(WIDTH, head_dim)
+    for panel in range(panels.shape[0]):
+        first = panel * WIDTH
+        for member in range(group_size):
+            # Its queries within the panel, one in every ``group_size``.
+            start = max(-(-(first - member) // group_size), 0)
+            stop = min(-(-(first + WIDTH - member) // group_size), n_tokens)
+            at, target = member * strides[1] + start * strides[2], start * group_size + member - first
+            step = group_size * head_dim
+            widen_rows(queries + at, strides[2], kind, stop - start, head_dim, flat, target * head_dim, step)
+        rows[max(n_queries - first, 0) :] = 0
+        fill_panel(rows, panels[panel])
 
 
 @njit(nogil=True, cache=True)
-def measure_heads(sgemm, keys, own, queries, strides, kind, head_dim, lse, scale, n_at_once, room, mass):
+def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room, mass):
     """Write the full-cache attention mass that a span's queries find in what their KV heads hold.
 
     Parameters
     ----------
-    sgemm : int
-        ``sgemm_address()``.
     keys : int64 (n_kv_heads,)
         Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
     own : int64 (n_kv_heads, n_tokens)
@@ -124,50 +68,86 @@ def measure_heads(sgemm, keys, own, queries, strides, kind, head_dim, lse, scale
     strides : int64 (3,)
         Bytes from one KV head, member of its group, and token to the next.
     kind : int
-        Of ``KINDS``.
+        Of ``simulator.widening.KINDS``.
     head_dim : int
     lse : float32 (n_kv_heads, group_size, n_tokens)
         Log-sum-exp of each query over the full causal cache.
     scale : float32
-    n_at_once : int
-        Tokens whose products are held at once.
     room : float32 (n,)
-        ``n_at_once * group_size`` numbers for each dimension and for each of the most entries seen.
+        ``n_panels(group_size * n_tokens) * WIDTH * head_dim`` numbers.
     mass : float32 (n_kv_heads, group_size, n_tokens)
         Written.
     """
     n_kv_heads, group_size, n_tokens = lse.shape
-    most = n_at_once * group_size
-    sums, found = np.empty(most, np.float32), np.empty(most, np.float32)
+    n_used = -(-n_tokens * group_size // WIDTH)
+    panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
+    shifts, sums = np.zeros((n_used, WIDTH), np.float32), np.empty((n_used, WIDTH), np.float32)
+    tile = np.empty((ROWS, WIDTH), np.float32)
     for kv_head in range(n_kv_heads):
         slots = own[kv_head]
-        for first in range(0, n_tokens, n_at_once):
-            last = min(first + n_at_once, n_tokens)
-            n_seen, n_queries = slots[last - 1] + 1, (last - first) * group_size
-            # Queries by token, so that those of a few tokens stand together.
-            asked = room[: n_queries * head_dim].reshape(n_queries, head_dim)
-            row = 0
-            for token in range(first, last):
-                for member in range(group_size):
-                    offset = kv_head * strides[0] + member * strides[1] + token * strides[2]
-                    _widen(queries + offset, kind, asked[row])
-                    sums[row] = lse[kv_head, member, token]
-                    row += 1
-            block = room[n_queries * head_dim : n_queries * (head_dim + n_seen)].reshape(n_seen, n_queries)
-            _multiply(sgemm, n_seen, n_queries, head_dim, keys[kv_head], asked, block)
-            seen_from = np.empty(n_seen - slots[first], np.int64)
-            token = first
-            for slot in range(slots[first], n_seen):
-                # The first token that sees a slot is the first whose own is no earlier.
-                while slots[token] < slot:
-                    token += 1
-                seen_from[slot - slots[first]] = (token - first) * group_size
-            add_attention_mass(block, scale, sums[:n_queries], seen_from, found[:n_queries])
-            row = 0
-            for token in range(first, last):
-                for member in range(group_size):
-                    mass[kv_head, member, token] = found[row]
-                    row += 1
+        _fill_panels(queries + kv_head * strides[0], strides, kind, group_size, n_tokens, panels)
+        for token in range(n_tokens):
+            for member in range(group_size):
+                query = token * group_size + member
+                shifts[query // WIDTH, query % WIDTH] = lse[kv_head, member, token]
+        sums[:] = 0
+        for block in range(0, slots[n_tokens - 1] + 1, _BLOCK_KEYS):
+            for panel in range(n_used):
+                first = panel * WIDTH
+                seen_by_all = slots[first // group_size]
+                n_seen = slots[min((first + WIDTH - 1) // group_size, n_tokens - 1)] + 1
+                stop = min(block + _BLOCK_KEYS, n_seen)
+                asked, shift, found = panels[panel], shifts[panel], sums[panel]
+                for slot in range(block, stop, ROWS):
+                    at = keys[kv_head] + 4 * head_dim * slot
+                    multiply_tile(at, min(ROWS, stop - slot), asked, tile)
+                    if slot + ROWS > seen_by_all:
+                        hide_unseen(tile, slot, slots, group_size, first)
+                    add_tile_mass(tile, scale, shift, found)
+        for token in range(n_tokens):
+            for member in range(group_size):
+                query = token * group_size + member
+                mass[kv_head, member, token] = sums[query // WIDTH, query % WIDTH]
+
+
+@njit(nogil=True, cache=True)
+def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest, strongest):
+    """Write each query's largest product with the keys that it sees, and that key's slot, ties to the later.
+
+    Parameters
+    ----------
+    keys : int
+        Address of a KV head's keys, float32 (n_entries, head_dim), row by row.
+    slots : int64 (n_tokens,)
+        Slot of each token's own entry, the last that its queries see; rising.
+    queries, strides, kind, head_dim, room
+        As of ``measure_heads``, of one KV head; ``strides`` keeps its first number.
+    largest, strongest : float32 and int32 (group_size, n_tokens)
+        Written.
+    """
+    group_size, n_tokens = largest.shape
+    n_used = -(-n_tokens * group_size // WIDTH)
+    panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
+    _fill_panels(queries, strides, kind, group_size, n_tokens, panels)
+    best, where = np.full((n_used, WIDTH), -np.inf, np.float32), np.zeros((n_used, WIDTH), np.int32)
+    tile = np.empty((ROWS, WIDTH), np.float32)
+    for block in range(0, slots[n_tokens - 1] + 1, _BLOCK_KEYS):
+        for panel in range(n_used):
+            first = panel * WIDTH
+            seen_by_all = slots[first // group_size]
+            n_seen = slots[min((first + WIDTH - 1) // group_size, n_tokens - 1)] + 1
+            stop = min(block + _BLOCK_KEYS, n_seen)
+            asked, most, found = panels[panel], best[panel], where[panel]
+            for slot in range(block, stop, ROWS):
+                multiply_tile(keys + 4 * head_dim * slot, min(ROWS, stop - slot), asked, tile)
+                if slot + ROWS > seen_by_all:
+                    hide_unseen(tile, slot, slots, group_size, first)
+                raise_strongest(tile, slot, most, found)
+    for token in range(n_tokens):
+        for member in range(group_size):
+            query = token * group_size + member
+            largest[member, token] = best[query // WIDTH, query % WIDTH]
+            strongest[member, token] = where[query // WIDTH, query % WIDTH]
 
 
 @njit(nogil=True, cache=True, fastmath=VECTORISE)
@@ -178,14 +158,12 @@ def _exponentials(logits):
 
 @njit(nogil=True, cache=True)
 def pool_window_attention(
-    sgemm, keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, room, scores
+    keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, room, scores
 ):
     """Write the window's mean attention to the candidates of every KV head, pooled over their neighbours.
 
     Parameters
     ----------
-    sgemm : int
-        ``sgemm_address()``.
     keys : int64 (n_kv_heads,)
         Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
     n_candidates : int64 (n_kv_heads,)
@@ -196,22 +174,33 @@ def pool_window_attention(
     scale : float32
     kernel_size : int
     room : float32 (n,)
-        ``(group_size + 1) * n_queries + 1`` numbers for each of the most candidates.
+        ``n_panels(group_size * n_queries) * WIDTH + n_queries + 1`` numbers for each of the most candidates
+        and of ``ROWS`` more.
     scores : float32 (n_kv_heads, n_most)
         Written for candidates.
     """
     n_columns = group_size * n_queries
+    n_used = -(-n_columns // WIDTH)
+    panels, rows = np.empty((n_used, head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
     for kv_head in range(keys.shape[0]):
         n = n_candidates[kv_head]
         if n <= 0:
             continue
-        products = room[: n * n_columns].reshape(n, n_columns)
-        asked = carray(_pointer(queries[kv_head], np.float32(0)), (n_columns, head_dim))
-        _multiply(sgemm, n, n_columns, head_dim, keys[kv_head], asked, products)
-        rest = room[n * n_columns :]
+        asked = carray(floats_at(queries[kv_head]), (n_columns, head_dim))
+        n_rows = -(-n // ROWS) * ROWS
+        products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
+        for panel in range(n_used):
+            some = asked[panel * WIDTH : (panel + 1) * WIDTH]
+            rows[: some.shape[0]] = some
+            fill_panel(rows, panels[panel])
+        for slot in range(0, n, ROWS):
+            for panel in range(n_used):
+                tile = products[slot : slot + ROWS, panel * WIDTH : (panel + 1) * WIDTH]
+                multiply_tile(keys[kv_head] + 4 * head_dim * slot, min(ROWS, n - slot), panels[panel], tile)
+        rest = room[n_rows * n_used * WIDTH :]
         weights = rest[: n * n_queries].reshape(n_queries, n)
         # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
-        merge_logits(products, scale, group_size, weights)
+        merge_logits(products[:n], scale, group_size, weights)
         _exponentials(rest[: n * n_queries])
         means = rest[n * n_queries : n * (n_queries + 1)]
         mean_weights(weights, 1, means)

@@ -67,7 +67,7 @@ class CacheView:
     def __post_init__(self) -> None:
         for name in ("keys", "positions", "queries", "values", "state"):
             given = getattr(self, name)
-            if given is not None:
+            if given is not None and given.flags.writeable:
                 read_only = given.view()
                 read_only.flags.writeable = False
                 object.__setattr__(self, name, read_only)

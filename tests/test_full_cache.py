@@ -80,7 +80,6 @@ def test_strongest_key_is_found_and_ties_go_to_the_later(make_trace, rng, monkey
                     expected[layer, head, step] = max(j for j, weight in enumerate(row) if weight == best)
         np.testing.assert_array_equal(FullCache(trace).strongest, expected)
         with monkeypatch.context() as patched:
-            patched.setattr(full_cache, "_BLOCK_KEYS", 7)
             patched.setattr(full_cache, "_BLOCK_TOKENS", 11)
             np.testing.assert_array_equal(FullCache(trace).strongest, expected)
 

@@ -17,8 +17,6 @@ from simulator.duplicate_kernels import (
     find_duplicates_again,
 )
 from simulator.kernels import (
-    add_attention_mass,
-    close_up,
     increases,
     keep_best,
     max_pool,
@@ -26,46 +24,6 @@ from simulator.kernels import (
     merge_logits,
     protect,
 )
-
-
-def masses(logits, lse=0.0, scale=1.0):
-    """Give the mass of single entries, one per logit."""
-    products = np.array(logits, np.float32)[None]
-    n_queries = products.shape[1]
-    mass = np.empty(n_queries, np.float32)
-    add_attention_mass(
-        products, np.float32(scale), np.full(n_queries, lse, np.float32), np.empty(0, np.int64), mass
-    )
-    return mass
-
-
-def test_exponential_is_as_exact_as_single_precision_allows():
-    near, far = np.linspace(-2, 0, 4001, dtype=np.float32), np.linspace(-87, 0, 4001, dtype=np.float32)
-    np.testing.assert_allclose(masses(near), np.exp(near.astype(np.float64)), rtol=4e-7)
-    np.testing.assert_allclose(masses(far), np.exp(far.astype(np.float64)), rtol=1e-5)
-    assert masses([0.0])[0] == 1
-
-
-def test_hopeless_entries_add_nothing_that_counts():
-    assert (masses([-88, -200, -1e4, -1e30]) < 1e-37).all()
-    assert masses([50.0], lse=100.0, scale=2.0)[0] == 1
-
-
-@given(st.integers(0, 13), st.integers(1, 5), st.integers(1, 3), st.randoms(use_true_random=False))
-@MODERATE
-def test_queries_see_what_is_not_in_their_future(n_shared, n_tokens, group_size, random):
-    rng = np.random.default_rng(random.randint(0, 10**6))
-    n_entries, n_queries = n_shared + n_tokens, n_tokens * group_size
-    products = rng.normal(size=(n_entries, n_queries)).astype(np.float32)
-    lse = rng.normal(2, 1, size=n_queries).astype(np.float32)
-    mass = np.empty(n_queries, np.float32)
-    seen_from = np.arange(len(products) - n_shared) * group_size
-    add_attention_mass(products, np.float32(0.5), lse, seen_from, mass)
-    expected = [
-        sum(np.exp(0.5 * products[j, query] - lse[query]) for j in range(n_shared + query // group_size + 1))
-        for query in range(n_queries)
-    ]
-    np.testing.assert_allclose(mass, expected, rtol=2e-6)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.sampled_from([1, 3, 5, 7, 31, 99]))
@@ -194,12 +152,3 @@ def test_protected_entries_are_infinite_and_the_first_bad_one_is_told():
 @MODERATE
 def test_increases_is_strict(numbers):
     assert increases(np.array(numbers, np.int32)) == all(a < b for a, b in pairwise(numbers))
-
-
-@given(st.sets(st.integers(0, 9), max_size=10))
-@MODERATE
-def test_rows_close_up(slots):
-    rows, order = np.arange(30, dtype=np.float32).reshape(10, 3), np.array(sorted(slots), np.int64)
-    expected = rows[order]
-    close_up(rows, order)
-    np.testing.assert_array_equal(rows[: len(order)], expected)

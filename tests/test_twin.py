@@ -135,7 +135,6 @@ def test_replay_is_the_twin_at_large_logits(make_trace, rng):
 
 
 def test_replay_is_the_twin_when_spans_are_measured_in_blocks(make_trace, monkeypatch):
-    monkeypatch.setattr(layer_replay, "_BLOCK_QUERIES", 10)
     monkeypatch.setattr(layer_replay, "_BLOCK_TOKENS", 13)
     trace = make_trace(n_tokens=90)
     assert not agree(trace, "snapkv:buffer=33", 20).adopted

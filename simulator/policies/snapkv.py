@@ -10,8 +10,9 @@ import numpy as np
 
 from simulator.kernels import max_pool, mean_weights, merge_logits
 from simulator.policies.base import Scorer, refuse_unless
-from simulator.products import addresses, has_sgemm, pool_window_attention, sgemm_address
+from simulator.products import addresses, n_panels, pool_window_attention
 from simulator.scratch import scratch
+from simulator.tiles import ROWS, WIDTH
 from simulator.view import CacheView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
@@ -78,7 +79,7 @@ class SnapKV(Scorer):
 
     def importance(self, views: Sequence[CacheView]) -> list[np.ndarray]:
         """Give what the windows attend to, pooled over neighbours; zero in the windows themselves."""
-        if self.group_reduce == "max_logits" and has_sgemm():
+        if self.group_reduce == "max_logits":
             return pooled_attention(views, self.window, self.kernel_size)
         found = []
         for view in views:
@@ -101,7 +102,6 @@ def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) 
     n_most = int(lengths.max())
     scores = np.zeros((len(views), n_most), np.float32)
     pool_window_attention(
-        sgemm_address(),
         addresses(keys),
         lengths - window,
         addresses(queries),
@@ -110,7 +110,7 @@ def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) 
         head_dim,
         np.float32(views[0].scale),
         kernel_size,
-        scratch(n_most, (group_size + 1) * n_queries + 1).reshape(-1),
+        scratch(n_most + ROWS, n_panels(group_size * n_queries) * WIDTH + n_queries + 1).reshape(-1),
         scores,
     )
     return [own[:n] for own, n in zip(scores, lengths, strict=True)]

@@ -1,0 +1,22 @@
+"""What the processor offers that compiled loops are made for."""
+
+from __future__ import annotations
+
+import platform
+
+from numba.core import config
+from numba.core.codegen import get_host_cpu_features
+
+
+def cpu_features() -> frozenset[str]:
+    """Name what Numba may use: this processor's features, or those that its user has asked for."""
+    text = getattr(config, "CPU_FEATURES", None)
+    if text is None:
+        # Another processor than this one's is asked for: nothing of it is known.
+        text = get_host_cpu_features() if getattr(config, "CPU_NAME", None) is None else ""
+    return frozenset(item[1:] for item in text.split(",") if item.startswith("+"))
+
+
+def is_arm() -> bool:
+    """Say whether this is a 64-bit ARM, all of which have the same vectors."""
+    return platform.machine() in ("arm64", "aarch64")

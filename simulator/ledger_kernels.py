@@ -1,0 +1,89 @@
+"""Compiled loops that add and evict entries in all KV heads of a layer: arrays in, arrays changed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from simulator.widening import widen_rows
+
+
+@njit(nogil=True, cache=True)
+def append_rows(stored, strides, kind, n_rows, lengths, rows):
+    """Write stored rows behind those that each head holds.
+
+    Parameters
+    ----------
+    stored : int
+        Address of (n_kv_heads, n_rows, width) numbers; those of a row stand side by side.
+    strides : int64 (2,)
+        Bytes from one head, and from one row, to the next.
+    kind : int
+        Of ``simulator.widening.KINDS``.
+    n_rows : int
+    lengths : int64 (n_kv_heads,)
+        Rows held; not changed.
+    rows : float32 (n_kv_heads, capacity, width)
+        Updated.
+    """
+    n_kv_heads, capacity, width = rows.shape
+    flat = rows.reshape(-1)
+    for kv_head in range(n_kv_heads):
+        first = (kv_head * capacity + lengths[kv_head]) * width
+        widen_rows(stored + kv_head * strides[0], strides[1], kind, n_rows, width, flat, first, width)
+
+
+@njit(nogil=True, cache=True)
+def retain_entries(slots, counts, n_tokens, keys, values, positions, lengths, evicted_at):
+    """Keep some entries of each head, in a given order, and evict the others.
+
+    Parameters
+    ----------
+    slots : int64 (n,)
+        Those that stay, of one head after the other.
+    counts : int64 (n_kv_heads,)
+        How many of them belong to each head; -1 where everybody stays.
+    n_tokens : int
+        When the others are evicted.
+    keys, values : float32 (n_kv_heads, capacity, width)
+    positions : int32 (n_kv_heads, capacity)
+    lengths : int64 (n_kv_heads,)
+        These four are updated.
+    evicted_at : int32 (n_kv_heads, total_tokens)
+        Updated.
+    """
+    start = 0
+    for kv_head in range(counts.shape[0]):
+        count = counts[kv_head]
+        if count < 0:
+            continue
+        own = slots[start : start + count]
+        start += count
+        is_kept = np.zeros(lengths[kv_head], np.bool_)
+        rises = True
+        for i in range(count):
+            is_kept[own[i]] = True
+            rises &= i == 0 or own[i] > own[max(i, 1) - 1]
+        for slot in range(lengths[kv_head]):
+            if not is_kept[slot]:
+                evicted_at[kv_head, positions[kv_head, slot]] = n_tokens
+        if rises:
+            _close_up(keys, kv_head, own)
+            _close_up(values, kv_head, own)
+            for i in range(count):
+                positions[kv_head, i] = positions[kv_head, own[i]]
+        else:
+            keys[kv_head, :count] = keys[kv_head][own]
+            values[kv_head, :count] = values[kv_head][own]
+            positions[kv_head, :count] = positions[kv_head][own]
+        lengths[kv_head] = count
+
+
+@njit(inline="always")
+def _close_up(rows, kv_head, slots):
+    """Move the rows at ``slots``, which increase, to the front."""
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        if slot != i:
+            for d in range(rows.shape[2]):
+                rows[kv_head, i, d] = rows[kv_head, slot, d]
