@@ -228,6 +228,8 @@ class PreparedTrace:
         oracle: bool = True,
     ) -> None:
         self.trace, self._jobs, self._sampling = trace, jobs, sampling
+        # One array of each file keeps it mapped from one replay to the next.
+        self._mapped = [trace.stored(layer, "keys") for layer in range(trace.shape.n_layers)]
         self._full = FullCache(trace, jobs, sampling.draw(trace, seed), oracle=oracle)
 
     @property

@@ -118,6 +118,7 @@ class Compressor:
         queries: np.ndarray,
         n_tokens: int,
         values: Sequence[np.ndarray] | None = None,
+        products: Sequence[np.ndarray] | None = None,
     ) -> list[CacheView]:
         """Show what every KV head holds.
 
@@ -129,6 +130,8 @@ class Compressor:
             The last queries, oldest first.
         n_tokens : int
         values : sequence of float32 (n_entries, head_dim), optional
+        products : sequence of float32 (n_entries, n_queries * group_size), optional
+            See ``CacheView``.
         """
         grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
         grouped.flags.writeable = False
@@ -147,6 +150,7 @@ class Compressor:
                 budget=int(self.budgets[kv_head]),
                 since=self.since,
                 rope=self.rope,
+                products=None if products is None else products[kv_head],
                 memo=self._memos[kv_head],
             )
             for kv_head in range(self.n_kv_heads)
@@ -159,8 +163,11 @@ class Compressor:
         queries: np.ndarray,
         n_tokens: int,
         values: Sequence[np.ndarray] | None = None,
+        products: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Score what every KV head holds; parameters as of ``views``.
+
+        ``products`` belong to the queries that the scorer asks for, which may be fewer than are shown.
 
         Returns
         -------
@@ -169,7 +176,7 @@ class Compressor:
         scorer = self.policy.scorer
         self._n_tokens = n_tokens
         queries = queries[:, max(0, queries.shape[1] - self._n_scored(n_tokens)) :]
-        views = self.views(keys, positions, queries, n_tokens, values)
+        views = self.views(keys, positions, queries, n_tokens, values, products)
         if scorer.stateful:
             views = [replace(view, state=self._noted(view)) for view in views]
             self._notes = checked_notes(scorer, views)

@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from simulator.kernels import VECTORISE
+from simulator.tiles import ROWS, WIDTH, fill_panel, multiply_tile
 
 # Stands for a slot that was known and is held no more.
 LOST = -2
@@ -44,50 +45,90 @@ def carry_duplicates(before, newest_before, inverse_before, positions, newest, i
     return n_known
 
 
+@njit(nogil=True, cache=True, fastmath=VECTORISE)
+def invert_norms(keys, epsilon, inverse):
+    """Write the inverse of each key's norm and ``epsilon``; float32 (n, head_dim) and (n,)."""
+    for j in range(keys.shape[0]):
+        square = np.float32(0.0)
+        for d in range(keys.shape[1]):
+            square += keys[j, d] * keys[j, d]
+        inverse[j] = np.float32(1.0) / (np.sqrt(square) + epsilon)
+
+
 @njit(nogil=True, cache=True)
-def find_duplicates(products, inverse, threshold, first, newest):
-    """Find the newest duplicates that a block of entries brings, of its own entries and of all before.
+def find_duplicates(keys, inverse, threshold, first, newest):
+    """Find the newest duplicates that added entries bring, among themselves and of all before.
 
     Parameters
     ----------
-    products : float32 (first + n_block, n_block)
-        Dot products of all keys so far, in slot order, with those of slots ``first`` onwards.
-    inverse : float32 (first + n_block,)
+    keys : float32 (n_entries, head_dim)
+        In slot order.
+    inverse : float32 (n_entries,)
         Inverse norms of the keys.
     threshold : float32
         Cosine above which, strictly, one key duplicates another.
     first : int
-    newest : int32 (first + n_block,)
+        Slot of the first added entry.
+    newest : int32 (n_entries,)
         Slot of the newest duplicate, negative where none is known; updated.
     """
-    for j in range(products.shape[0]):
-        # A pair counts once, seen from its earlier entry: the later ones of the block begin here.
-        after = max(0, j + 1 - first)
-        later, scales, found = products[j, after:], inverse[first + after :], newest[first + after :]
-        own, last = inverse[j], np.int32(-1)
-        for i in range(later.shape[0]):
-            is_duplicate = later[i] * own * scales[i] > threshold
-            # Earlier entries come in slot order, so that the last to write is the newest.
-            found[i] = np.int32(j) if is_duplicate else found[i]
-            last = max(last, np.int32(i) if is_duplicate else np.int32(-1))
-        if last >= 0:
-            newest[j] = first + after + last
+    n_entries, head_dim = keys.shape
+    panel, rows = np.empty((head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
+    tile, at = np.empty((ROWS, WIDTH), np.float32), keys.ctypes.data
+    scales, found = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
+    for start in range(first, n_entries, WIDTH):
+        stop = min(start + WIDTH, n_entries)
+        rows[: stop - start], scales[: stop - start] = keys[start:stop], inverse[start:stop]
+        found[: stop - start] = newest[start:stop]
+        fill_panel(rows, panel)
+        for slot in range(0, stop, ROWS):
+            n_rows = min(ROWS, stop - slot)
+            multiply_tile(at + 4 * head_dim * slot, n_rows, panel, tile)
+            for row in range(n_rows):
+                # A pair counts once, seen from its earlier entry: the later ones of the panel begin here.
+                own, after, last = inverse[slot + row], slot + row + 1 - start, np.int32(-1)
+                for i in range(WIDTH):
+                    is_later = (i >= after) & (i < stop - start)
+                    is_duplicate = is_later & (tile[row, i] * own * scales[i] > threshold)
+                    # Earlier entries come in slot order, so that the last to write is the newest.
+                    found[i] = np.int32(slot + row) if is_duplicate else found[i]
+                    last = max(last, np.int32(i) if is_duplicate else np.int32(-1))
+                if last >= 0:
+                    newest[slot + row] = start + last
+                    if slot + row >= start:
+                        found[slot + row - start] = start + last
+        newest[start:stop] = found[: stop - start]
 
 
 @njit(nogil=True, cache=True)
-def find_duplicates_again(products, inverse, threshold, slots, newest):
+def find_duplicates_again(keys, n_leading, inverse, threshold, slots, newest):
     """Find the newest duplicate, among leading entries, of those that lost theirs.
 
-    ``products`` is float32 (n_leading, n_slots) with the keys at ``slots``, int64 (n_slots,); ``inverse``
-    float32 holds all keys' inverse norms; ``newest`` int32 (n_slots,) is written, -1 for none.
+    ``slots`` is int64 (n_slots,), of some of the ``n_leading`` entries; ``newest`` int32 (n_entries,) is
+    written for them, -1 for none; others as of ``find_duplicates``.
     """
-    newest[:] = -1
-    scales = inverse[slots]
-    for j in range(products.shape[0]):
-        own = inverse[j]
-        for i in range(slots.shape[0]):
-            is_duplicate = (products[j, i] * own * scales[i] > threshold) & (slots[i] != j)
-            newest[i] = np.int32(j) if is_duplicate else newest[i]
+    head_dim = keys.shape[1]
+    panel, rows = np.empty((head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
+    tile, at = np.empty((ROWS, WIDTH), np.float32), keys.ctypes.data
+    scales, found = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
+    lost = np.full(WIDTH, -1, np.int64)
+    for start in range(0, slots.shape[0], WIDTH):
+        n_lost = min(WIDTH, slots.shape[0] - start)
+        for i in range(n_lost):
+            lost[i] = slots[start + i]
+            rows[i], scales[i] = keys[lost[i]], inverse[lost[i]]
+        found[:] = -1
+        fill_panel(rows, panel)
+        for slot in range(0, n_leading, ROWS):
+            n_rows = min(ROWS, n_leading - slot)
+            multiply_tile(at + 4 * head_dim * slot, n_rows, panel, tile)
+            for row in range(n_rows):
+                own = inverse[slot + row]
+                for i in range(WIDTH):
+                    is_duplicate = (tile[row, i] * own * scales[i] > threshold) & (lost[i] != slot + row)
+                    found[i] = np.int32(slot + row) if is_duplicate else found[i]
+        for i in range(n_lost):
+            newest[lost[i]] = found[i]
 
 
 @njit(nogil=True, cache=True, fastmath=VECTORISE)

@@ -119,21 +119,21 @@ def max_pool(values, kernel_size, pooled):
 
 
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def merge_logits(products, scale, n_merged, logits):
+def merge_logits(products, scale, n_merged, query_step, member_step, logits):
     """Write the largest of ``n_merged`` logits, less the largest of its row.
 
-    ``products`` is float32 (n_entries, n_merged * n_queries), where columns that differ by ``n_queries``
-    are merged; ``logits`` float32 (n_queries, n_entries) is written.
+    ``products`` is float32 (n_entries, n_columns), where query ``i`` has the columns ``i * query_step``,
+    ``i * query_step + member_step`` and so on; ``logits`` float32 (n_queries, n_entries) is written.
     """
     n_queries, n_entries = logits.shape
     for first in range(0, n_entries, _FEW_ENTRIES):
         some = products[first : first + _FEW_ENTRIES]
         for query in range(n_queries):
-            merged = logits[query, first : first + _FEW_ENTRIES]
+            merged, column = logits[query, first : first + _FEW_ENTRIES], query * query_step
             for j in range(merged.shape[0]):
-                merged[j] = some[j, query]
+                merged[j] = some[j, column]
             for member in range(1, n_merged):
-                others = some[:, member * n_queries + query :]
+                others = some[:, column + member * member_step :]
                 for j in range(merged.shape[0]):
                     merged[j] = max(merged[j], others[j, 0])
     for query in range(n_queries):
@@ -174,7 +174,8 @@ def mean_weights(weights, n_merged, means):
         means[j] /= np.float32(n_queries)
 
 
-@njit(nogil=True, cache=True)
+# These few keep the interpreter: to hand it to another thread and wait for it takes longer than they do.
+@njit(cache=True)
 def protect(scores, positions, n_leading, first_recent, checked):
     """Write scores with plus infinity where an entry is protected; give the first slot that is not finite.
 
@@ -190,7 +191,7 @@ def protect(scores, positions, n_leading, first_recent, checked):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(cache=True)
 def keep_best(scores, threshold, slots):
     """Write the slots of the best scores in slot order, ties to the later slot.
 
@@ -209,7 +210,7 @@ def keep_best(scores, threshold, slots):
             slots[at] = slot
 
 
-@njit(nogil=True, cache=True)
+@njit(cache=True)
 def increases(numbers):
     """Say whether each number is larger than the one before."""
     rises = True

@@ -20,6 +20,7 @@ from simulator.widening import KINDS
 from traces.numbers import to_float32
 from traces.trace import Trace
 
+_NO_PRODUCTS = np.empty((0, 0, 0), np.float32)
 # Tokens read at once; bounds the memory of long spans.
 _BLOCK_TOKENS = 512
 
@@ -115,6 +116,13 @@ class LayerReplay:
         self._token_ids = trace.token_ids
         self._n_tokens = 0
         self._scores: list[np.ndarray] | None = None
+        # What the scorer's window has for products with all that is held, if the last span has told.
+        reused = policy.scorer.window if policy.evicts and policy.scorer.reuses_products else 0
+        self._n_reused = 0 if reused and policy.scorer.sees_span else reused
+        self._products: np.ndarray | None = None
+        self._room_of_products = np.empty(
+            (shape.n_kv_heads, 0, self._n_reused * shape.group_size), np.float32
+        )
 
     def prefill(self) -> None:
         """Take in the prompt; its own attention sees all of it."""
@@ -144,7 +152,7 @@ class LayerReplay:
         before = self.ledger.n_entries
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
         self._append(start, stop)
-        self._n_tokens = stop
+        self._n_tokens, self._products = stop, None
         if not self._kv_heads:
             return
         sampled = slice(*np.searchsorted(self._steps, (step, step + n_tokens)))
@@ -173,6 +181,8 @@ class LayerReplay:
         lengths = self.ledger.lengths[kv_heads]
         queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
         mass = np.empty(lse.shape, np.float32)
+        is_whole = len(kv_heads) == self._shape.n_kv_heads and len(offsets) == n_tokens
+        products = self._room_for_products() if is_whole and n_tokens >= self._n_reused else _NO_PRODUCTS
         n_queries = len(offsets) * self._shape.group_size
         room = scratch(n_panels(n_queries) * WIDTH, self._shape.head_dim)
         measure_heads(
@@ -185,10 +195,20 @@ class LayerReplay:
             lse,
             self._scale,
             room.reshape(-1),
+            products,
             mass,
         )
+        self._products = products if products.size else None
         by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
         by_head[rows, :, sampled] = mass
+
+    def _room_for_products(self) -> np.ndarray:
+        """Give an array for the window's products, (n_kv_heads, n_most, n_queries * group_size)."""
+        room, longest = self._room_of_products, int(self.ledger.lengths.max())
+        if room.shape[1] < longest:
+            room = np.empty((room.shape[0], longest + longest // 4, room.shape[2]), np.float32)
+            self._room_of_products = room
+        return room
 
     def _of_heads(self, name: str, kv_heads: list[int], tokens: slice | np.ndarray) -> np.ndarray:
         """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""
@@ -221,6 +241,8 @@ class LayerReplay:
         """Let go of the keys; what was measured stays."""
         self.ledger.release()
         self.compressor.forget()
+        self._products = None
+        self._room_of_products = self._room_of_products[:, :0].copy()
 
     def views(self) -> list[CacheView]:
         """Show what every KV head holds, with the queries that the layer allocator observes."""
@@ -252,4 +274,8 @@ class LayerReplay:
         values = None
         if self._with_values:
             values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
-        return self.compressor.score(self._held_keys(), self._held(), queries, self._n_tokens, values)
+        products = None
+        if self._products is not None:
+            products = [own[:n] for own, n in zip(self._products, self.ledger.lengths, strict=True)]
+        held = self._held_keys(), self._held()
+        return self.compressor.score(*held, queries, self._n_tokens, values, products)

@@ -28,9 +28,11 @@ class Ledger:
     ) -> None:
         self.lengths = np.zeros(n_kv_heads, np.int64)
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
-        self._keys = np.empty((n_kv_heads, 0, head_dim), np.float32)
-        self._values = np.empty((n_kv_heads, 0, head_dim if with_values else 0), np.float32)
-        self._positions = np.empty((n_kv_heads, 0), np.int32)
+        self._hold(
+            np.empty((n_kv_heads, 0, head_dim), np.float32),
+            np.empty((n_kv_heads, 0, head_dim if with_values else 0), np.float32),
+            np.empty((n_kv_heads, 0), np.int32),
+        )
 
     @property
     def n_entries(self) -> int:
@@ -45,15 +47,15 @@ class Ledger:
 
     def keys(self, kv_head: int) -> np.ndarray:
         """Give one head's keys in slot order, float32 (n_entries, head_dim), read-only and without a copy."""
-        return self._keys[kv_head, : self.lengths[kv_head]]
+        return self._shown[0][kv_head, : self.lengths[kv_head]]
 
     def positions(self, kv_head: int) -> np.ndarray:
         """Give one head's token positions in slot order, int32 (n_entries,), as ``keys``."""
-        return self._positions[kv_head, : self.lengths[kv_head]]
+        return self._shown[2][kv_head, : self.lengths[kv_head]]
 
     def values(self, kv_head: int) -> np.ndarray:
         """Give one head's values, of width 0 if none are stored; as ``keys``."""
-        return self._values[kv_head, : self.lengths[kv_head]]
+        return self._shown[1][kv_head, : self.lengths[kv_head]]
 
     def append(
         self, first: int, keys: np.ndarray, values: np.ndarray | None = None, dtype: str = "float32"
@@ -90,18 +92,19 @@ class Ledger:
 
     def release(self) -> None:
         """Let go of keys, values and positions; ``lengths`` and ``evicted_at`` stay."""
-        self._keys = self._keys[:, :0].copy()
-        self._values = self._values[:, :0].copy()
-        self._positions = self._positions[:, :0].copy()
+        self._hold(*(rows[:, :0].copy() for rows in (self._keys, self._values, self._positions)))
 
     def _reserve(self, capacity: int) -> None:
         held = self._positions.shape[1]
-        if capacity <= held:
-            return
-        grown = max(capacity, held + held // 2)
-        self._keys, self._values, self._positions = (
-            _longer(rows, grown) for rows in (self._keys, self._values, self._positions)
-        )
+        if capacity > held:
+            grown = max(capacity, held + held // 2)
+            self._hold(*(_longer(rows, grown) for rows in (self._keys, self._values, self._positions)))
+
+    def _hold(self, *rows: np.ndarray) -> None:
+        self._keys, self._values, self._positions = rows
+        self._shown = tuple(own.view() for own in rows)
+        for own in self._shown:
+            own.flags.writeable = False
 
 
 def _longer(rows: np.ndarray, capacity: int) -> np.ndarray:

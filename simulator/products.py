@@ -23,9 +23,9 @@ from simulator.widening import floats_at, widen_rows
 _BLOCK_KEYS = 40 * ROWS
 
 
-def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Give where arrays begin, int64 (n,); they have to be kept while those are used."""
-    return np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
+def addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Give where arrays begin, int64 (n,), 0 for None; they have to be kept while those are used."""
+    return np.array([0 if own is None else own.__array_interface__["data"][0] for own in arrays], np.int64)
 
 
 def n_panels(n_queries: int) -> int:
@@ -53,7 +53,7 @@ def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
 
 
 @njit(nogil=True, cache=True)
-def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room, mass):
+def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room, products, mass):
     """Write the full-cache attention mass that a span's queries find in what their KV heads hold.
 
     Parameters
@@ -75,11 +75,15 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
     scale : float32
     room : float32 (n,)
         ``n_panels(group_size * n_tokens) * WIDTH * head_dim`` numbers.
+    products : float32 (n_kv_heads, n_most, n_kept)
+        Written with what the last of the queries, by token and then member of the group, have for dot
+        products with the entries that all of them see.
     mass : float32 (n_kv_heads, group_size, n_tokens)
         Written.
     """
     n_kv_heads, group_size, n_tokens = lse.shape
     n_used = -(-n_tokens * group_size // WIDTH)
+    first_kept = n_tokens * group_size - products.shape[2]
     panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
     shifts, sums = np.zeros((n_used, WIDTH), np.float32), np.empty((n_used, WIDTH), np.float32)
     tile = np.empty((ROWS, WIDTH), np.float32)
@@ -101,6 +105,8 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
                 for slot in range(block, stop, ROWS):
                     at = keys[kv_head] + 4 * head_dim * slot
                     multiply_tile(at, min(ROWS, stop - slot), asked, tile)
+                    if first + WIDTH > first_kept:
+                        _keep(tile, slot, stop, first, first_kept, products, kv_head)
                     if slot + ROWS > seen_by_all:
                         hide_unseen(tile, slot, slots, group_size, first)
                     add_tile_mass(tile, scale, shift, found)
@@ -108,6 +114,22 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
             for member in range(group_size):
                 query = token * group_size + member
                 mass[kv_head, member, token] = sums[query // WIDTH, query % WIDTH]
+
+
+@njit(inline="always")
+def _keep(tile, slot, stop, first, first_kept, products, kv_head):
+    """Write a tile, of the entries from ``slot`` and the queries from ``first`` on, to where it is kept."""
+    start = max(first_kept - first, 0)
+    end = min(first_kept + products.shape[2] - first, WIDTH)
+    at = first - first_kept
+    for row in range(min(ROWS, stop - slot)):
+        if start == 0 and end == WIDTH:
+            # As wide as the tile, which vectorises.
+            for column in range(WIDTH):
+                products[kv_head, slot + row, at + column] = tile[row, column]
+        else:
+            for column in range(start, end):
+                products[kv_head, slot + row, at + column] = tile[row, column]
 
 
 @njit(nogil=True, cache=True)
@@ -157,8 +179,25 @@ def _exponentials(logits):
 
 
 @njit(nogil=True, cache=True)
+def _multiply_window(keys, n, queries, group_size, n_queries, rows, panels, products):
+    """Write the dot products of ``n`` keys with a window's queries, by query and then member of the group."""
+    head_dim = rows.shape[1]
+    asked = carray(floats_at(queries), (group_size, n_queries, head_dim))
+    for panel in range(panels.shape[0]):
+        for column in range(WIDTH):
+            query, member = divmod(panel * WIDTH + column, group_size)
+            if query < n_queries:
+                rows[column] = asked[member, query]
+        fill_panel(rows, panels[panel])
+    for slot in range(0, n, ROWS):
+        for panel in range(panels.shape[0]):
+            tile = products[slot : slot + ROWS, panel * WIDTH : (panel + 1) * WIDTH]
+            multiply_tile(keys + 4 * head_dim * slot, min(ROWS, n - slot), panels[panel], tile)
+
+
+@njit(nogil=True, cache=True)
 def pool_window_attention(
-    keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, room, scores
+    keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, known, room, scores
 ):
     """Write the window's mean attention to the candidates of every KV head, pooled over their neighbours.
 
@@ -173,6 +212,9 @@ def pool_window_attention(
     group_size, n_queries, head_dim : int
     scale : float32
     kernel_size : int
+    known : int64 (n_kv_heads,)
+        Addresses of the dot products of keys and queries, float32 (n_entries, n_queries * group_size), row by
+        row and by query and then member of the group; 0 where they have to be found.
     room : float32 (n,)
         ``n_panels(group_size * n_queries) * WIDTH + n_queries + 1`` numbers for each of the most candidates
         and of ``ROWS`` more.
@@ -186,21 +228,17 @@ def pool_window_attention(
         n = n_candidates[kv_head]
         if n <= 0:
             continue
-        asked = carray(floats_at(queries[kv_head]), (n_columns, head_dim))
         n_rows = -(-n // ROWS) * ROWS
-        products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
-        for panel in range(n_used):
-            some = asked[panel * WIDTH : (panel + 1) * WIDTH]
-            rows[: some.shape[0]] = some
-            fill_panel(rows, panels[panel])
-        for slot in range(0, n, ROWS):
-            for panel in range(n_used):
-                tile = products[slot : slot + ROWS, panel * WIDTH : (panel + 1) * WIDTH]
-                multiply_tile(keys[kv_head] + 4 * head_dim * slot, min(ROWS, n - slot), panels[panel], tile)
+        if known[kv_head]:
+            products = carray(floats_at(known[kv_head]), (n, n_columns))
+        else:
+            products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
+            at, asked = keys[kv_head], queries[kv_head]
+            _multiply_window(at, n, asked, group_size, n_queries, rows, panels, products)
         rest = room[n_rows * n_used * WIDTH :]
         weights = rest[: n * n_queries].reshape(n_queries, n)
         # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
-        merge_logits(products[:n], scale, group_size, weights)
+        merge_logits(products, scale, group_size, group_size, 1, weights)
         _exponentials(rest[: n * n_queries])
         means = rest[n * n_queries : n * (n_queries + 1)]
         mean_weights(weights, 1, means)

@@ -42,6 +42,10 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
+    products : float32 (n_entries, n_queries * group_size), optional
+        Dot products of keys and queries, by query and then member of the group, where they are known
+        already: those of the window's own entries are of no meaning. Only for scorers that ask for them by
+        ``reuses_products``, and only until they have scored.
     memo : dict, optional
         Kept for this KV head from one compression to the next: a scorer may leave here what it would
         otherwise compute again, by position. It may make scores come sooner, never other; who shows a scorer
@@ -62,6 +66,7 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
+    products: np.ndarray | None = None
     memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ from simulator.cpu import cpu_features, is_arm
 # How numbers are stored; see ``traces.numbers``.
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 
-# Halves that are converted by one instruction, where the machine has it.
-_HALVES = 16
+# Numbers that are converted at once, float16 only where the machine has an instruction for it.
+_AT_ONCE = 16
 _HAS_HALVES = "f16c" in cpu_features() or is_arm()
 
 
@@ -42,17 +42,38 @@ def _pointer(kind: Any, address: Any) -> tuple[Any, Callable]:
 
 @intrinsic
 def _widen_halves(typing_context: Any, address: Any, numbers: Any, first: Any) -> tuple[Any, Callable]:
-    """Write the ``_HALVES`` float16 numbers at an address to a flat float32 array, from ``first`` on."""
+    """Write the ``_AT_ONCE`` float16 numbers at an address to a flat float32 array, from ``first`` on."""
+
+    def convert(builder: ir.IRBuilder, loaded: Any) -> Any:
+        halves = builder.bitcast(loaded, ir.VectorType(ir.HalfType(), _AT_ONCE))
+        return builder.fpext(halves, ir.VectorType(ir.FloatType(), _AT_ONCE))
+
+    return _widen_vector(numbers, convert)
+
+
+@intrinsic
+def _widen_bfloats(typing_context: Any, address: Any, numbers: Any, first: Any) -> tuple[Any, Callable]:
+    """Do the same for bfloat16, whose bits are the upper half of a float32's."""
+
+    def convert(builder: ir.IRBuilder, loaded: Any) -> Any:
+        wide = ir.VectorType(ir.IntType(32), _AT_ONCE)
+        bits = builder.shl(builder.zext(loaded, wide), ir.Constant(wide, [16] * _AT_ONCE))
+        return builder.bitcast(bits, ir.VectorType(ir.FloatType(), _AT_ONCE))
+
+    return _widen_vector(numbers, convert)
+
+
+def _widen_vector(numbers: Any, convert: Callable[[ir.IRBuilder, Any], Any]) -> tuple[Any, Callable]:
     signature = types.void(types.int64, numbers, types.int64)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         address, numbers, first = arguments
-        halves, floats = (ir.VectorType(kind, _HALVES) for kind in (ir.HalfType(), ir.FloatType()))
-        loaded = builder.load(builder.inttoptr(address, halves.as_pointer()))
+        stored = ir.VectorType(ir.IntType(16), _AT_ONCE).as_pointer()
+        loaded = builder.load(builder.inttoptr(address, stored))
         loaded.align = 2
-        target = context.make_array(signature.args[1])(context, builder, numbers).data
-        place = builder.bitcast(builder.gep(target, [first]), floats.as_pointer())
-        builder.store(builder.fpext(loaded, floats), place).align = 4
+        target = builder.gep(context.make_array(signature.args[1])(context, builder, numbers).data, [first])
+        converted = convert(builder, loaded)
+        builder.store(converted, builder.bitcast(target, converted.type.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return signature, generate
@@ -75,11 +96,16 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
         Where in ``numbers`` the first row belongs, and how far behind it the next one.
     """
     n_whole = 0
-    if kind == 1 and _HAS_HALVES:
-        n_whole = width // _HALVES * _HALVES
+    if kind == 2 or (kind == 1 and _HAS_HALVES):
+        n_whole = width // _AT_ONCE * _AT_ONCE
         for row in range(n_rows):
-            for i in range(0, n_whole, _HALVES):
-                _widen_halves(address + row * stride + 2 * i, numbers, first + row * step + i)
+            at, target = address + row * stride, first + row * step
+            if kind == 2:
+                for i in range(0, n_whole, _AT_ONCE):
+                    _widen_bfloats(at + 2 * i, numbers, target + i)
+            else:
+                for i in range(0, n_whole, _AT_ONCE):
+                    _widen_halves(at + 2 * i, numbers, target + i)
         if n_whole == width:
             return
     factor = np.float32(2.0**112)
@@ -92,8 +118,7 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
             continue
         bits = carray(_bits_at(address + row * stride), (width,))
         if kind == 2:
-            # The bits of a bfloat16 are the upper half of a float32's.
-            for i in range(width):
+            for i in range(n_whole, width):
                 numbers[target + i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
             continue
         for i in range(n_whole, width):

@@ -15,6 +15,7 @@ from simulator.duplicate_kernels import (
     carry_duplicates,
     find_duplicates,
     find_duplicates_again,
+    invert_norms,
 )
 from simulator.kernels import (
     increases,
@@ -51,7 +52,13 @@ def logit_rows(products, n_merged):
 def test_window_attention_is_normalised_by_row_and_merged(n_entries, n_queries, n_merged, seed):
     products = np.random.default_rng(seed).normal(size=(n_entries, n_queries * n_merged)).astype(np.float32)
     logits = np.empty((n_queries, n_entries), np.float32)
-    merge_logits(products, np.float32(0.5), n_merged, logits)
+    merge_logits(products, np.float32(0.5), n_merged, 1, n_queries, logits)
+    by_query = (
+        products.reshape(n_entries, n_merged, n_queries).transpose(0, 2, 1).reshape(n_entries, -1).copy()
+    )
+    again = np.empty_like(logits)
+    merge_logits(by_query.copy(), np.float32(0.5), n_merged, n_merged, 1, again)
+    np.testing.assert_array_equal(again, logits)
     np.testing.assert_allclose(logits, logit_rows(products, n_merged), atol=1e-6)
 
     means = np.empty(n_entries, np.float32)
@@ -82,23 +89,35 @@ def inverse_norms(keys):
     return (1 / np.linalg.norm(keys, axis=1)).astype(np.float32)
 
 
-@given(st.integers(1, 30), st.integers(1, 9), st.sampled_from([-1.0, 0.0, 0.3, 0.9]), st.integers(0, 10**6))
+@given(st.integers(1, 90), st.sampled_from([-1.0, 0.0, 0.3, 0.9]), st.integers(0, 10**6))
 @MODERATE
-def test_duplicates_are_found_block_by_block_and_again(n_entries, block, threshold, seed):
-    keys = np.random.default_rng(seed).normal(size=(n_entries, 4)).astype(np.float32)
+def test_duplicates_are_found_at_once_step_by_step_and_again(n_entries, threshold, seed):
+    rng = np.random.default_rng(seed)
+    keys = rng.normal(size=(n_entries, 4)).astype(np.float32)
     expected, margin = duplicates_of(keys, threshold)
     if margin < 1e-5:
         return
-    inverse, newest = inverse_norms(keys), np.full(n_entries, -1, np.int32)
-    for first in range(0, n_entries, block):
-        stop = min(first + block, n_entries)
-        products = keys[:stop] @ keys[first:stop].T
-        find_duplicates(products, inverse[:stop], np.float32(threshold), first, newest[:stop])
-    assert newest.tolist() == expected
+    inverse, limit = inverse_norms(keys), np.float32(threshold)
+    for steps in ([0, n_entries], [0, *np.sort(rng.integers(0, n_entries + 1, 2)), n_entries]):
+        newest = np.full(n_entries, -1, np.int32)
+        for first, stop in pairwise(steps):
+            find_duplicates(keys[:stop], inverse[:stop], limit, first, newest[:stop])
+        assert newest.tolist() == expected
     slots = np.arange(n_entries)[::2]
-    again = np.empty(len(slots), np.int32)
-    find_duplicates_again(keys @ keys[slots].T, inverse, np.float32(threshold), slots, again)
-    assert again.tolist() == expected[::2]
+    again = np.full(n_entries, 99, np.int32)
+    find_duplicates_again(keys, n_entries, inverse, limit, slots, again)
+    assert again[::2].tolist() == expected[::2]
+    assert (again[1::2] == 99).all()
+
+
+def test_norms_are_inverted(rng):
+    keys = rng.normal(size=(5, 70)).astype(np.float32)
+    keys[2] = 0
+    inverse = np.empty(5, np.float32)
+    invert_norms(keys, np.float32(1e-8), inverse)
+    np.testing.assert_allclose(
+        inverse, 1 / (np.linalg.norm(keys.astype(np.float64), axis=1) + 1e-8), rtol=1e-6
+    )
 
 
 def test_what_is_known_of_entries_moves_with_them():

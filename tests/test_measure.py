@@ -20,7 +20,7 @@ def _address(array):
     return array.__array_interface__["data"][0]
 
 
-def _measured(keys, own, stored, dtype, lse):
+def _measured(keys, own, stored, dtype, lse, products=None):
     """Measure heads whose queries are stored as (n_kv_heads, group_size, n_tokens, head_dim)."""
     room = np.full(n_panels(lse[0].size) * WIDTH * stored.shape[3], np.nan, np.float32)
     mass = np.full(lse.shape, np.nan, np.float32)
@@ -34,6 +34,7 @@ def _measured(keys, own, stored, dtype, lse):
         lse,
         SCALE,
         room,
+        np.empty((0, 0, 0), np.float32) if products is None else products,
         mass,
     )
     return mass
@@ -64,6 +65,25 @@ def test_mass_of_a_span(rng, dtype, group_size):
         found = _measured(keys, own[:, picked], some, dtype, np.ascontiguousarray(lse[:, :, picked]))
         expected = _expected(keys, own[:, picked], to_float32(some, dtype), lse[:, :, picked])
         np.testing.assert_allclose(found, expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize("n_kept", [1, 2, 9])
+@pytest.mark.parametrize("group_size", [1, 3, 4, 7])
+def test_products_of_the_last_queries_are_kept(rng, group_size, n_kept):
+    n_tokens, head_dim = 9, 24
+    keys = [rng.normal(size=(n, head_dim)).astype(np.float32) for n in (9, 613)]
+    own = np.array([np.arange(len(held) - n_tokens, len(held)) for held in keys])
+    stored = rng.normal(size=(2, group_size, n_tokens, head_dim)).astype(np.float32)
+    lse = np.zeros((2, group_size, n_tokens), np.float32)
+    products = np.full((2, 700, n_kept * group_size), np.nan, np.float32)
+    with_products = _measured(keys, own, stored, "float32", lse, products)
+    np.testing.assert_array_equal(with_products, _measured(keys, own, stored, "float32", lse))
+    for kv_head, held in enumerate(keys):
+        n_candidates = len(held) - n_kept
+        last = stored[kv_head, :, -n_kept:].transpose(1, 0, 2).reshape(-1, head_dim)
+        expected = held[:n_candidates].astype(np.float64) @ last.T.astype(np.float64)
+        np.testing.assert_allclose(products[kv_head, :n_candidates], expected, atol=2e-5)
+        assert np.isnan(products[kv_head, len(held) :]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from simulator.compression import Compressor
 from simulator.engine import Engine
-from simulator.policies import redundancy as redundancy_module
 from simulator.policies.redundancy import redundancy
 from simulator.policy import parse_policy
 from simulator.request import Request
@@ -67,13 +66,8 @@ def test_incremental_is_whole_over_any_history(history, threshold, spare_column0
         held = held[rng.random(len(held)) < share]
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_blocks_do_not_matter(block, monkeypatch):
-    keys, held = alike(0.5, 1), np.arange(TOTAL, dtype=np.int32)
-    expected = redundancy(keys, held, 0.5, spare_column0=False)
-    monkeypatch.setattr(redundancy_module, "_BLOCK_KEYS", block)
-    np.testing.assert_allclose(redundancy(keys, held, 0.5, spare_column0=False), expected, rtol=1e-6)
-    memo = {}
+def test_what_came_since_is_compared_with_all():
+    keys, held, memo = alike(0.5, 1), np.arange(TOTAL, dtype=np.int32), {}
     redundancy(keys[:100], held[:100], 0.5, spare_column0=False, memo=memo)
     kept = np.delete(held, np.arange(5, 95, 2))
     found = redundancy(keys[kept], kept, 0.5, spare_column0=False, memo=memo)

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import naive_traces as naive
@@ -173,6 +174,22 @@ def test_stored_arrays_are_mapped_aligned_and_read_only(tmp_path):
         assert not array.flags.writeable
         start = trace.layouts["layer_001.safetensors"][name].start
         assert content[start : start + array.nbytes] == array.tobytes()
+
+
+def test_a_file_is_mapped_once_while_somebody_looks_at_it(tmp_path):
+    trace = naive.small_trace(tmp_path / "t.kvtrace", n_tokens=23)
+    keys = trace.stored(0, "keys")
+    assert trace.stored(0, "lse").base is keys.base
+    assert open_trace(trace.path).stored(0, "queries").base is keys.base
+    assert trace.stored(1, "keys").base is not keys.base
+    before, path = weakref.ref(keys.base), trace.path / "layer_000.safetensors"
+    # Another file under the same name is not the one that was mapped.
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert trace.stored(0, "keys").base is not keys.base
+    del keys
+    assert before() is None
 
 
 def test_trace_id_is_of_the_content_and_of_nothing_else(tmp_path):

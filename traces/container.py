@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -28,6 +29,8 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _LENGTH_BYTES = 8
+# Files that are mapped now, as they were when they were mapped.
+_maps: WeakValueDictionary[tuple[str, int, int, int, int], np.memmap[Any, Any]] = WeakValueDictionary()
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000  # the official library's limit
 
@@ -129,11 +132,21 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
 def map_tensor(path: Path, layout: TensorLayout) -> np.ndarray:
     """Map one array into memory, read-only and without a copy; bfloat16 comes as uint16 bits.
 
-    The file stays open only as long as the array lives, so that many traces can be open at once.
+    The file stays open only as long as an array of it lives, so that many traces can be open at once. As long
+    as one does, others come from the same map, in which the pages that were looked at need not be found anew.
     """
     dtype = NUMPY_DTYPES[layout.tag]
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=layout.start, shape=layout.shape)
-    return mapped.view(np.ndarray)
+    return np.ndarray(layout.shape, dtype, _map_file(path), layout.start)
+
+
+def _map_file(path: Path) -> np.memmap[Any, Any]:
+    status = path.stat()
+    name = str(path), status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    mapped = _maps.get(name)
+    if mapped is None:
+        mapped = np.memmap(path, np.uint8, mode="r")
+        _maps[name] = mapped
+    return mapped
 
 
 def _pack_header(sources: Mapping[str, TensorSource]) -> bytes:

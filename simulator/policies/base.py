@@ -44,11 +44,15 @@ class Scorer(ABC):
         What else the view has to hold: ``values``, ``rope``.
     stateful : bool
         Whether the scorer notes something of each entry, by ``observe``.
+    reuses_products : bool
+        Whether the view should show the window's dot products with the keys, where a replay has measured
+        them already.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     stateful: ClassVar[bool] = False
+    reuses_products: ClassVar[bool] = False
 
     @property
     def window(self) -> int:

@@ -13,12 +13,10 @@ from simulator.duplicate_kernels import (
     carry_duplicates,
     find_duplicates,
     find_duplicates_again,
+    invert_norms,
 )
 from simulator.kernels import increases
-from simulator.scratch import scratch
 
-# Keys whose products with all others are held at once: few enough to stay in the cache.
-_BLOCK_KEYS = 128
 # Added to the norm, as the published code does; it keeps a zero key finite.
 _NORM_EPSILON = np.float32(1e-8)
 _MEMO = "duplicates"
@@ -88,25 +86,14 @@ def redundancy(
 def _find(
     keys: np.ndarray, positions: np.ndarray, threshold: np.float32, known: Duplicates | None
 ) -> Duplicates:
-    n_entries = len(keys)
+    keys, n_entries = np.ascontiguousarray(keys), len(keys)
     newest, inverse = np.full(n_entries, -1, np.int32), np.empty(n_entries, np.float32)
     n_known = 0
     if known is not None and known.threshold == threshold:
         n_known = carry_duplicates(known.positions, known.newest, known.inverse, positions, newest, inverse)
-    added = keys[n_known:]
-    norms = np.sqrt(np.einsum("ij,ij->i", added, added, dtype=np.float32))
-    np.divide(np.float32(1), norms + _NORM_EPSILON, out=inverse[n_known:])
-    for first in range(n_known, n_entries, _BLOCK_KEYS):
-        stop = min(first + _BLOCK_KEYS, n_entries)
-        products = scratch(stop, stop - first)
-        np.matmul(keys[:stop], keys[first:stop].T, out=products)
-        find_duplicates(products, inverse[:stop], threshold, first, newest[:stop])
+    invert_norms(keys[n_known:], _NORM_EPSILON, inverse[n_known:])
+    find_duplicates(keys, inverse, threshold, n_known, newest)
     lost = np.flatnonzero(newest[:n_known] == LOST)
-    for first in range(0, len(lost), _BLOCK_KEYS):
-        slots = lost[first : first + _BLOCK_KEYS]
-        products = scratch(n_known, len(slots))
-        np.matmul(keys[:n_known], keys[slots].T, out=products)
-        again = np.empty(len(slots), np.int32)
-        find_duplicates_again(products, inverse, threshold, slots, again)
-        newest[slots] = again
+    if len(lost):
+        find_duplicates_again(keys, n_known, inverse, threshold, lost, newest)
     return Duplicates(threshold, positions.copy(), newest, inverse)

@@ -49,6 +49,7 @@ class SnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469; decode-time form of R-KV"
+    reuses_products: ClassVar[bool] = True
     window: int = 8
     kernel_size: int = 7
     group_reduce: str = "max_logits"
@@ -97,6 +98,7 @@ def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) 
     keys, queries = (
         [np.ascontiguousarray(getattr(view, name)) for view in views] for name in ("keys", "queries")
     )
+    products = [None if view.products is None else np.ascontiguousarray(view.products) for view in views]
     group_size, n_queries, head_dim = queries[0].shape
     lengths = np.array([view.n_entries for view in views])
     n_most = int(lengths.max())
@@ -110,6 +112,7 @@ def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) 
         head_dim,
         np.float32(views[0].scale),
         kernel_size,
+        addresses(products),
         scratch(n_most + ROWS, n_panels(group_size * n_queries) * WIDTH + n_queries + 1).reshape(-1),
         scores,
     )
@@ -125,7 +128,7 @@ def window_attention(view: CacheView, n_candidates: int, group_reduce: str) -> n
     n_merged = group_size if group_reduce == "max_logits" else 1
     # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
     weights = np.empty((n_columns // n_merged, n_candidates), np.float32)
-    merge_logits(products, np.float32(view.scale), n_merged, weights)
+    merge_logits(products, np.float32(view.scale), n_merged, 1, n_window, weights)
     np.exp(weights, out=weights)
     means = np.empty(n_candidates, np.float32)
     mean_weights(weights, group_size if group_reduce == "max_weights" else 1, means)
