@@ -135,7 +135,7 @@ class Late(Compressor):
 class Forgetful(Compressor):
     """Does not score by the newest query."""
 
-    def score(self, keys, positions, queries, n_tokens, values=None):
+    def score(self, keys, positions, queries, n_tokens, values=None, products=None):
         return super().score(keys, positions, queries[:, :-1], n_tokens, values)
 
 
