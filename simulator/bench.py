@@ -177,9 +177,8 @@ def measure_case(case: Case, path: Path, warm: Path, repeat: int, seconds: float
     """Time one case in this process, and its products alone before every replay; the best of each counts."""
     _replay(case, open_trace(warm))
     trace, times, rates = open_trace(path), [], []
-    # As it is for all cells of a trace but the first.
-    mapped = [trace.stored(layer, "keys") for layer in range(trace.shape.n_layers)]
-    with PeakMemory() as memory:
+    # As cells of one trace find it.
+    with PeakMemory() as memory, trace.mapped():
         for _ in range(repeat):
             rates.append(sgemm_rate(case.workers, seconds))
             started = time.perf_counter()
@@ -187,7 +186,7 @@ def measure_case(case: Case, path: Path, warm: Path, repeat: int, seconds: float
             times.append(time.perf_counter() - started)
     useful = useful_flop(case, trace.shape, outcome) / 1e9
     # The trace's pages go with what holds them.
-    del outcome, mapped
+    del outcome
     return {
         "policy": case.policy,
         "tokens": case.tokens,

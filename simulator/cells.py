@@ -174,20 +174,21 @@ def run_replay(
     known = known_waves(_as_list(waves))
     cells = []
     for trace in opened:
-        prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed)
-        for policy in parsed:
-            for budget in asked:
-                cells.append(
-                    prepared.replay(
-                        policy,
-                        budget,
-                        seed=seed,
-                        waves=known,
-                        keep_retained=keep_retained,
-                        keep_trajectory=keep_trajectory,
+        with trace.mapped():
+            prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed)
+            for policy in parsed:
+                for budget in asked:
+                    cells.append(
+                        prepared.replay(
+                            policy,
+                            budget,
+                            seed=seed,
+                            waves=known,
+                            keep_retained=keep_retained,
+                            keep_trajectory=keep_trajectory,
+                        )
                     )
-                )
-                on_cell()
+                    on_cell()
     failed = [cell.exit_code for cell in cells if cell.exit_code]
     return Replay(
         result_table(cell.row for cell in cells),
@@ -228,8 +229,6 @@ class PreparedTrace:
         oracle: bool = True,
     ) -> None:
         self.trace, self._jobs, self._sampling = trace, jobs, sampling
-        # One array of each file keeps it mapped from one replay to the next.
-        self._mapped = [trace.stored(layer, "keys") for layer in range(trace.shape.n_layers)]
         self._full = FullCache(trace, jobs, sampling.draw(trace, seed), oracle=oracle)
 
     @property

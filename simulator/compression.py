@@ -20,7 +20,7 @@ from simulator.policies.base import HeadRequest, Scorer
 from simulator.policy import Policy
 from simulator.rope import Rope
 from simulator.selection import select_slots
-from simulator.view import CacheView
+from simulator.view import CacheView, Products
 
 
 class Compressor:
@@ -131,15 +131,19 @@ class Compressor:
         n_tokens : int
         values : sequence of float32 (n_entries, head_dim), optional
         products : sequence of float32 (n_entries, n_queries * group_size), optional
-            See ``CacheView``.
+            See ``simulator.view.Products``.
         """
         grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
         grouped.flags.writeable = False
+        own_queries = list(grouped)
+        known: Sequence[Products | None] = [None] * self.n_kv_heads
+        if products is not None:
+            known = [Products(*own) for own in zip(products, keys, own_queries, strict=True)]
         return [
             CacheView(
                 keys=keys[kv_head],
                 positions=positions[kv_head],
-                queries=grouped[kv_head],
+                queries=own_queries[kv_head],
                 scale=self.scale,
                 n_tokens=n_tokens,
                 prompt_tokens=self.prompt_tokens,
@@ -150,7 +154,7 @@ class Compressor:
                 budget=int(self.budgets[kv_head]),
                 since=self.since,
                 rope=self.rope,
-                products=None if products is None else products[kv_head],
+                products=known[kv_head],
                 memo=self._memos[kv_head],
             )
             for kv_head in range(self.n_kv_heads)

@@ -9,14 +9,12 @@ from numba.core.codegen import get_host_cpu_features
 
 
 def cpu_features() -> frozenset[str]:
-    """Name what Numba may use: this processor's features, or those that its user has asked for."""
+    """Name what Numba compiles for: this processor's features, or those that its user has asked for."""
     text = getattr(config, "CPU_FEATURES", None)
-    if text is None:
-        # Another processor than this one's is asked for: nothing of it is known.
-        text = get_host_cpu_features() if getattr(config, "CPU_NAME", None) is None else ""
+    text = get_host_cpu_features() if text is None else text
     return frozenset(item[1:] for item in text.split(",") if item.startswith("+"))
 
 
 def is_arm() -> bool:
     """Say whether this is a 64-bit ARM, all of which have the same vectors."""
-    return platform.machine() in ("arm64", "aarch64")
+    return platform.machine().lower() in ("arm64", "aarch64")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from simulator.compiled import compiled
 from simulator.kernels import VECTORISE
 from simulator.tiles import ROWS, WIDTH, fill_panel, multiply_tile
 
@@ -12,7 +12,7 @@ from simulator.tiles import ROWS, WIDTH, fill_panel, multiply_tile
 LOST = -2
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def carry_duplicates(before, newest_before, inverse_before, positions, newest, inverse):
     """Bring what is known of entries to the slots they have now; give how many entries are known.
 
@@ -45,7 +45,7 @@ def carry_duplicates(before, newest_before, inverse_before, positions, newest, i
     return n_known
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
+@compiled(nogil=True, fastmath=VECTORISE)
 def invert_norms(keys, epsilon, inverse):
     """Write the inverse of each key's norm and ``epsilon``; float32 (n, head_dim) and (n,)."""
     for j in range(keys.shape[0]):
@@ -55,14 +55,14 @@ def invert_norms(keys, epsilon, inverse):
         inverse[j] = np.float32(1.0) / (np.sqrt(square) + epsilon)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def find_duplicates(keys, inverse, threshold, first, newest):
     """Find the newest duplicates that added entries bring, among themselves and of all before.
 
     Parameters
     ----------
     keys : float32 (n_entries, head_dim)
-        In slot order.
+        In slot order, row by row and without gaps.
     inverse : float32 (n_entries,)
         Inverse norms of the keys.
     threshold : float32
@@ -89,7 +89,7 @@ def find_duplicates(keys, inverse, threshold, first, newest):
                 own, after, last = inverse[slot + row], slot + row + 1 - start, np.int32(-1)
                 for i in range(WIDTH):
                     is_later = (i >= after) & (i < stop - start)
-                    is_duplicate = is_later & (tile[row, i] * own * scales[i] > threshold)
+                    is_duplicate = is_later & (tile[row, i] * (own * scales[i]) > threshold)
                     # Earlier entries come in slot order, so that the last to write is the newest.
                     found[i] = np.int32(slot + row) if is_duplicate else found[i]
                     last = max(last, np.int32(i) if is_duplicate else np.int32(-1))
@@ -100,7 +100,7 @@ def find_duplicates(keys, inverse, threshold, first, newest):
         newest[start:stop] = found[: stop - start]
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def find_duplicates_again(keys, n_leading, inverse, threshold, slots, newest):
     """Find the newest duplicate, among leading entries, of those that lost theirs.
 
@@ -125,13 +125,13 @@ def find_duplicates_again(keys, n_leading, inverse, threshold, slots, newest):
             for row in range(n_rows):
                 own = inverse[slot + row]
                 for i in range(WIDTH):
-                    is_duplicate = (tile[row, i] * own * scales[i] > threshold) & (lost[i] != slot + row)
+                    is_duplicate = (tile[row, i] * (own * scales[i]) > threshold) & (lost[i] != slot + row)
                     found[i] = np.int32(slot + row) if is_duplicate else found[i]
         for i in range(n_lost):
             newest[lost[i]] = found[i]
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
+@compiled(nogil=True, fastmath=VECTORISE)
 def add_similarity(keys, inverse, newest, sums):
     """Write how similar all other keys are to each, where every key spares its newest duplicate.
 

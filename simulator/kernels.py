@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from simulator.compiled import compiled
 from simulator.tiles import ROWS, WIDTH
 
 # Sums may be reassociated so that they vectorise. NaN and infinity keep their meaning, and one machine
@@ -43,7 +44,7 @@ def exp(x):
     return p * np.int32(bits).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def add_tile_mass(tile, scale, lse, mass):
     """Add the full-cache attention mass of a tile's entries to that of its queries.
 
@@ -66,7 +67,7 @@ def add_tile_mass(tile, scale, lse, mass):
             mass[query] += exp(tile[row, query] * scale - shift) + exp(tile[row + 1, query] * scale - shift)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def add_tile_often(tile, scale, lse, mass, n_times):
     """Do ``add_tile_mass`` a number of times, to be timed."""
     for _ in range(n_times):
@@ -74,7 +75,7 @@ def add_tile_often(tile, scale, lse, mass, n_times):
 
 
 # A largest value vectorises only if NaN and the sign of zero may be ignored; products are finite.
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+@compiled(nogil=True, fastmath={"nnan", "nsz"})
 def raise_strongest(tile, first_slot, largest, strongest):
     """Keep each query's largest product so far and its entry's slot, ties to the later one.
 
@@ -104,7 +105,7 @@ def raise_strongest(tile, first_slot, largest, strongest):
                     strongest[query] = first_slot + row
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+@compiled(nogil=True, fastmath={"nnan", "nsz"})
 def max_pool(values, kernel_size, pooled):
     """Write the running maximum over ``kernel_size`` neighbours, cut at both ends; float32 (n,)."""
     n = values.shape[0]
@@ -118,7 +119,7 @@ def max_pool(values, kernel_size, pooled):
             to_end[j] = max(to_end[j], earlier[j])
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+@compiled(nogil=True, fastmath={"nnan", "nsz"})
 def merge_logits(products, scale, n_merged, query_step, member_step, logits):
     """Write the largest of ``n_merged`` logits, less the largest of its row.
 
@@ -145,7 +146,7 @@ def merge_logits(products, scale, n_merged, query_step, member_step, logits):
             row[j] = row[j] * scale - largest * scale
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
+@compiled(nogil=True, fastmath=VECTORISE)
 def mean_weights(weights, n_merged, means):
     """Write each entry's mean weight, every row normalised to 1 and then ``n_merged`` of them merged.
 
@@ -175,7 +176,7 @@ def mean_weights(weights, n_merged, means):
 
 
 # These few keep the interpreter: to hand it to another thread and wait for it takes longer than they do.
-@njit(cache=True)
+@compiled()
 def protect(scores, positions, n_leading, first_recent, checked):
     """Write scores with plus infinity where an entry is protected; give the first slot that is not finite.
 
@@ -191,7 +192,7 @@ def protect(scores, positions, n_leading, first_recent, checked):
     return bad
 
 
-@njit(cache=True)
+@compiled()
 def keep_best(scores, threshold, slots):
     """Write the slots of the best scores in slot order, ties to the later slot.
 
@@ -210,7 +211,7 @@ def keep_best(scores, threshold, slots):
             slots[at] = slot
 
 
-@njit(cache=True)
+@compiled()
 def increases(numbers):
     """Say whether each number is larger than the one before."""
     rises = True

@@ -118,7 +118,9 @@ class LayerReplay:
         self._scores: list[np.ndarray] | None = None
         # What the scorer's window has for products with all that is held, if the last span has told.
         reused = policy.scorer.window if policy.evicts and policy.scorer.reuses_products else 0
-        self._n_reused = 0 if reused and policy.scorer.sees_span else reused
+        # Of a wide window they would take more memory than the keys.
+        is_wide = reused * shape.group_size > shape.head_dim
+        self._n_reused = 0 if is_wide or policy.scorer.sees_span else reused
         self._products: np.ndarray | None = None
         self._room_of_products = np.empty(
             (shape.n_kv_heads, 0, self._n_reused * shape.group_size), np.float32
@@ -228,6 +230,7 @@ class LayerReplay:
         compression = self.compressor.n_compressions
         n_held = self.ledger.n_entries
         self.ledger.retain(self.compressor.survivors(scores, self._held()), self._n_tokens)
+        self._products = None
         self.n_evicted += n_held - self.ledger.n_entries
         if self._keep_retained:
             self.retained += [

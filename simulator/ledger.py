@@ -98,7 +98,8 @@ class Ledger:
         held = self._positions.shape[1]
         if capacity > held:
             grown = max(capacity, held + held // 2)
-            self._hold(*(_longer(rows, grown) for rows in (self._keys, self._values, self._positions)))
+            rows = self._keys, self._values, self._positions
+            self._hold(*(_longer(own, grown, self.lengths) for own in rows))
 
     def _hold(self, *rows: np.ndarray) -> None:
         self._keys, self._values, self._positions = rows
@@ -107,7 +108,9 @@ class Ledger:
             own.flags.writeable = False
 
 
-def _longer(rows: np.ndarray, capacity: int) -> np.ndarray:
+def _longer(rows: np.ndarray, capacity: int, lengths: np.ndarray) -> np.ndarray:
     longer = np.empty((rows.shape[0], capacity, *rows.shape[2:]), rows.dtype)
-    longer[:, : rows.shape[1]] = rows
+    # Only what is held: room that a short head never used takes no memory.
+    for own, held, length in zip(longer, rows, lengths, strict=True):
+        own[:length] = held[:length]
     return longer

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from simulator.compiled import compiled
 from simulator.widening import widen_rows
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def append_rows(stored, strides, kind, n_rows, lengths, rows):
     """Write stored rows behind those that each head holds.
 
@@ -33,7 +34,7 @@ def append_rows(stored, strides, kind, n_rows, lengths, rows):
         widen_rows(stored + kv_head * strides[0], strides[1], kind, n_rows, width, flat, first, width)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def retain_entries(slots, counts, n_tokens, keys, values, positions, lengths, evicted_at):
     """Keep some entries of each head, in a given order, and evict the others.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import carray, njit
 
+from simulator.compiled import compiled
 from simulator.kernels import (
     VECTORISE,
     add_tile_mass,
@@ -33,7 +34,7 @@ def n_panels(n_queries: int) -> int:
     return -(-n_queries // WIDTH)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
     """Turn stored queries of a KV head, those of a token side by side, into panels; the rest is zero."""
     n_queries, head_dim = n_tokens * group_size, panels.shape[1]
@@ -52,7 +53,7 @@ def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
         fill_panel(rows, panels[panel])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room, products, mass):
     """Write the full-cache attention mass that a span's queries find in what their KV heads hold.
 
@@ -132,7 +133,7 @@ def _keep(tile, slot, stop, first, first_kept, products, kv_head):
                 products[kv_head, slot + row, at + column] = tile[row, column]
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest, strongest):
     """Write each query's largest product with the keys that it sees, and that key's slot, ties to the later.
 
@@ -172,13 +173,13 @@ def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest,
             strongest[member, token] = where[query // WIDTH, query % WIDTH]
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
+@compiled(nogil=True, fastmath=VECTORISE)
 def _exponentials(logits):
     for i in range(logits.shape[0]):
         logits[i] = exp(logits[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _multiply_window(keys, n, queries, group_size, n_queries, rows, panels, products):
     """Write the dot products of ``n`` keys with a window's queries, by query and then member of the group."""
     head_dim = rows.shape[1]
@@ -195,7 +196,7 @@ def _multiply_window(keys, n, queries, group_size, n_queries, rows, panels, prod
             multiply_tile(keys + 4 * head_dim * slot, min(ROWS, n - slot), panels[panel], tile)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def pool_window_attention(
     keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, known, room, scores
 ):

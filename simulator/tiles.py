@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from simulator.compiled import compiled
 from simulator.cpu import cpu_features, is_arm
 
 
@@ -147,7 +148,7 @@ def _transpose(typing_context: Any, block: Any, turned: Any) -> tuple[Any, Calla
     return signature, generate
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def fill_panel(queries, panel):
     """Write ``panel = queries.T``: float32 (WIDTH, head_dim) becomes (head_dim, WIDTH)."""
     head_dim = queries.shape[1]

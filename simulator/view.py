@@ -11,6 +11,23 @@ from simulator.rope import Rope
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Products:
+    """Dot products of a view's keys with its queries, which are of no meaning for another view.
+
+    Attributes
+    ----------
+    numbers : float32 (n_entries, n_queries * group_size)
+        By query and then member of the group; those with entries of the window itself are of no meaning.
+    keys, queries : np.ndarray
+        The very arrays that they belong to.
+    """
+
+    numbers: np.ndarray
+    keys: np.ndarray
+    queries: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CacheView:
     """One KV head of one layer at a compression step. Arrays are read-only; axes end in the entry.
 
@@ -42,10 +59,9 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
-    products : float32 (n_entries, n_queries * group_size), optional
-        Dot products of keys and queries, by query and then member of the group, where they are known
-        already: those of the window's own entries are of no meaning. Only for scorers that ask for them by
-        ``reuses_products``, and only until they have scored.
+    products : Products, optional
+        Dot products of keys and queries where a replay has measured them already; only for scorers that ask
+        for them by ``reuses_products``, and only until they have scored.
     memo : dict, optional
         Kept for this KV head from one compression to the next: a scorer may leave here what it would
         otherwise compute again, by position. It may make scores come sooner, never other; who shows a scorer
@@ -66,7 +82,7 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
-    products: np.ndarray | None = None
+    products: Products | None = None
     memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +92,13 @@ class CacheView:
                 read_only = given.view()
                 read_only.flags.writeable = False
                 object.__setattr__(self, name, read_only)
+
+    @property
+    def known_products(self) -> np.ndarray | None:
+        """Dot products that belong to these keys and queries, if they are known; see ``Products``."""
+        known = self.products
+        is_ours = known is not None and known.keys is self.keys and known.queries is self.queries
+        return known.numbers if known is not None and is_ours else None
 
     @property
     def n_entries(self) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from simulator.compiled import compiled
 from simulator.cpu import cpu_features, is_arm
 
 # How numbers are stored; see ``traces.numbers``.
@@ -79,7 +80,7 @@ def _widen_vector(numbers: Any, convert: Callable[[ir.IRBuilder, Any], Any]) -> 
     return signature, generate
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
     """Write rows of stored numbers as float32; exact.
 

@@ -84,6 +84,17 @@ def test_strongest_key_is_found_and_ties_go_to_the_later(make_trace, rng, monkey
             np.testing.assert_array_equal(FullCache(trace).strongest, expected)
 
 
+def test_strongest_key_is_found_among_many(make_trace, rng):
+    trace = make_trace(arrays=draw_arrays(rng, "gaussian", 1, 7, 1, 1100, 6))
+    logits = trace.queries(0).astype(np.float64) @ trace.keys(0)[0].T.astype(np.float64)
+    logits[:, np.triu_indices(1100, 1)[0], np.triu_indices(1100, 1)[1]] = -np.inf
+    found, best = FullCache(trace).strongest[0], logits.max(axis=2)[:, 20:]
+    np.testing.assert_allclose(
+        np.take_along_axis(logits[:, 20:], found[..., None], 2)[..., 0], best, atol=1e-5
+    )
+    assert (found == logits.argmax(axis=2)[:, 20:]).mean() > 0.999
+
+
 def test_large_traces_are_judged_at_fewer_steps(make_trace, monkeypatch):
     trace = make_trace()
     held = 4 * np.full(40, 12)

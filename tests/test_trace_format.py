@@ -192,6 +192,14 @@ def test_a_file_is_mapped_once_while_somebody_looks_at_it(tmp_path):
     assert before() is None
 
 
+def test_layers_stay_mapped_within_a_context_and_no_longer(tmp_path):
+    trace = naive.small_trace(tmp_path / "t.kvtrace", n_tokens=23)
+    with trace.mapped():
+        kept = weakref.ref(trace.stored(1, "lse").base)
+        assert kept() is not None
+    assert kept() is None
+
+
 def test_trace_id_is_of_the_content_and_of_nothing_else(tmp_path):
     first = naive.small_trace(tmp_path / "a.kvtrace")
     other_words = naive.small_trace(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,6 +140,21 @@ class Trace:
                 f"{self.path}: the trace holds no values; needed: one recorded with values"
             )
         return self._map(layer_name(layer), name)
+
+    @contextmanager
+    def mapped(self) -> Iterator[None]:
+        """Keep the files of all layers mapped and open, so that what was looked at need not be found again.
+
+        Raises
+        ------
+        TraceError
+            If a file is gone or changed since the trace was opened.
+        """
+        kept = [self.stored(layer, "keys") for layer in range(self.manifest.n_layers)]
+        try:
+            yield
+        finally:
+            kept.clear()
 
     def text(self, start: int = 0, stop: int | None = None) -> str:
         """Return the text of tokens ``start`` to ``stop``; their ids if there is no vocabulary."""

@@ -52,7 +52,6 @@ class Scorer(ABC):
     name: ClassVar[str]
     source: ClassVar[str] = ""
     stateful: ClassVar[bool] = False
-    reuses_products: ClassVar[bool] = False
 
     @property
     def window(self) -> int:
@@ -83,6 +82,11 @@ class Scorer(ABC):
     def slot_order(self) -> str:
         """Layout of survivors."""
         return "chronological"
+
+    @property
+    def reuses_products(self) -> bool:
+        """Whether ``CacheView.products`` are of use."""
+        return False
 
     @abstractmethod
     def score(self, view: CacheView) -> np.ndarray:

@@ -49,7 +49,6 @@ class SnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469; decode-time form of R-KV"
-    reuses_products: ClassVar[bool] = True
     window: int = 8
     kernel_size: int = 7
     group_reduce: str = "max_logits"
@@ -68,6 +67,11 @@ class SnapKV(Scorer):
     def recent(self) -> int:
         """Entries of the observation window, which are not scored."""
         return self.window
+
+    @property
+    def reuses_products(self) -> bool:
+        """Whether the window's products are of use: only where a group is one before its softmax."""
+        return self.group_reduce == "max_logits"
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by pooled attention; zero in the window."""
@@ -98,7 +102,7 @@ def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) 
     keys, queries = (
         [np.ascontiguousarray(getattr(view, name)) for view in views] for name in ("keys", "queries")
     )
-    products = [None if view.products is None else np.ascontiguousarray(view.products) for view in views]
+    products = [view.known_products for view in views]
     group_size, n_queries, head_dim = queries[0].shape
     lengths = np.array([view.n_entries for view in views])
     n_most = int(lengths.max())

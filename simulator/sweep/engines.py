@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from joblib import Parallel, delayed, parallel_config, register_parallel_backend
@@ -25,6 +25,7 @@ _ALLOWED = "local, dask://HOST:PORT, ray (running on this machine) or ray://HOST
 _ADDRESS = re.compile(r"(dask|ray)://([^/\s]+)")
 _WATCH_SECONDS = 1.0
 _LEAVE_SECONDS = 5.0
+_MOMENT_SECONDS = 0.1
 # Tells of every task that cannot be handed to workers that are being taken away.
 _LOG = logging.getLogger("concurrent.futures")
 
@@ -135,19 +136,29 @@ def _joblib(n_workers: int, end: Callable[[], object], **config: Any) -> Workers
         thread = threading.Thread(target=work, name="joblib", daemon=True)
         try:
             thread.start()
-            while (item := came.get())[0] == "result":
+            while (item := _next(came))[0] == "result":
                 yield item[1]
             if item[0] == "error":
                 raise item[1]
         finally:
             _LOG.disabled = True
             until = time.monotonic() + _LEAVE_SECONDS
+            thread.join(_MOMENT_SECONDS)  # it has nothing left to do, unless this is an early end
             while thread.is_alive() and time.monotonic() < until:
                 end()  # again, if it was just starting its workers
-                thread.join(0.1)
+                thread.join(_MOMENT_SECONDS)
             _LOG.disabled = False
 
     return Workers(n_workers, run)
+
+
+def _next(came: SimpleQueue[tuple[str, Any]]) -> tuple[str, Any]:
+    while True:
+        try:
+            # On Windows Ctrl-C is only felt between waits.
+            return came.get(timeout=_WATCH_SECONDS)
+        except Empty:
+            continue
 
 
 def _end_processes() -> None:
@@ -173,6 +184,7 @@ def _on_dask(address: str, stack: ExitStack) -> Workers:
 
 def _on_ray(address: str, stack: ExitStack) -> Workers:
     ray = _required("ray", "ray")
+    end: Callable[[], object] = _leave_alone
     if not ray.is_initialized():
         try:
             _require_listener(os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address)
@@ -180,12 +192,13 @@ def _on_ray(address: str, stack: ExitStack) -> Workers:
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise UserError(f"--engine: no Ray answers at {address}: {reason}") from None
-        stack.callback(ray.shutdown)
+        end = ray.shutdown
+        stack.callback(end)
     backend = import_module("ray.util.joblib.ray_backend").RayBackend
     # Its pool calls back from a thread for every result, all that a generator asks for; joblib only lacks
     # the word, which its parent class takes back for the sake of forked processes.
     register_parallel_backend("ray", type("RayResults", (backend,), {"supports_return_generator": True}))
-    return _joblib(int(ray.cluster_resources().get("CPU", 1)), ray.shutdown, backend="ray")
+    return _joblib(int(ray.cluster_resources().get("CPU", 1)), end, backend="ray")
 
 
 def _require_listener(address: str) -> None:
@@ -193,6 +206,10 @@ def _require_listener(address: str) -> None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _leave_alone() -> None:
+    """Let a cluster be that somebody else has started."""
 
 
 def _required(package: str, engine: str) -> Any:

@@ -59,10 +59,10 @@ def replay_task(content: bytes) -> Done:
             raise task.trace.error
         seeds = dict.fromkeys(_sampled_by(task, cell) for cell in task.cells)
         prepared = {seed: _prepare(task, seed) for seed in seeds}
+        with next(iter(prepared.values())).trace.mapped():
+            results = [_replayed(task, cell, prepared[_sampled_by(task, cell)]) for cell in task.cells]
     except Exception as error:
         results = [_failed(task, cell, error) for cell in task.cells]
-    else:
-        results = [_replayed(task, cell, prepared[_sampled_by(task, cell)]) for cell in task.cells]
     rows = [
         row | {"cell": cell.key, "seed": cell.seed, "trace": task.trace.name}
         for cell, (row, _) in zip(task.cells, results, strict=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numba import njit
 
+from simulator.compiled import compiled
 from simulator.kernels import VECTORISE, exp
 from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for
 
@@ -134,7 +134,7 @@ def _attend_compiled(
     return output.reshape(queries.shape)
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+@compiled(nogil=True, fastmath={"nnan", "nsz"})
 def _largest(values, n):
     # Logits are finite; a maximum vectorises only if NaN may be ignored.
     best = values[0]
@@ -143,7 +143,7 @@ def _largest(values, n):
     return best
 
 
-@njit(nogil=True, cache=True, fastmath=VECTORISE)
+@compiled(nogil=True, fastmath=VECTORISE)
 def _attend(queries, keys, values, starts, lengths, scale, output):
     n_segments, group_size, width = queries.shape
     weights = np.empty(lengths.max(), np.float32)

@@ -1,0 +1,34 @@
+"""Numba's compiler with machine code kept on disk, until any of the files changes that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+# Functions of these are compiled into those of other files, of which Numba itself looks at one alone: loops
+# over tiles of an earlier size would go past the ends of arrays.
+_FOLDER = Path(__file__).parent
+_SHARED = ("cpu", "tiles", "widening", "kernels", "ledger_kernels", "duplicate_kernels", "products")
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function when it is first called; options as of ``numba.njit``."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        made = njit(cache=True, **options)(function)
+        made._cache._cache_file._source_stamp = _stamp(function.__code__.co_filename)
+        return made
+
+    return decorate
+
+
+@cache
+def _stamp(path: str) -> tuple[tuple[str, int, int], ...]:
+    """Tell the state of a file and of those whose functions it may use."""
+    own = {Path(path), *(_FOLDER / f"{name}.py" for name in _SHARED)}
+    states = ((found.name, found.stat()) for found in sorted(own) if found.exists())
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)

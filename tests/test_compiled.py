@@ -1,0 +1,41 @@
+"""Machine code on disk is not used once a file has changed that it was made of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ASK = """
+import numpy as np
+from simulator.kernels import add_tile_mass
+from simulator.tiles import ROWS, WIDTH
+mass = np.zeros(WIDTH, np.float32)
+add_tile_mass(np.zeros((ROWS, WIDTH), np.float32), np.float32(1), np.zeros(WIDTH, np.float32), mass)
+hits = sum(add_tile_mass.stats.cache_hits.values())
+print(mass[0] == ROWS, hits)
+"""
+
+
+def test_code_on_disk_is_used_until_a_file_changes(tmp_path):
+    for package in ("traces", "simulator"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def ask():
+        return subprocess.run(
+            [sys.executable, "-c", ASK],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+
+    assert ask() == ["True", "0"]
+    assert ask() == ["True", "1"]
+    tiles = tmp_path / "simulator/tiles.py"
+    tiles.write_text(tiles.read_text().replace("return ", "return  "))
+    assert ask() == ["True", "0"]
