@@ -1,4 +1,4 @@
-"""Dot products of a few keys with a few queries in registers, from where loops sum or compare them at once.
+"""Dot products of a few keys with a few queries, formed in registers, to be summed or compared at once.
 
 A matrix product of the whole would write all products to memory first. A product here is one sum over the
 dimensions in their order, whatever stands beside it, so that it is the same in every place it is needed.
