@@ -20,6 +20,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         made = njit(cache=True, **options)(function)
+        # Numba has no public way to say more of what its index on disk depends on.
         made._cache._cache_file._source_stamp = _stamp(function.__code__.co_filename)
         return made
 

@@ -51,7 +51,7 @@ def add_tile_mass(tile, scale, lse, mass):
     Parameters
     ----------
     tile : float32 (ROWS, WIDTH)
-        Key-query dot products, unscaled; minus infinity, which adds nothing, where a query sees no entry.
+        Key-query dot products, unscaled; minus infinity where a query sees no entry, which adds 1e-38.
     scale : float32
     lse : float32 (WIDTH,)
         Log-sum-exp of each query over the full causal cache.

@@ -17,7 +17,7 @@ from simulator.kernels import add_tile_often
 from simulator.tiles import ROWS, WIDTH
 
 # The replay's own products, (rows x 128) @ (128 x columns): queries of a span and what a KV head retains.
-_HEAD_DIM, _ENTRIES, _GROUP_SIZE = 128, 1152, 4
+_HEAD_DIM, _ENTRIES = 128, 1152
 _SHAPES = ((512, _ENTRIES), (2048, _ENTRIES), (_ENTRIES, 512), (_ENTRIES, 2048))
 _TIMES = 1000
 _STATUS = Path("/proc/self/status")
@@ -65,7 +65,6 @@ def exp_time(seconds: float = 0.1) -> float:
     rng = np.random.default_rng(0)
     tile = rng.standard_normal((ROWS, WIDTH), np.float32)
     lse, mass = np.full(WIDTH, 8, np.float32), np.zeros(WIDTH, np.float32)
-
     best = _best_time(lambda: add_tile_often(tile, np.float32(0.1), lse, mass, _TIMES), seconds)
     return best / (_TIMES * tile.size) * 1e9
 

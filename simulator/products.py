@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numba import carray, njit
+from numba.extending import register_jitable
 
 from simulator.compiled import compiled
 from simulator.kernels import (
@@ -29,7 +30,8 @@ def addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
     return np.array([0 if own is None else own.__array_interface__["data"][0] for own in arrays], np.int64)
 
 
-def n_panels(n_queries: int) -> int:
+@register_jitable
+def n_panels(n_queries):
     """Count the panels that queries fill."""
     return -(-n_queries // WIDTH)
 
@@ -51,6 +53,13 @@ def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
             widen_rows(queries + at, strides[2], kind, stop - start, head_dim, flat, target * head_dim, step)
         rows[max(n_queries - first, 0) :] = 0
         fill_panel(rows, panels[panel])
+
+
+@njit(inline="always")
+def _reach(slots, group_size, first):
+    """Count the entries that all queries of the panel from ``first`` on see, and those that any sees."""
+    last_token = min((first + WIDTH - 1) // group_size, slots.shape[0] - 1)
+    return slots[first // group_size] + 1, slots[last_token] + 1
 
 
 @compiled(nogil=True)
@@ -83,7 +92,7 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
         Written.
     """
     n_kv_heads, group_size, n_tokens = lse.shape
-    n_used = -(-n_tokens * group_size // WIDTH)
+    n_used = n_panels(n_tokens * group_size)
     first_kept = n_tokens * group_size - products.shape[2]
     panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
     shifts, sums = np.zeros((n_used, WIDTH), np.float32), np.empty((n_used, WIDTH), np.float32)
@@ -99,8 +108,7 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
         for block in range(0, slots[n_tokens - 1] + 1, _BLOCK_KEYS):
             for panel in range(n_used):
                 first = panel * WIDTH
-                seen_by_all = slots[first // group_size]
-                n_seen = slots[min((first + WIDTH - 1) // group_size, n_tokens - 1)] + 1
+                seen_by_all, n_seen = _reach(slots, group_size, first)
                 stop = min(block + _BLOCK_KEYS, n_seen)
                 asked, shift, found = panels[panel], shifts[panel], sums[panel]
                 for slot in range(block, stop, ROWS):
@@ -149,7 +157,7 @@ def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest,
         Written.
     """
     group_size, n_tokens = largest.shape
-    n_used = -(-n_tokens * group_size // WIDTH)
+    n_used = n_panels(n_tokens * group_size)
     panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
     _fill_panels(queries, strides, kind, group_size, n_tokens, panels)
     best, where = np.full((n_used, WIDTH), -np.inf, np.float32), np.zeros((n_used, WIDTH), np.int32)
@@ -157,8 +165,7 @@ def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest,
     for block in range(0, slots[n_tokens - 1] + 1, _BLOCK_KEYS):
         for panel in range(n_used):
             first = panel * WIDTH
-            seen_by_all = slots[first // group_size]
-            n_seen = slots[min((first + WIDTH - 1) // group_size, n_tokens - 1)] + 1
+            seen_by_all, n_seen = _reach(slots, group_size, first)
             stop = min(block + _BLOCK_KEYS, n_seen)
             asked, most, found = panels[panel], best[panel], where[panel]
             for slot in range(block, stop, ROWS):
@@ -223,7 +230,7 @@ def pool_window_attention(
         Written for candidates.
     """
     n_columns = group_size * n_queries
-    n_used = -(-n_columns // WIDTH)
+    n_used = n_panels(n_columns)
     panels, rows = np.empty((n_used, head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
     for kv_head in range(keys.shape[0]):
         n = n_candidates[kv_head]
