@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import carray, njit
 
 from simulator.compiled import compiled
-from simulator.kernels import VECTORISE
-from simulator.tiles import ROWS, WIDTH, fill_panel, multiply_tile
+from simulator.kernels import VECTORISE, increases
+from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, multiply_pairs, multiply_tile
+from simulator.widening import floats_at
 
 # Stands for a slot that was known and is held no more.
 LOST = -2
@@ -56,13 +58,34 @@ def invert_norms(keys, epsilon, inverse):
 
 
 @compiled(nogil=True)
-def find_duplicates(keys, inverse, threshold, first, newest):
+def _narrow(keys, pairs):
+    """Write bfloat16 numbers, uint16 as ``keys``, and say whether float32 ``keys`` are such numbers."""
+    numbers, rest = keys.reshape(-1), np.uint32(0)
+    for i in range(numbers.shape[0]):
+        bits = np.float32(numbers[i]).view(np.uint32)
+        rest |= bits & np.uint32(0xFFFF)
+        pairs[i] = np.uint16(bits >> np.uint32(16))
+    return rest == 0
+
+
+@njit(inline="always")
+def _multiply(paired, keys, n_rows, panel, tile):
+    if paired:
+        multiply_pairs(keys, n_rows, panel, tile)
+    else:
+        multiply_tile(keys, n_rows, panel, tile)
+
+
+@compiled(nogil=True)
+def find_duplicates(keys, depth, paired, inverse, threshold, first, newest):
     """Find the newest duplicates that added entries bring, among themselves and of all before.
 
     Parameters
     ----------
-    keys : float32 (n_entries, head_dim)
-        In slot order, row by row and without gaps.
+    keys : int
+        Address of the keys in slot order, row by row and without gaps.
+    depth, paired : int, bool
+        Of their ``simulator.tiles.Form``.
     inverse : float32 (n_entries,)
         Inverse norms of the keys.
     threshold : float32
@@ -72,18 +95,18 @@ def find_duplicates(keys, inverse, threshold, first, newest):
     newest : int32 (n_entries,)
         Slot of the newest duplicate, negative where none is known; updated.
     """
-    n_entries, head_dim = keys.shape
-    panel, rows = np.empty((head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
-    tile, at = np.empty((ROWS, WIDTH), np.float32), keys.ctypes.data
-    scales, found = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
+    n_entries = newest.shape[0]
+    panel, tile = np.empty((depth, WIDTH), np.float32), np.empty((ROWS, WIDTH), np.float32)
+    rows, scales, found = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
     for start in range(first, n_entries, WIDTH):
         stop = min(start + WIDTH, n_entries)
-        rows[: stop - start], scales[: stop - start] = keys[start:stop], inverse[start:stop]
-        found[: stop - start] = newest[start:stop]
+        scales[: stop - start], found[: stop - start] = inverse[start:stop], newest[start:stop]
+        for i in range(WIDTH):
+            rows[i] = keys + 4 * depth * min(start + i, stop - 1)
         fill_panel(rows, panel)
         for slot in range(0, stop, ROWS):
             n_rows = min(ROWS, stop - slot)
-            multiply_tile(at + 4 * head_dim * slot, n_rows, panel, tile)
+            _multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
             for row in range(n_rows):
                 # A pair counts once, seen from its earlier entry: the later ones of the panel begin here.
                 own, after, last = inverse[slot + row], slot + row + 1 - start, np.int32(-1)
@@ -101,33 +124,35 @@ def find_duplicates(keys, inverse, threshold, first, newest):
 
 
 @compiled(nogil=True)
-def find_duplicates_again(keys, n_leading, inverse, threshold, slots, newest):
+def find_duplicates_again(keys, depth, paired, n_leading, inverse, threshold, newest):
     """Find the newest duplicate, among leading entries, of those that lost theirs.
 
-    ``slots`` is int64 (n_slots,), of some of the ``n_leading`` entries; ``newest`` int32 (n_entries,) is
-    written for them, -1 for none; others as of ``find_duplicates``.
+    Where ``newest``, int32 (n_entries,), is ``LOST`` within the ``n_leading`` entries it is written, -1 for
+    none; others as of ``find_duplicates``.
     """
-    head_dim = keys.shape[1]
-    panel, rows = np.empty((head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
-    tile, at = np.empty((ROWS, WIDTH), np.float32), keys.ctypes.data
-    scales, found = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
-    lost = np.full(WIDTH, -1, np.int64)
-    for start in range(0, slots.shape[0], WIDTH):
-        n_lost = min(WIDTH, slots.shape[0] - start)
-        for i in range(n_lost):
-            lost[i] = slots[start + i]
-            rows[i], scales[i] = keys[lost[i]], inverse[lost[i]]
+    slots = np.empty(n_leading, np.int64)
+    n_slots = 0
+    for slot in range(n_leading):
+        slots[n_slots] = slot
+        n_slots += newest[slot] == LOST
+    panel, tile = np.empty((depth, WIDTH), np.float32), np.empty((ROWS, WIDTH), np.float32)
+    rows, scales, found = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
+    lost = np.empty(WIDTH, np.int64)
+    for start in range(0, n_slots, WIDTH):
+        for i in range(WIDTH):
+            lost[i] = slots[min(start + i, n_slots - 1)]
+            rows[i], scales[i] = keys + 4 * depth * lost[i], inverse[lost[i]]
         found[:] = -1
         fill_panel(rows, panel)
         for slot in range(0, n_leading, ROWS):
             n_rows = min(ROWS, n_leading - slot)
-            multiply_tile(at + 4 * head_dim * slot, n_rows, panel, tile)
+            _multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
             for row in range(n_rows):
                 own = inverse[slot + row]
                 for i in range(WIDTH):
                     is_duplicate = (tile[row, i] * (own * scales[i]) > threshold) & (lost[i] != slot + row)
                     found[i] = np.int32(slot + row) if is_duplicate else found[i]
-        for i in range(n_lost):
+        for i in range(WIDTH):
             newest[lost[i]] = found[i]
 
 
@@ -165,3 +190,79 @@ def add_similarity(keys, inverse, newest, sums):
             for d in range(head_dim):
                 product32 += keys[j, d] * keys[spared, d]
             sums[spared] -= product32 * inverse[j] * inverse[spared]
+
+
+@compiled(nogil=True)
+def share_redundancy(
+    keys, head_dim, positions, lengths, before, threshold, epsilon, spare_column0, newest, inverse, shares
+):
+    """Write each key's share of its KV head's repetition, the softmax of its mean similarity.
+
+    Parameters
+    ----------
+    keys : int64 (n_kv_heads,)
+        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
+    head_dim : int
+    positions : int32 (n_kv_heads, n_most)
+        In slot order.
+    lengths : int64 (n_kv_heads,)
+    before : tuple
+        The positions, lengths, newest and inverse of an earlier call, increasing in position; lengths are 0
+        where nothing is known.
+    threshold : float32
+        Cosine above which, strictly, one key duplicates another.
+    epsilon : float32
+        Added to norms.
+    spare_column0 : bool
+        Whether a key without duplicate spares slot 0.
+    newest : int32 (n_kv_heads, n_most)
+        Written with the slot of each one's newest duplicate, -1 for none.
+    inverse : float32 (n_kv_heads, n_most)
+        Written with the inverse norms of the keys.
+    shares : float32 (n_kv_heads, n_most)
+        Written for entries.
+    """
+    known_positions, known_lengths, known_newest, known_inverse = before
+    pairs = np.empty(lengths.max() * head_dim if HAS_PAIRS and head_dim % 2 == 0 else 0, np.uint16)
+    for kv_head in range(keys.shape[0]):
+        n = lengths[kv_head]
+        if n == 0:
+            continue
+        held = carray(floats_at(keys[kv_head]), (n, head_dim))
+        own, norms = newest[kv_head, :n], inverse[kv_head, :n]
+        own[:] = -1
+        n_before, n_known = known_lengths[kv_head], 0
+        if n_before and increases(positions[kv_head, :n]):
+            n_known = carry_duplicates(
+                known_positions[kv_head, :n_before],
+                known_newest[kv_head, :n_before],
+                known_inverse[kv_head, :n_before],
+                positions[kv_head, :n],
+                own,
+                norms,
+            )
+        invert_norms(held[n_known:], epsilon, norms[n_known:])
+        at, depth, paired = keys[kv_head], head_dim, False
+        if pairs.shape[0] and _narrow(held, pairs):
+            at, depth, paired = pairs.ctypes.data, head_dim // 2, True
+        find_duplicates(at, depth, paired, norms, threshold, n_known, own)
+        find_duplicates_again(at, depth, paired, n_known, norms, threshold, own)
+        spared = own.copy()
+        if spare_column0:
+            for slot in range(1, n):  # slot 0's own similarity does not count anyway
+                spared[slot] = max(spared[slot], 0)
+        sums = np.empty(n, np.float64)
+        add_similarity(held, norms, spared, sums)
+        _normalise(sums, shares[kv_head, :n])
+    pairs[:0] = 0  # they have to live until here: they are read by address
+
+
+@compiled(nogil=True, fastmath=VECTORISE)
+def _normalise(sums, shares):
+    """Write the softmax of means over as many entries as there are sums; these are changed."""
+    largest, total = sums.max(), np.float64(0.0)
+    for j in range(sums.shape[0]):
+        sums[j] = np.exp((sums[j] - largest) / sums.shape[0])
+        total += sums[j]
+    for j in range(sums.shape[0]):
+        shares[j] = np.float32(sums[j] / total)

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from simulator.products import addresses, find_strongest, n_panels
+from simulator.products import find_strongest, n_panels
 from simulator.sampling import EVERYTHING, Sample
 from simulator.scratch import scratch
-from simulator.tiles import WIDTH
-from simulator.widening import KINDS
+from simulator.tiles import WIDTH, form_of
+from simulator.widening import address_of
 from traces.numbers import to_float32
 from traces.trace import Trace
 
@@ -147,7 +147,9 @@ class FullCache:
         group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
         measured = slice(at * shape.group_size, (at + 1) * shape.group_size)
         stored, lse = trace.stored(layer, "queries"), trace.stored(layer, "lse")
-        keys = to_float32(trace.stored(layer, "keys")[kv_head], shape.dtype)
+        form = form_of(shape.dtype, shape.head_dim)
+        keys = trace.stored(layer, "keys")[kv_head]
+        keys = np.ascontiguousarray(keys) if form.paired else to_float32(keys, shape.dtype)
         positions = self.sample.steps + self._prompt_tokens
         for first in range(0, len(positions), _BLOCK_TOKENS):
             tokens = positions[first : first + _BLOCK_TOKENS]
@@ -159,13 +161,12 @@ class FullCache:
             block = slice(first, first + len(tokens))
             strongest = np.empty(largest.shape, np.int32)
             find_strongest(
-                int(addresses([keys])[0]),
+                address_of(keys),
                 tokens,
-                int(addresses([queries])[0]),
+                address_of(queries),
                 np.array([0, *queries.strides[:2]]),
-                KINDS[shape.dtype],
-                shape.head_dim,
-                scratch(n_panels(largest.size) * WIDTH, shape.head_dim).reshape(-1),
+                form,
+                scratch(n_panels(largest.size) * WIDTH, form.depth).reshape(-1),
                 largest,
                 strongest,
             )

@@ -193,8 +193,8 @@ def protect(scores, positions, n_leading, first_recent, checked):
 
 
 @compiled()
-def keep_best(scores, threshold, slots):
-    """Write the slots of the best scores in slot order, ties to the later slot.
+def keep_best(scores, positions, threshold, slots):
+    """Write the slots of the best scores in slot order, ties to the later slot; say if positions increase.
 
     ``threshold`` is the smallest score to keep, of which only so many are kept that ``slots``, int64
     (n_kept,), is full.
@@ -209,6 +209,7 @@ def keep_best(scores, threshold, slots):
             n_ties -= is_tie
             at -= 1
             slots[at] = slot
+    return increases(positions)
 
 
 @compiled()

@@ -10,14 +10,13 @@ from simulator.compression import Compressor
 from simulator.contract import asked_to_fire
 from simulator.ledger import Ledger
 from simulator.policy import Policy
-from simulator.products import addresses, measure_heads, n_panels
+from simulator.products import measure_heads, n_panels
 from simulator.rope import Rope
 from simulator.sampling import Sample
 from simulator.scratch import scratch
 from simulator.tiles import WIDTH
 from simulator.view import CacheView
-from simulator.widening import KINDS
-from traces.numbers import to_float32
+from simulator.widening import address_of, widen
 from traces.trace import Trace
 
 _NO_PRODUCTS = np.empty((0, 0, 0), np.float32)
@@ -101,7 +100,9 @@ class LayerReplay:
         self._with_values = policy.evicts and "values" in policy.scorer.needs
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
         width = shape.head_dim if policy.evicts else 0
-        self.ledger = Ledger(shape.n_kv_heads, width, trace.total_tokens, with_values=self._with_values)
+        self.ledger = Ledger(
+            shape.n_kv_heads, width, trace.total_tokens, with_values=self._with_values, dtype=shape.dtype
+        )
         # A head that never evicted holds the full cache, whose mass is 1 by definition.
         self.mass = mass
         self.mass[:] = 1
@@ -133,10 +134,13 @@ class LayerReplay:
 
     def next_compression(self) -> int | None:
         """Give the token count of the next compression, or None for never."""
+        trigger = self.policy.trigger
         earliest = self.compressor.next_compression(self._n_tokens, self.ledger.n_entries)
         if earliest is None or (earliest == self._n_tokens == self.trace.prompt_tokens):
             return earliest
-        fires = asked_to_fire(self.policy.trigger, self._token_ids[earliest - 1 :])
+        if not trigger.reads_tokens:
+            return earliest
+        fires = asked_to_fire(trigger, self._token_ids[earliest - 1 :])
         return earliest + int(fires.argmax()) if fires.any() else None
 
     def reallocation_due(self, n_tokens: int) -> bool:
@@ -186,14 +190,13 @@ class LayerReplay:
         is_whole = len(kv_heads) == self._shape.n_kv_heads and len(offsets) == n_tokens
         products = self._room_for_products() if is_whole and n_tokens >= self._n_reused else _NO_PRODUCTS
         n_queries = len(offsets) * self._shape.group_size
-        room = scratch(n_panels(n_queries) * WIDTH, self._shape.head_dim)
+        room = scratch(n_panels(n_queries) * WIDTH, self.ledger.form.depth)
         measure_heads(
             self.ledger.key_addresses[kv_heads],
             (lengths - n_tokens)[:, None] + offsets,
-            int(addresses([queries])[0]),
+            address_of(queries),
             np.array(queries.strides[:3]),
-            KINDS[self._shape.dtype],
-            self._shape.head_dim,
+            self.ledger.form,
             lse,
             self._scale,
             room.reshape(-1),
@@ -260,10 +263,10 @@ class LayerReplay:
 
     def _append(self, start: int, stop: int) -> None:
         values = self._stored["values"][:, start:stop] if self._with_values else None
-        self.ledger.append(start, self._stored["keys"][:, start:stop], values, self._shape.dtype)
+        self.ledger.append(start, self._stored["keys"][:, start:stop], values)
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return to_float32(self._stored[name][:, start:stop], self._shape.dtype)
+        return widen(self._stored[name][:, start:stop], self._shape.dtype)
 
     def _held(self) -> list[np.ndarray]:
         return [self.ledger.positions(kv_head) for kv_head in range(self._shape.n_kv_heads)]

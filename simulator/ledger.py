@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simulator.ledger_kernels import append_rows, retain_entries
-from simulator.widening import KINDS
+from simulator.ledger_kernels import append_entries, retain_entries
+from simulator.tiles import form_of
+from simulator.widening import KINDS, address_of, whole_rows
 
 NEVER = np.iinfo(np.int32).max
 
@@ -21,16 +22,27 @@ class Ledger:
         Entries each KV head holds.
     evicted_at : int32 (n_kv_heads, total_tokens)
         Token count at which each position was evicted, ``NEVER`` if it was not.
+    form : Form
+        How its keys enter products.
     """
 
     def __init__(
-        self, n_kv_heads: int, head_dim: int, total_tokens: int, *, with_values: bool = False
+        self,
+        n_kv_heads: int,
+        head_dim: int,
+        total_tokens: int,
+        *,
+        with_values: bool = False,
+        dtype: str = "float32",
     ) -> None:
+        self.form = form_of(dtype, head_dim)
+        self._kinds = np.array([KINDS[dtype], KINDS[dtype], self.form.kind])
         self.lengths = np.zeros(n_kv_heads, np.int64)
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
         self._hold(
             np.empty((n_kv_heads, 0, head_dim), np.float32),
             np.empty((n_kv_heads, 0, head_dim if with_values else 0), np.float32),
+            np.empty((n_kv_heads, 0, self.form.depth if self.form.paired else 0), np.float32),
             np.empty((n_kv_heads, 0), np.int32),
         )
 
@@ -41,9 +53,9 @@ class Ledger:
 
     @property
     def key_addresses(self) -> np.ndarray:
-        """Addresses of each head's keys, int64 (n_kv_heads,), until the next append."""
-        first = self._keys.__array_interface__["data"][0]
-        return first + self._keys.strides[0] * np.arange(len(self.lengths))
+        """Addresses of each head's keys in ``form``, int64 (n_kv_heads,), until the next append."""
+        rows = self._rows[2 if self.form.paired else 0]
+        return address_of(rows) + rows.strides[0] * np.arange(len(self.lengths))
 
     def keys(self, kv_head: int) -> np.ndarray:
         """Give one head's keys in slot order, float32 (n_entries, head_dim), read-only and without a copy."""
@@ -51,33 +63,31 @@ class Ledger:
 
     def positions(self, kv_head: int) -> np.ndarray:
         """Give one head's token positions in slot order, int32 (n_entries,), as ``keys``."""
-        return self._shown[2][kv_head, : self.lengths[kv_head]]
+        return self._shown[3][kv_head, : self.lengths[kv_head]]
 
     def values(self, kv_head: int) -> np.ndarray:
         """Give one head's values, of width 0 if none are stored; as ``keys``."""
         return self._shown[1][kv_head, : self.lengths[kv_head]]
 
-    def append(
-        self, first: int, keys: np.ndarray, values: np.ndarray | None = None, dtype: str = "float32"
-    ) -> None:
+    def append(self, first: int, keys: np.ndarray, values: np.ndarray | None = None) -> None:
         """Add the entries of positions ``first`` onwards.
 
         ``keys`` and ``values`` are (n_kv_heads, n_tokens, head_dim) as stored in ``dtype``.
         """
         n_tokens = keys.shape[1]
-        longest = int(self.lengths.max())
-        self._reserve(longest + n_tokens)
-        for stored, rows in ((keys, self._keys), (values, self._values)):
-            if stored is None or not rows.shape[2]:
-                continue
-            if stored.strides[2] != stored.itemsize:
-                stored = np.ascontiguousarray(stored)
-            at, strides = stored.__array_interface__["data"][0], np.array(stored.strides[:2])
-            append_rows(at, strides, KINDS[dtype], n_tokens, self.lengths, rows)
-        added = np.arange(first, first + n_tokens)
-        for kv_head, length in enumerate(self.lengths.tolist()):
-            self._positions[kv_head, length : length + n_tokens] = added
-        self.lengths += n_tokens
+        self._reserve(int(self.lengths.max()) + n_tokens)
+        keys = whole_rows(keys)
+        values = keys if values is None else whole_rows(values)
+        stored = keys, values, keys
+        append_entries(
+            np.array([address_of(own) for own in stored]),
+            np.array([own.strides[:2] for own in stored]),
+            self._kinds,
+            n_tokens,
+            first,
+            *self._rows,
+            self.lengths,
+        )
 
     def retain(self, slots: Sequence[np.ndarray | None], n_tokens: int) -> None:
         """Keep the entries at each head's ``slots``, in that order, and evict the others at ``n_tokens``.
@@ -87,22 +97,21 @@ class Ledger:
         counts = np.array([-1 if own is None else len(own) for own in slots])
         kept = [own for own in slots if own is not None]
         if kept:
-            rows = self._keys, self._values, self._positions
-            retain_entries(np.concatenate(kept), counts, n_tokens, *rows, self.lengths, self.evicted_at)
+            retain_entries(np.concatenate(kept), counts, n_tokens, *self._rows, self.lengths, self.evicted_at)
 
     def release(self) -> None:
         """Let go of keys, values and positions; ``lengths`` and ``evicted_at`` stay."""
-        self._hold(*(rows[:, :0].copy() for rows in (self._keys, self._values, self._positions)))
+        self._hold(*(own[:, :0].copy() for own in self._rows))
 
     def _reserve(self, capacity: int) -> None:
-        held = self._positions.shape[1]
+        held = self._rows[-1].shape[1]
         if capacity > held:
             grown = max(capacity, held + held // 2)
-            rows = self._keys, self._values, self._positions
-            self._hold(*(_longer(own, grown, self.lengths) for own in rows))
+            self._hold(*(_longer(own, grown, self.lengths) for own in self._rows))
 
     def _hold(self, *rows: np.ndarray) -> None:
-        self._keys, self._values, self._positions = rows
+        # Keys, values, keys in pairs, positions.
+        self._rows = rows
         self._shown = tuple(own.view() for own in rows)
         for own in self._shown:
             own.flags.writeable = False

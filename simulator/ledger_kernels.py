@@ -6,36 +6,36 @@ import numpy as np
 from numba import njit
 
 from simulator.compiled import compiled
-from simulator.widening import widen_rows
+from simulator.widening import widen_blocks
 
 
 @compiled(nogil=True)
-def append_rows(stored, strides, kind, n_rows, lengths, rows):
-    """Write stored rows behind those that each head holds.
+def append_entries(stored, strides, kinds, n_rows, first, keys, values, pairs, positions, lengths):
+    """Write the entries of ``n_rows`` tokens, from position ``first`` on, behind those that each head holds.
 
     Parameters
     ----------
-    stored : int
-        Address of (n_kv_heads, n_rows, width) numbers; those of a row stand side by side.
-    strides : int64 (2,)
-        Bytes from one head, and from one row, to the next.
-    kind : int
-        Of ``simulator.widening.KINDS``.
-    n_rows : int
+    stored : int64 (3,)
+        Addresses of what is stored for ``keys``, ``values`` and ``pairs``, of which nothing is read for those
+        without width; otherwise with ``strides``, int64 (3, 2), and ``kinds``, int64 (3,), as of
+        ``simulator.widening.widen_blocks``.
+    n_rows, first : int
+    keys, values, pairs : float32 (n_kv_heads, capacity, width)
+    positions : int32 (n_kv_heads, capacity)
     lengths : int64 (n_kv_heads,)
-        Rows held; not changed.
-    rows : float32 (n_kv_heads, capacity, width)
-        Updated.
+        These five are updated.
     """
-    n_kv_heads, capacity, width = rows.shape
-    flat = rows.reshape(-1)
-    for kv_head in range(n_kv_heads):
-        first = (kv_head * capacity + lengths[kv_head]) * width
-        widen_rows(stored + kv_head * strides[0], strides[1], kind, n_rows, width, flat, first, width)
+    for i, rows in enumerate((keys, values, pairs)):
+        if rows.shape[2]:
+            widen_blocks(stored[i], strides[i], kinds[i], n_rows, lengths, rows)
+    for kv_head in range(lengths.shape[0]):
+        for i in range(n_rows):
+            positions[kv_head, lengths[kv_head] + i] = first + i
+        lengths[kv_head] += n_rows
 
 
 @compiled(nogil=True)
-def retain_entries(slots, counts, n_tokens, keys, values, positions, lengths, evicted_at):
+def retain_entries(slots, counts, n_tokens, keys, values, pairs, positions, lengths, evicted_at):
     """Keep some entries of each head, in a given order, and evict the others.
 
     Parameters
@@ -46,10 +46,10 @@ def retain_entries(slots, counts, n_tokens, keys, values, positions, lengths, ev
         How many of them belong to each head; -1 where everybody stays.
     n_tokens : int
         When the others are evicted.
-    keys, values : float32 (n_kv_heads, capacity, width)
+    keys, values, pairs : float32 (n_kv_heads, capacity, width)
     positions : int32 (n_kv_heads, capacity)
     lengths : int64 (n_kv_heads,)
-        These four are updated.
+        These five are updated.
     evicted_at : int32 (n_kv_heads, total_tokens)
         Updated.
     """
@@ -71,11 +71,13 @@ def retain_entries(slots, counts, n_tokens, keys, values, positions, lengths, ev
         if rises:
             _close_up(keys, kv_head, own)
             _close_up(values, kv_head, own)
+            _close_up(pairs, kv_head, own)
             for i in range(count):
                 positions[kv_head, i] = positions[kv_head, own[i]]
         else:
             keys[kv_head, :count] = keys[kv_head][own]
             values[kv_head, :count] = values[kv_head][own]
+            pairs[kv_head, :count] = pairs[kv_head][own]
             positions[kv_head, :count] = positions[kv_head][own]
         lengths[kv_head] = count
 

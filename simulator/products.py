@@ -18,8 +18,8 @@ from simulator.kernels import (
     merge_logits,
     raise_strongest,
 )
-from simulator.tiles import ROWS, WIDTH, fill_panel, hide_unseen, multiply_tile
-from simulator.widening import floats_at, widen_rows
+from simulator.tiles import ROWS, WIDTH, fill_panel, hide_unseen, multiply_pairs, multiply_tile
+from simulator.widening import address_of, floats_at, widen_rows
 
 # Keys that all queries of a span meet before the next ones: they stay in the cache meanwhile.
 _BLOCK_KEYS = 40 * ROWS
@@ -27,7 +27,7 @@ _BLOCK_KEYS = 40 * ROWS
 
 def addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
     """Give where arrays begin, int64 (n,), 0 for None; they have to be kept while those are used."""
-    return np.array([0 if own is None else own.__array_interface__["data"][0] for own in arrays], np.int64)
+    return np.array([0 if own is None else address_of(own) for own in arrays], np.int64)
 
 
 @register_jitable
@@ -39,20 +39,30 @@ def n_panels(n_queries):
 @compiled(nogil=True)
 def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
     """Turn stored queries of a KV head, those of a token side by side, into panels; the rest is zero."""
-    n_queries, head_dim = n_tokens * group_size, panels.shape[1]
-    flat = np.zeros(WIDTH * head_dim, np.float32)
-    rows = flat.reshape(WIDTH, head_dim)
+    n_queries, depth = n_tokens * group_size, panels.shape[1]
+    # Those that are to be widened first, and at the end a query of zeros.
+    flat = np.zeros((WIDTH + 1) * depth, np.float32)
+    nothing = flat.ctypes.data + 4 * WIDTH * depth
+    rows = np.empty(WIDTH, np.int64)
     for panel in range(panels.shape[0]):
         first = panel * WIDTH
-        for member in range(group_size):
-            # Its queries within the panel, one in every ``group_size``.
-            start = max(-(-(first - member) // group_size), 0)
-            stop = min(-(-(first + WIDTH - member) // group_size), n_tokens)
-            at, target = member * strides[1] + start * strides[2], start * group_size + member - first
-            step = group_size * head_dim
-            widen_rows(queries + at, strides[2], kind, stop - start, head_dim, flat, target * head_dim, step)
-        rows[max(n_queries - first, 0) :] = 0
+        for column in range(WIDTH):
+            token, member = divmod(first + column, group_size)
+            rows[column] = nothing
+            if first + column < n_queries:
+                rows[column] = queries + member * strides[1] + token * strides[2]
+        if kind != 0:
+            for member in range(group_size):
+                # Its queries within the panel, one in every ``group_size``.
+                start = max(-(-(first - member) // group_size), 0)
+                stop = min(-(-(first + WIDTH - member) // group_size), n_tokens)
+                at, target = member * strides[1] + start * strides[2], start * group_size + member - first
+                step = group_size * depth
+                widen_rows(queries + at, strides[2], kind, stop - start, depth, flat, target * depth, step)
+            for column in range(min(n_queries - first, WIDTH)):
+                rows[column] = flat.ctypes.data + 4 * column * depth
         fill_panel(rows, panels[panel])
+    flat[0] = 0  # it has to live until here: rows are read by address
 
 
 @njit(inline="always")
@@ -63,13 +73,14 @@ def _reach(slots, group_size, first):
 
 
 @compiled(nogil=True)
-def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room, products, mass):
+def measure_heads(keys, own, queries, strides, form, lse, scale, room, products, mass):
     """Write the full-cache attention mass that a span's queries find in what their KV heads hold.
 
     Parameters
     ----------
     keys : int64 (n_kv_heads,)
-        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
+        Addresses of each head's keys, row by row: float32 (n_entries, head_dim), or as stored if ``form`` has
+        pairs.
     own : int64 (n_kv_heads, n_tokens)
         Slot of each token's own entry, the last that its queries see; rising.
     queries : int
@@ -77,14 +88,12 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
         stand side by side.
     strides : int64 (3,)
         Bytes from one KV head, member of its group, and token to the next.
-    kind : int
-        Of ``simulator.widening.KINDS``.
-    head_dim : int
+    form : simulator.tiles.Form
     lse : float32 (n_kv_heads, group_size, n_tokens)
         Log-sum-exp of each query over the full causal cache.
     scale : float32
     room : float32 (n,)
-        ``n_panels(group_size * n_tokens) * WIDTH * head_dim`` numbers.
+        ``n_panels(group_size * n_tokens) * WIDTH * form.depth`` numbers.
     products : float32 (n_kv_heads, n_most, n_kept)
         Written with what the last of the queries, by token and then member of the group, have for dot
         products with the entries that all of them see.
@@ -92,9 +101,10 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
         Written.
     """
     n_kv_heads, group_size, n_tokens = lse.shape
+    kind, depth, paired = form
     n_used = n_panels(n_tokens * group_size)
     first_kept = n_tokens * group_size - products.shape[2]
-    panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
+    panels = room[: n_used * depth * WIDTH].reshape(n_used, depth, WIDTH)
     shifts, sums = np.zeros((n_used, WIDTH), np.float32), np.empty((n_used, WIDTH), np.float32)
     tile = np.empty((ROWS, WIDTH), np.float32)
     for kv_head in range(n_kv_heads):
@@ -112,8 +122,11 @@ def measure_heads(keys, own, queries, strides, kind, head_dim, lse, scale, room,
                 stop = min(block + _BLOCK_KEYS, n_seen)
                 asked, shift, found = panels[panel], shifts[panel], sums[panel]
                 for slot in range(block, stop, ROWS):
-                    at = keys[kv_head] + 4 * head_dim * slot
-                    multiply_tile(at, min(ROWS, stop - slot), asked, tile)
+                    at, n_rows = keys[kv_head] + 4 * depth * slot, min(ROWS, stop - slot)
+                    if paired:
+                        multiply_pairs(at, n_rows, asked, tile)
+                    else:
+                        multiply_tile(at, n_rows, asked, tile)
                     if first + WIDTH > first_kept:
                         _keep(tile, slot, stop, first, first_kept, products, kv_head)
                     if slot + ROWS > seen_by_all:
@@ -142,23 +155,24 @@ def _keep(tile, slot, stop, first, first_kept, products, kv_head):
 
 
 @compiled(nogil=True)
-def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest, strongest):
+def find_strongest(keys, slots, queries, strides, form, room, largest, strongest):
     """Write each query's largest product with the keys that it sees, and that key's slot, ties to the later.
 
     Parameters
     ----------
     keys : int
-        Address of a KV head's keys, float32 (n_entries, head_dim), row by row.
+        Address of a KV head's keys, as of ``measure_heads``.
     slots : int64 (n_tokens,)
         Slot of each token's own entry, the last that its queries see; rising.
-    queries, strides, kind, head_dim, room
+    queries, strides, form, room
         As of ``measure_heads``, of one KV head; ``strides`` keeps its first number.
     largest, strongest : float32 and int32 (group_size, n_tokens)
         Written.
     """
     group_size, n_tokens = largest.shape
+    kind, depth, paired = form
     n_used = n_panels(n_tokens * group_size)
-    panels = room[: n_used * head_dim * WIDTH].reshape(n_used, head_dim, WIDTH)
+    panels = room[: n_used * depth * WIDTH].reshape(n_used, depth, WIDTH)
     _fill_panels(queries, strides, kind, group_size, n_tokens, panels)
     best, where = np.full((n_used, WIDTH), -np.inf, np.float32), np.zeros((n_used, WIDTH), np.int32)
     tile = np.empty((ROWS, WIDTH), np.float32)
@@ -169,7 +183,11 @@ def find_strongest(keys, slots, queries, strides, kind, head_dim, room, largest,
             stop = min(block + _BLOCK_KEYS, n_seen)
             asked, most, found = panels[panel], best[panel], where[panel]
             for slot in range(block, stop, ROWS):
-                multiply_tile(keys + 4 * head_dim * slot, min(ROWS, stop - slot), asked, tile)
+                at, n_rows = keys + 4 * depth * slot, min(ROWS, stop - slot)
+                if paired:
+                    multiply_pairs(at, n_rows, asked, tile)
+                else:
+                    multiply_tile(at, n_rows, asked, tile)
                 if slot + ROWS > seen_by_all:
                     hide_unseen(tile, slot, slots, group_size, first)
                 raise_strongest(tile, slot, most, found)
@@ -187,16 +205,11 @@ def _exponentials(logits):
 
 
 @compiled(nogil=True)
-def _multiply_window(keys, n, queries, group_size, n_queries, rows, panels, products):
+def _multiply_window(keys, n, queries, group_size, n_queries, panels, products):
     """Write the dot products of ``n`` keys with a window's queries, by query and then member of the group."""
-    head_dim = rows.shape[1]
-    asked = carray(floats_at(queries), (group_size, n_queries, head_dim))
-    for panel in range(panels.shape[0]):
-        for column in range(WIDTH):
-            query, member = divmod(panel * WIDTH + column, group_size)
-            if query < n_queries:
-                rows[column] = asked[member, query]
-        fill_panel(rows, panels[panel])
+    head_dim = panels.shape[1]
+    strides = np.array([0, 4 * head_dim * n_queries, 4 * head_dim])
+    _fill_panels(queries, strides, 0, group_size, n_queries, panels)
     for slot in range(0, n, ROWS):
         for panel in range(panels.shape[0]):
             tile = products[slot : slot + ROWS, panel * WIDTH : (panel + 1) * WIDTH]
@@ -231,7 +244,7 @@ def pool_window_attention(
     """
     n_columns = group_size * n_queries
     n_used = n_panels(n_columns)
-    panels, rows = np.empty((n_used, head_dim, WIDTH), np.float32), np.zeros((WIDTH, head_dim), np.float32)
+    panels = np.empty((n_used, head_dim, WIDTH), np.float32)
     for kv_head in range(keys.shape[0]):
         n = n_candidates[kv_head]
         if n <= 0:
@@ -242,7 +255,7 @@ def pool_window_attention(
         else:
             products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
             at, asked = keys[kv_head], queries[kv_head]
-            _multiply_window(at, n, asked, group_size, n_queries, rows, panels, products)
+            _multiply_window(at, n, asked, group_size, n_queries, panels, products)
         rest = room[n_rows * n_used * WIDTH :]
         weights = rest[: n * n_queries].reshape(n_queries, n)
         # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.

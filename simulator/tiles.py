@@ -1,22 +1,27 @@
 """Dot products of a few keys with a few queries, formed in registers, to be summed or compared at once.
 
 A matrix product of the whole would write all products to memory first. A product here is one sum over the
-dimensions in their order, whatever stands beside it, so that it is the same in every place it is needed.
+dimensions in one order, whatever stands beside it, so that it is the same in every place it is needed.
+
+Some processors multiply and add two bfloat16 numbers at once, the second of them first. Such products are exact
+in float32, so that sums in that order are the same bits on every processor, and of the same numbers as float32; only
+what is below 1e-37 may be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from simulator.compiled import compiled
 from simulator.cpu import cpu_features, is_arm
+from simulator.widening import KINDS, floats_at
 
 
 def _register_plan() -> tuple[int, int, int]:
@@ -33,6 +38,35 @@ def _register_plan() -> tuple[int, int, int]:
 ROWS, _VECTORS, _LANES = _register_plan()
 WIDTH = _VECTORS * _LANES
 
+# Whether the processor multiplies pairs of bfloat16 numbers.
+HAS_PAIRS = {"avx512f", "avx512bf16"} <= cpu_features()
+
+
+class Form(NamedTuple):
+    """How stored keys and queries enter products.
+
+    Attributes
+    ----------
+    kind : int
+        What to read them as, of ``simulator.widening.KINDS``.
+    depth : int
+        Numbers of a key, each as wide as a float32: a pair of bfloat16 numbers counts as one.
+    paired : bool
+        Whether they are such pairs, for ``multiply_pairs``; else they are made float32.
+    """
+
+    kind: int
+    depth: int
+    paired: bool
+
+
+def form_of(dtype: str, head_dim: int) -> Form:
+    """Say how numbers stored in ``dtype`` enter products."""
+    if HAS_PAIRS and dtype == "bfloat16" and head_dim % 2 == 0:
+        return Form(KINDS["float32"], head_dim // 2, True)
+    return Form(KINDS[dtype], head_dim, False)
+
+
 _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
 
@@ -45,9 +79,13 @@ def _vector_at(builder: ir.IRBuilder, numbers: Any, offset: Any) -> Any:
     return builder.bitcast(builder.gep(numbers, [offset]), _VECTOR.as_pointer())
 
 
+def _floats(builder: ir.IRBuilder, address: Any) -> Any:
+    return builder.inttoptr(address, _FLOAT.as_pointer())
+
+
 def _load(builder: ir.IRBuilder, place: Any) -> Any:
     loaded = builder.load(place)
-    loaded.align = 4
+    loaded.align = 2  # pairs begin where a number of 2 bytes may
     return loaded
 
 
@@ -69,6 +107,42 @@ def _numbers_of(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> t
     return struct.data, n_rows, stride
 
 
+def _write_tile(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any, sum_up: Callable) -> Any:
+    """Write a tile of products; ``sum_up`` calls its ``add`` for every number of a key, in order."""
+    keys, n_rows, panel, tile = arguments
+    panel, depth, _ = _numbers_of(context, builder, signature.args[2], panel)
+    tile, _, stride = _numbers_of(context, builder, signature.args[3], tile)
+    first = _floats(builder, keys)
+    last = builder.sub(n_rows, _index(1))
+    rows = []
+    for row in range(ROWS):
+        held = builder.select(builder.icmp_signed("<", _index(row), n_rows), _index(row), last)
+        rows.append(builder.gep(first, [builder.mul(held, depth)]))
+    zero = ir.Constant(_VECTOR, [0.0] * _LANES)
+    sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(_VECTORS)] for _ in rows]
+    for own in sums:
+        for place in own:
+            builder.store(zero, place)
+
+    def add(number: Any, combine: Callable) -> None:
+        start = builder.mul(number, _index(WIDTH))
+        queries = [
+            _load(builder, _vector_at(builder, panel, builder.add(start, _index(i * _LANES))))
+            for i in range(_VECTORS)
+        ]
+        for row, own in zip(rows, sums, strict=True):
+            key = _repeat(builder, _load(builder, builder.gep(row, [number])))
+            for query, place in zip(queries, own, strict=True):
+                builder.store(combine(key, query, builder.load(place)), place)
+
+    sum_up(depth, add)
+    for row, own in enumerate(sums):
+        for i, place in enumerate(own):
+            at = builder.add(builder.mul(_index(row), stride), _index(i * _LANES))
+            _store(builder, builder.load(place), _vector_at(builder, tile, at))
+    return context.get_dummy_value()
+
+
 @intrinsic
 def multiply_tile(typing_context: Any, keys: Any, n_rows: Any, panel: Any, tile: Any) -> tuple[Any, Callable]:
     """Write ``tile = keys @ panel``; from row ``n_rows`` on it repeats the last key's.
@@ -79,55 +153,84 @@ def multiply_tile(typing_context: Any, keys: Any, n_rows: Any, panel: Any, tile:
     signature = types.void(types.int64, types.int64, panel, tile)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        keys, n_rows, panel, tile = arguments
-        panel, depth, _ = _numbers_of(context, builder, signature.args[2], panel)
-        tile, _, stride = _numbers_of(context, builder, signature.args[3], tile)
-        first = builder.inttoptr(keys, _FLOAT.as_pointer())
-        last = builder.sub(n_rows, _index(1))
-        rows = []
-        for row in range(ROWS):
-            held = builder.select(builder.icmp_signed("<", _index(row), n_rows), _index(row), last)
-            rows.append(builder.gep(first, [builder.mul(held, depth)]))
-        zero = ir.Constant(_VECTOR, [0.0] * _LANES)
-        sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(_VECTORS)] for _ in rows]
-        for own in sums:
-            for place in own:
-                builder.store(zero, place)
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         fmuladd = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{_LANES}f32")
-        with cgutils.for_range(builder, depth) as loop:
-            start = builder.mul(loop.index, _index(WIDTH))
-            queries = [
-                _load(builder, _vector_at(builder, panel, builder.add(start, _index(i * _LANES))))
-                for i in range(_VECTORS)
-            ]
-            for row, own in zip(rows, sums, strict=True):
-                key = _repeat(builder, builder.load(builder.gep(row, [loop.index])))
-                for query, place in zip(queries, own, strict=True):
-                    builder.store(builder.call(fmuladd, [key, query, builder.load(place)]), place)
-        for row, own in enumerate(sums):
-            for i, place in enumerate(own):
-                at = builder.add(builder.mul(_index(row), stride), _index(i * _LANES))
-                _store(builder, builder.load(place), _vector_at(builder, tile, at))
-        return context.get_dummy_value()
+
+        def combine(*vectors: Any) -> Any:
+            return builder.call(fmuladd, vectors)
+
+        def sum_up(depth: Any, add: Callable) -> None:
+            # The second of two numbers comes first, as in `multiply_pairs`.
+            with cgutils.for_range(builder, builder.lshr(depth, _index(1))) as loop:
+                even = builder.shl(loop.index, _index(1))
+                add(builder.add(even, _index(1)), combine)
+                add(even, combine)
+            with builder.if_then(builder.trunc(depth, ir.IntType(1)), likely=False):
+                add(builder.sub(depth, _index(1)), combine)
+
+        return _write_tile(context, builder, signature, arguments, sum_up)
 
     return signature, generate
 
 
+class _BFloat(ir.Type):
+    """What LLVM calls bfloat and llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 @intrinsic
-def _transpose(typing_context: Any, block: Any, turned: Any) -> tuple[Any, Callable]:
-    """Write ``turned = block.T``, both float32 (_LANES, _LANES), whose rows are each without gaps."""
-    signature = types.void(block, turned)
+def _multiply_pairs(
+    typing_context: Any, keys: Any, n_rows: Any, panel: Any, tile: Any
+) -> tuple[Any, Callable]:
+    """Do what ``multiply_tile`` does with pairs of bfloat16 numbers, each as wide as a float32."""
+    signature = types.void(types.int64, types.int64, panel, tile)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        (block, _, stride), (turned, _, turned_stride) = (
-            _numbers_of(context, builder, kind, array)
-            for kind, array in zip(signature.args, arguments, strict=True)
-        )
-        rows = [
-            _load(builder, _vector_at(builder, block, builder.mul(_index(row), stride)))
-            for row in range(_LANES)
-        ]
+        pairs = ir.VectorType(_BFloat(), 2 * _LANES)
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, pairs, pairs])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * _LANES}"
+        dot = cgutils.get_or_insert_function(builder.module, kind, name)
+
+        def combine(key: Any, query: Any, total: Any) -> Any:
+            return builder.call(dot, [total, builder.bitcast(key, pairs), builder.bitcast(query, pairs)])
+
+        def sum_up(depth: Any, add: Callable) -> None:
+            with cgutils.for_range(builder, depth) as loop:
+                add(loop.index, combine)
+
+        return _write_tile(context, builder, signature, arguments, sum_up)
+
+    return signature, generate
+
+
+# Never called where there is no instruction for it.
+multiply_pairs = _multiply_pairs if HAS_PAIRS else multiply_tile
+
+
+@intrinsic
+def _transpose(typing_context: Any, rows: Any, first: Any, number: Any, turned: Any) -> tuple[Any, Callable]:
+    """Write ``turned = block.T``, float32 (_LANES, _LANES), whose rows are each without gaps.
+
+    The rows of ``block`` are at the addresses ``rows[first:]``, from their ``number`` on.
+    """
+    signature = types.void(rows, types.int64, types.int64, turned)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        places, first, number, turned = arguments
+        places = context.make_array(signature.args[0])(context, builder, places).data
+        turned, _, stride = _numbers_of(context, builder, signature.args[3], turned)
+        vectors = []
+        for row in range(_LANES):
+            at = builder.load(builder.gep(places, [builder.add(first, _index(row))]))
+            vectors.append(_load(builder, _vector_at(builder, _floats(builder, at), number)))
         # Blocks of 1, 2, 4, ... numbers change places across the diagonal.
         size = 1
         while size < _LANES:
@@ -137,11 +240,13 @@ def _transpose(typing_context: Any, block: Any, turned: Any) -> tuple[Any, Calla
             masks = [ir.Constant(ir.VectorType(_INT32, _LANES), lanes) for lanes in (upper, lower)]
             for row in range(_LANES):
                 if not row & size:
-                    pair = rows[row], rows[row + size]
-                    rows[row], rows[row + size] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+                    pair = vectors[row], vectors[row + size]
+                    vectors[row], vectors[row + size] = (
+                        builder.shuffle_vector(*pair, mask) for mask in masks
+                    )
             size *= 2
-        for row, vector in enumerate(rows):
-            at = builder.mul(_index(row), turned_stride)
+        for row, vector in enumerate(vectors):
+            at = builder.mul(_index(row), stride)
             _store(builder, vector, _vector_at(builder, turned, at))
         return context.get_dummy_value()
 
@@ -149,17 +254,21 @@ def _transpose(typing_context: Any, block: Any, turned: Any) -> tuple[Any, Calla
 
 
 @compiled(nogil=True)
-def fill_panel(queries, panel):
-    """Write ``panel = queries.T``: float32 (WIDTH, head_dim) becomes (head_dim, WIDTH)."""
-    head_dim = queries.shape[1]
-    n_whole = head_dim // _LANES * _LANES
+def fill_panel(rows, panel):
+    """Write the queries at the addresses ``rows``, int64 (WIDTH,), as columns of ``panel``, (depth, WIDTH).
+
+    A query is ``depth`` float32 numbers, or pairs that are as wide.
+    """
+    depth = panel.shape[0]
+    n_whole = depth // _LANES * _LANES
     for d in range(0, n_whole, _LANES):
         for first in range(0, WIDTH, _LANES):
-            block = queries[first : first + _LANES, d : d + _LANES]
-            _transpose(block, panel[d : d + _LANES, first : first + _LANES])
-    for d in range(n_whole, head_dim):
+            _transpose(rows, first, d, panel[d : d + _LANES, first : first + _LANES])
+    if n_whole < depth:
         for query in range(WIDTH):
-            panel[d, query] = queries[query, d]
+            numbers = carray(floats_at(rows[query]), (depth,))
+            for d in range(n_whole, depth):
+                panel[d, query] = numbers[d]
 
 
 @njit(inline="always")

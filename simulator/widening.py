@@ -18,6 +18,7 @@ KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 # Numbers that are converted at once, float16 only where the machine has an instruction for it.
 _AT_ONCE = 16
+_BITS, _FLOAT = ir.IntType(16), ir.FloatType()
 _HAS_HALVES = "f16c" in cpu_features() or is_arm()
 
 
@@ -47,7 +48,7 @@ def _widen_halves(typing_context: Any, address: Any, numbers: Any, first: Any) -
 
     def convert(builder: ir.IRBuilder, loaded: Any) -> Any:
         halves = builder.bitcast(loaded, ir.VectorType(ir.HalfType(), _AT_ONCE))
-        return builder.fpext(halves, ir.VectorType(ir.FloatType(), _AT_ONCE))
+        return builder.fpext(halves, ir.VectorType(_FLOAT, _AT_ONCE))
 
     return _widen_vector(numbers, convert)
 
@@ -59,17 +60,25 @@ def _widen_bfloats(typing_context: Any, address: Any, numbers: Any, first: Any) 
     def convert(builder: ir.IRBuilder, loaded: Any) -> Any:
         wide = ir.VectorType(ir.IntType(32), _AT_ONCE)
         bits = builder.shl(builder.zext(loaded, wide), ir.Constant(wide, [16] * _AT_ONCE))
-        return builder.bitcast(bits, ir.VectorType(ir.FloatType(), _AT_ONCE))
+        return builder.bitcast(bits, ir.VectorType(_FLOAT, _AT_ONCE))
 
     return _widen_vector(numbers, convert)
 
 
-def _widen_vector(numbers: Any, convert: Callable[[ir.IRBuilder, Any], Any]) -> tuple[Any, Callable]:
+@intrinsic
+def _copy_floats(typing_context: Any, address: Any, numbers: Any, first: Any) -> tuple[Any, Callable]:
+    """Do the same for float32."""
+    return _widen_vector(numbers, lambda builder, loaded: loaded, _FLOAT)
+
+
+def _widen_vector(
+    numbers: Any, convert: Callable[[ir.IRBuilder, Any], Any], number: Any = _BITS
+) -> tuple[Any, Callable]:
     signature = types.void(types.int64, numbers, types.int64)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         address, numbers, first = arguments
-        stored = ir.VectorType(ir.IntType(16), _AT_ONCE).as_pointer()
+        stored = ir.VectorType(number, _AT_ONCE).as_pointer()
         loaded = builder.load(builder.inttoptr(address, stored))
         loaded.align = 2
         target = builder.gep(context.make_array(signature.args[1])(context, builder, numbers).data, [first])
@@ -97,14 +106,17 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
         Where in ``numbers`` the first row belongs, and how far behind it the next one.
     """
     n_whole = 0
-    if kind == 2 or (kind == 1 and _HAS_HALVES):
+    if kind != 1 or _HAS_HALVES:
         n_whole = width // _AT_ONCE * _AT_ONCE
         for row in range(n_rows):
             at, target = address + row * stride, first + row * step
-            if kind == 2:
+            if kind == 0:
+                for i in range(0, n_whole, _AT_ONCE):
+                    _copy_floats(at + 4 * i, numbers, target + i)
+            elif kind == 2:
                 for i in range(0, n_whole, _AT_ONCE):
                     _widen_bfloats(at + 2 * i, numbers, target + i)
-            else:
+            elif _HAS_HALVES:
                 for i in range(0, n_whole, _AT_ONCE):
                     _widen_halves(at + 2 * i, numbers, target + i)
         if n_whole == width:
@@ -114,7 +126,7 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
         target = first + row * step
         if kind == 0:
             floats = carray(floats_at(address + row * stride), (width,))
-            for i in range(width):
+            for i in range(n_whole, width):
                 numbers[target + i] = floats[i]
             continue
         bits = carray(_bits_at(address + row * stride), (width,))
@@ -130,3 +142,46 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
             found = np.uint32(size | np.uint32(0x7F800000)) if size >= np.uint32(0x0F800000) else found
             sign = np.uint32(np.uint32(bits[i] & np.uint16(0x8000)) << np.uint32(16))
             numbers[target + i] = np.uint32(found | sign).view(np.float32)
+
+
+@compiled(nogil=True)
+def widen_blocks(address, strides, kind, n_rows, firsts, blocks):
+    """Write ``n_rows`` stored rows to each of several blocks as float32.
+
+    Parameters
+    ----------
+    address : int
+        Of (n_blocks, n_rows, width) numbers; those of a row have no gaps.
+    strides : int64 (2,)
+        Bytes from one block, and from one row, to the next.
+    kind : int
+        Of ``KINDS``.
+    n_rows : int
+    firsts : int64 (n_blocks,)
+        Where in each block the first row belongs.
+    blocks : float32 (n_blocks, capacity, width)
+        Updated.
+    """
+    n_blocks, capacity, width = blocks.shape
+    flat = blocks.reshape(-1)
+    for block in range(n_blocks):
+        first = (block * capacity + firsts[block]) * width
+        widen_rows(address + block * strides[0], strides[1], kind, n_rows, width, flat, first, width)
+
+
+def whole_rows(stored: np.ndarray) -> np.ndarray:
+    """Give an array of which the numbers of a row stand side by side, a copy only if they do not."""
+    return stored if stored.strides[-1] == stored.itemsize else np.ascontiguousarray(stored)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Give where an array begins; it has to be kept while that is used."""
+    return int(array.__array_interface__["data"][0])
+
+
+def widen(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Make stored numbers float32; (n_blocks, n_rows, width)."""
+    stored, blocks = whole_rows(stored), np.empty(stored.shape, np.float32)
+    at, strides = address_of(stored), np.array(stored.strides[:2])
+    widen_blocks(at, strides, KINDS[dtype], stored.shape[1], np.zeros(len(blocks), np.int64), blocks)
+    return blocks

@@ -111,8 +111,8 @@ def expected_redundancy(pool, threshold):
     keys, _, positions, starts, lengths = pool
     for slots in segments(starts, lengths):
         if slots.start < slots.stop:
-            held = on_host(keys[slots]), positions[slots].cpu().numpy()
-            yield slots, reference_redundancy(*held, threshold, spare_column0=False)
+            held = [on_host(keys[slots])], [positions[slots].cpu().numpy()]
+            yield slots, reference_redundancy(*held, threshold, spare_column0=False, memos=[None])[0]
 
 
 @both

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,8 @@ from simulator.kernels import (
     merge_logits,
     protect,
 )
+from simulator.tiles import HAS_PAIRS
+from traces.numbers import round_to_storage, to_float32
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.sampled_from([1, 3, 5, 7, 31, 99]))
@@ -101,13 +104,29 @@ def test_duplicates_are_found_at_once_step_by_step_and_again(n_entries, threshol
     for steps in ([0, n_entries], [0, *np.sort(rng.integers(0, n_entries + 1, 2)), n_entries]):
         newest = np.full(n_entries, -1, np.int32)
         for first, stop in pairwise(steps):
-            find_duplicates(keys[:stop], inverse[:stop], limit, first, newest[:stop])
+            find_duplicates(keys.ctypes.data, 4, False, inverse[:stop], limit, first, newest[:stop])
         assert newest.tolist() == expected
-    slots = np.arange(n_entries)[::2]
     again = np.full(n_entries, 99, np.int32)
-    find_duplicates_again(keys, n_entries, inverse, limit, slots, again)
+    again[::2] = LOST
+    find_duplicates_again(keys.ctypes.data, 4, False, n_entries, inverse, limit, again)
     assert again[::2].tolist() == expected[::2]
     assert (again[1::2] == 99).all()
+
+
+@pytest.mark.skipif(not HAS_PAIRS, reason="this processor multiplies no pairs of bfloat16 numbers")
+def test_duplicates_are_the_same_in_pairs(rng):
+    stored = round_to_storage(rng.normal(size=(150, 6)).astype(np.float32), "bfloat16")
+    keys, limit = to_float32(stored, "bfloat16"), np.float32(0.5)
+    inverse, found = inverse_norms(keys), []
+    for at, depth, paired in ((keys.ctypes.data, 6, False), (stored.ctypes.data, 3, True)):
+        newest = np.full(150, -1, np.int32)
+        find_duplicates(at, depth, paired, inverse, limit, 0, newest)
+        again = np.full(150, LOST, np.int32)
+        find_duplicates_again(at, depth, paired, 150, inverse, limit, again)
+        found += [newest, again]
+    for newest in found[1:]:
+        np.testing.assert_array_equal(newest, found[0])
+    assert (found[0] >= 0).mean() > 0.5
 
 
 def test_norms_are_inverted(rng):
@@ -155,8 +174,10 @@ def test_best_are_kept_in_slot_order(scores, data):
     n_kept = data.draw(st.integers(1, len(scores)))
     best = sorted(range(len(scores)), key=lambda slot: (scores[slot], slot))[-n_kept:]
     slots = np.empty(n_kept, np.int64)
-    keep_best(np.array(scores, np.float32), np.float32(sorted(scores)[-n_kept]), slots)
+    threshold, positions = np.float32(sorted(scores)[-n_kept]), np.arange(len(scores), dtype=np.int32)
+    assert keep_best(np.array(scores, np.float32), positions, threshold, slots)
     assert slots.tolist() == sorted(best)
+    assert not keep_best(np.zeros(2, np.float32), np.array([3, 3], np.int32), np.float32(0), slots[:1])
 
 
 def test_protected_entries_are_infinite_and_the_first_bad_one_is_told():

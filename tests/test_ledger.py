@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.ledger import NEVER, Ledger
+from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 TOTAL = 400
 
@@ -22,18 +25,25 @@ moves = st.lists(
 )
 
 
-@given(moves)
+def _at(address, stored):
+    """Read as much as ``stored`` takes at an address."""
+    return np.frombuffer(ctypes.string_at(int(address), stored.nbytes), stored.dtype).reshape(stored.shape)
+
+
+@given(moves, st.sampled_from(sorted(STORAGE_DTYPES)))
 @MODERATE
-def test_ledger_holds_what_lists_would(moves):
-    keys, values = np.random.default_rng(0).normal(size=(2, 3, TOTAL, 4)).astype(np.float16)
-    ledger = Ledger(3, 4, TOTAL, with_values=True)
+def test_ledger_holds_what_lists_would(moves, dtype):
+    drawn = np.random.default_rng(0).normal(size=(2, 3, TOTAL, 4)).astype(np.float32)
+    stored = round_to_storage(drawn, dtype)
+    keys, values = to_float32(stored, dtype)
+    ledger = Ledger(3, 4, TOTAL, with_values=True, dtype=dtype)
     held = [[], [], []]
     evicted_at = np.full((3, TOTAL), NEVER)
     n_tokens = 0
     for move in moves:
         if move[0] == "append":
             stop = n_tokens + move[1]
-            ledger.append(n_tokens, keys[:, n_tokens:stop], values[:, n_tokens:stop], "float16")
+            ledger.append(n_tokens, *stored[:, :, n_tokens:stop])
             for positions in held:
                 positions.extend(range(n_tokens, stop))
             n_tokens = stop
@@ -51,9 +61,10 @@ def test_ledger_holds_what_lists_would(moves):
         assert ledger.lengths.tolist() == [len(positions) for positions in held]
         for head, positions in enumerate(held):
             assert ledger.positions(head).tolist() == positions
-            np.testing.assert_array_equal(ledger.keys(head), keys[head, positions].astype(np.float32))
-            np.testing.assert_array_equal(ledger.values(head), values[head, positions].astype(np.float32))
-            assert ledger.keys(head).ctypes.data == ledger.key_addresses[head] or not positions
+            np.testing.assert_array_equal(ledger.keys(head), keys[head, positions])
+            np.testing.assert_array_equal(ledger.values(head), values[head, positions])
+            multiplied = (stored[0] if ledger.form.paired else keys)[head, positions]
+            assert not positions or (_at(ledger.key_addresses[head], multiplied) == multiplied).all()
     np.testing.assert_array_equal(ledger.evicted_at, evicted_at)
 
 

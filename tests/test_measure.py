@@ -8,7 +8,7 @@ import pytest
 from simulator.policies.rkv import RKV
 from simulator.policies.snapkv import SnapKV
 from simulator.products import measure_heads, n_panels
-from simulator.tiles import WIDTH
+from simulator.tiles import WIDTH, form_of
 from simulator.view import CacheView
 from simulator.widening import KINDS, widen_rows
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
@@ -22,15 +22,17 @@ def _address(array):
 
 def _measured(keys, own, stored, dtype, lse, products=None):
     """Measure heads whose queries are stored as (n_kv_heads, group_size, n_tokens, head_dim)."""
-    room = np.full(n_panels(lse[0].size) * WIDTH * stored.shape[3], np.nan, np.float32)
+    form = form_of(dtype, stored.shape[3])
+    if form.paired:
+        keys = [round_to_storage(held, dtype) for held in keys]
+    room = np.full(n_panels(lse[0].size) * WIDTH * form.depth, np.nan, np.float32)
     mass = np.full(lse.shape, np.nan, np.float32)
     measure_heads(
         np.array([_address(held) for held in keys]),
         own,
         _address(stored),
         np.array(stored.strides[:3]),
-        KINDS[dtype],
-        stored.shape[3],
+        form,
         lse,
         SCALE,
         room,
@@ -49,11 +51,16 @@ def _expected(keys, own, queries, lse):
     return mass
 
 
+def _drawn(rng, shape, dtype):
+    """Draw float32 numbers that can be stored exactly."""
+    return to_float32(round_to_storage(rng.normal(size=shape).astype(np.float32), dtype), dtype)
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("group_size", [1, 3, 4, 7])
 def test_mass_of_a_span(rng, dtype, group_size):
     n_tokens, head_dim = 9, 24
-    keys = [rng.normal(size=(n, head_dim)).astype(np.float32) for n in (9, 40, 1013)]
+    keys = [_drawn(rng, (n, head_dim), dtype) for n in (9, 40, 1013)]
     # Every token, or some of those appended.
     own = np.array([np.arange(len(held) - n_tokens, len(held)) for held in keys])
     whole = round_to_storage(rng.normal(size=(3, group_size, 30, head_dim)).astype(np.float32), dtype)
@@ -67,20 +74,22 @@ def test_mass_of_a_span(rng, dtype, group_size):
         np.testing.assert_allclose(found, expected, rtol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n_kept", [1, 2, 9])
 @pytest.mark.parametrize("group_size", [1, 3, 4, 7])
-def test_products_of_the_last_queries_are_kept(rng, group_size, n_kept):
+def test_products_of_the_last_queries_are_kept(rng, group_size, n_kept, dtype):
     n_tokens, head_dim = 9, 24
-    keys = [rng.normal(size=(n, head_dim)).astype(np.float32) for n in (9, 613)]
+    keys = [_drawn(rng, (n, head_dim), dtype) for n in (9, 613)]
     own = np.array([np.arange(len(held) - n_tokens, len(held)) for held in keys])
-    stored = rng.normal(size=(2, group_size, n_tokens, head_dim)).astype(np.float32)
+    queries = _drawn(rng, (2, group_size, n_tokens, head_dim), dtype)
+    stored = round_to_storage(queries, dtype)
     lse = np.zeros((2, group_size, n_tokens), np.float32)
     products = np.full((2, 700, n_kept * group_size), np.nan, np.float32)
-    with_products = _measured(keys, own, stored, "float32", lse, products)
-    np.testing.assert_array_equal(with_products, _measured(keys, own, stored, "float32", lse))
+    with_products = _measured(keys, own, stored, dtype, lse, products)
+    np.testing.assert_array_equal(with_products, _measured(keys, own, stored, dtype, lse))
     for kv_head, held in enumerate(keys):
         n_candidates = len(held) - n_kept
-        last = stored[kv_head, :, -n_kept:].transpose(1, 0, 2).reshape(-1, head_dim)
+        last = queries[kv_head, :, -n_kept:].transpose(1, 0, 2).reshape(-1, head_dim)
         expected = held[:n_candidates].astype(np.float64) @ last.T.astype(np.float64)
         np.testing.assert_allclose(products[kv_head, :n_candidates], expected, atol=2e-5)
         assert np.isnan(products[kv_head, len(held) :]).all()

@@ -11,13 +11,19 @@ from hypothesis import strategies as st
 
 from simulator.compression import Compressor
 from simulator.engine import Engine
-from simulator.policies.redundancy import redundancy
+from simulator.policies.redundancy import redundancy as redundancy_of_heads
 from simulator.policy import parse_policy
 from simulator.request import Request
 
 TOTAL, WIDTH = 160, 4
 
 histories = st.lists(st.tuples(st.integers(0, 25), st.floats(0, 1)), min_size=1, max_size=8)
+
+
+def redundancy(keys, positions, threshold, *, spare_column0, memo=None):
+    """Ask about one KV head."""
+    asked = {"spare_column0": spare_column0, "memos": [memo]}
+    return redundancy_of_heads([keys], [positions], threshold, **asked)[0]
 
 
 def whole(keys, threshold, spare_column0):

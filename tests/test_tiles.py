@@ -13,7 +13,9 @@ from numba import njit
 
 from simulator import cpu, tiles
 from simulator.kernels import add_tile_mass, raise_strongest
-from simulator.tiles import ROWS, WIDTH, fill_panel, hide_unseen, multiply_tile
+from simulator.tiles import ROWS, WIDTH, fill_panel, form_of, hide_unseen, multiply_pairs, multiply_tile
+from simulator.widening import KINDS
+from traces.numbers import round_to_storage, to_float32
 
 # What older processors have; Numba compiles for them on a newer one too.
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
@@ -26,21 +28,36 @@ def _multiply(keys, n_rows, panel, tile):
 
 
 @njit
+def _multiply_pairs(keys, n_rows, panel, tile):
+    multiply_pairs(keys, n_rows, panel, tile)
+
+
+@njit
 def _hide(tile, first_slot, slots, group_size, first_column):
     hide_unseen(tile, first_slot, slots, group_size, first_column)
 
 
-def _tile_of(keys, panel):
+def _address(array):
+    return array.__array_interface__["data"][0]
+
+
+def _tile_of(keys, panel, multiply=_multiply):
     tile = np.full((ROWS, WIDTH), np.nan, np.float32)
-    _multiply(keys.__array_interface__["data"][0], len(keys), panel, tile)
+    multiply(_address(keys), len(keys), panel, tile)
     return tile
+
+
+def _panel_of(queries):
+    """Fill a panel of queries that lie anywhere, each ``depth`` numbers that are 4 bytes wide."""
+    panel = np.full((queries.shape[1] * queries.itemsize // 4, WIDTH), np.nan, np.float32)
+    fill_panel(_address(queries) + queries.strides[0] * np.arange(WIDTH), panel)
+    return panel
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 24, 128])
 def test_tile_is_the_product_of_keys_and_queries(rng, head_dim):
     queries = rng.normal(size=(WIDTH, head_dim)).astype(np.float32)
-    panel = np.full((head_dim, WIDTH), np.nan, np.float32)
-    fill_panel(queries, panel)
+    panel = _panel_of(queries)
     np.testing.assert_array_equal(panel, queries.T)
     many = rng.normal(size=(ROWS, head_dim)).astype(np.float32)
     whole = _tile_of(many, panel)
@@ -52,11 +69,58 @@ def test_tile_is_the_product_of_keys_and_queries(rng, head_dim):
         np.testing.assert_array_equal(tile[n_rows:], np.repeat(tile[n_rows - 1 : n_rows], ROWS - n_rows, 0))
 
 
+def _bfloats(rng, n, head_dim):
+    """Draw bfloat16 numbers of sizes that differ much; as stored and as float32."""
+    numbers = rng.normal(size=(n, head_dim)) * 2.0 ** rng.integers(-20, 20, (n, head_dim))
+    stored = round_to_storage(numbers.astype(np.float32), "bfloat16")
+    return stored, to_float32(stored, "bfloat16")
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 64])
+def test_of_two_numbers_the_second_is_added_first(rng, head_dim):
+    (_, keys), (_, queries) = (_bfloats(rng, n, head_dim) for n in (ROWS, WIDTH))
+    sums = np.zeros((ROWS, WIDTH), np.float32)
+    order = [at for even in range(0, head_dim - 1, 2) for at in (even + 1, even)]
+    for at in [*order, *range(len(order), head_dim)]:
+        # Exact, so that rounding is the sum's alone, with and without instructions that do both.
+        products = keys[:, at, None] * queries[None, :, at]
+        np.testing.assert_array_equal(products, keys[:, at, None].astype(float) * queries[None, :, at])
+        sums += products
+    np.testing.assert_array_equal(_tile_of(keys, _panel_of(queries)), sums)
+
+
+@pytest.mark.skipif(not tiles.HAS_PAIRS, reason="this processor multiplies no pairs of bfloat16 numbers")
+@pytest.mark.parametrize("head_dim", [2, 24, 64, 128])
+def test_products_of_pairs_are_those_of_widened_numbers(rng, head_dim):
+    (keys, wide_keys), (queries, wide_queries) = (_bfloats(rng, n, head_dim) for n in (ROWS, WIDTH))
+    expected = _tile_of(wide_keys, _panel_of(wide_queries))
+    panel = _panel_of(queries)
+    np.testing.assert_array_equal(_tile_of(keys, panel, _multiply_pairs), expected)
+    for n_rows in (1, ROWS - 1):
+        tile = _tile_of(keys[:n_rows].copy(), panel, _multiply_pairs)
+        np.testing.assert_array_equal(tile[:n_rows], expected[:n_rows])
+
+
+def test_rows_may_begin_at_any_number(rng):
+    stored, _ = _bfloats(rng, WIDTH, 35)
+    odd = stored[:, 1:33]
+    np.testing.assert_array_equal(_panel_of(odd), np.ascontiguousarray(odd).view(np.float32).T)
+
+
+def test_pairs_are_of_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr(tiles, "HAS_PAIRS", True)
+    assert form_of("bfloat16", 128) == (KINDS["float32"], 64, True)
+    assert form_of("bfloat16", 33) == (KINDS["bfloat16"], 33, False)
+    assert form_of("float16", 128) == (KINDS["float16"], 128, False)
+    monkeypatch.setattr(tiles, "HAS_PAIRS", False)
+    assert form_of("bfloat16", 128) == (KINDS["bfloat16"], 128, False)
+
+
 def test_tile_is_written_within_a_larger_array(rng):
     keys, queries = rng.normal(size=(ROWS, 8)).astype(np.float32), rng.normal(size=(8, WIDTH))
     panel = queries.astype(np.float32)
     around = np.full((ROWS + 2, WIDTH + 5), 7, np.float32)
-    _multiply(keys.__array_interface__["data"][0], ROWS, panel, around[1:-1, 3:-2])
+    _multiply(_address(keys), ROWS, panel, around[1:-1, 3:-2])
     np.testing.assert_array_equal(around[1:-1, 3:-2], _tile_of(keys, panel))
     around[1:-1, 3:-2] = 7
     assert (around == 7).all()

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from simulator.duplicate_kernels import (
-    LOST,
-    add_similarity,
-    carry_duplicates,
-    find_duplicates,
-    find_duplicates_again,
-    invert_norms,
-)
-from simulator.kernels import increases
+from simulator.duplicate_kernels import share_redundancy
+from simulator.products import addresses
 
 # Added to the norm, as the published code does; it keeps a zero key finite.
 _NORM_EPSILON = np.float32(1e-8)
@@ -24,76 +18,97 @@ _MEMO = "duplicates"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Duplicates:
-    """Which entries repeat which, among those held at a compression; arrays (n_entries,), in slot order.
+    """Which entries repeat which in a layer, among those held at a compression, in slot order.
 
     Attributes
     ----------
     threshold : float32
         Cosine above which, strictly, one key duplicates another.
-    positions : int32
-        Increasing.
-    newest : int32
+    positions : int32 (n_kv_heads, n_most)
+    lengths : int64 (n_kv_heads,)
+        Entries of each KV head.
+    newest : int32 (n_kv_heads, n_most)
         Slot of each one's newest duplicate, -1 for none.
-    inverse : float32
+    inverse : float32 (n_kv_heads, n_most)
         Inverse norms of the keys.
     """
 
     threshold: np.float32
     positions: np.ndarray
+    lengths: np.ndarray
     newest: np.ndarray
     inverse: np.ndarray
 
 
 def redundancy(
-    keys: np.ndarray,
-    positions: np.ndarray,
+    keys: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
     threshold: float,
     *,
     spare_column0: bool,
-    memo: dict[str, Any] | None = None,
-) -> np.ndarray:
-    """Give each key's share of repetition, summing to 1.
+    memos: Sequence[dict[str, Any] | None],
+) -> list[np.ndarray]:
+    """Give each key's share of its KV head's repetition, summing to 1.
 
     Parameters
     ----------
-    keys : float32 (n_entries, head_dim)
-    positions : int32 (n_entries,)
+    keys : sequence of float32 (n_entries, head_dim), one per KV head
+    positions : sequence of int32 (n_entries,)
     threshold : float
     spare_column0 : bool
         Whether a key without duplicate spares slot 0.
-    memo : dict, optional
-        Of the KV head, for entries in time order: only what came since is compared with all.
+    memos : sequence of dict or None
+        Of the KV heads, for entries in time order: only what came since is compared with all.
 
     Returns
     -------
-    float32 (n_entries,)
+    list of float32 (n_entries,)
     """
-    known = None if memo is None or not increases(positions) else memo.get(_MEMO)
-    found = _find(keys, positions, np.float32(threshold), known)
-    if memo is not None:
-        memo[_MEMO] = found
-    spared = found.newest
-    if spare_column0:
-        spared = np.where(spared < 0, np.int32(0), spared)
-        spared[0] = found.newest[0]  # its own similarity does not count anyway
-    means = np.empty(len(keys), np.float64)
-    add_similarity(keys, found.inverse, spared, means)
-    means /= len(keys)
-    weights = np.exp(means - means.max())
-    return (weights / weights.sum()).astype(np.float32)
+    keys, limit = [np.ascontiguousarray(own) for own in keys], np.float32(threshold)
+    lengths = np.array([len(own) for own in positions])
+    shape = len(keys), int(lengths.max())
+    found = Duplicates(
+        limit, np.zeros(shape, np.int32), lengths, np.empty(shape, np.int32), np.empty(shape, np.float32)
+    )
+    for row, own in zip(found.positions, positions, strict=True):
+        row[: len(own)] = own
+    known = _recall(memos, limit)
+    shares = np.empty(shape, np.float32)
+    share_redundancy(
+        addresses(keys),
+        keys[0].shape[1],
+        found.positions,
+        lengths,
+        (known.positions, known.lengths, known.newest, known.inverse),
+        limit,
+        _NORM_EPSILON,
+        spare_column0,
+        found.newest,
+        found.inverse,
+        shares,
+    )
+    for row, memo in enumerate(memos):
+        if memo is not None:
+            memo[_MEMO] = found, row
+    return [own[:n] for own, n in zip(shares, lengths, strict=True)]
 
 
-def _find(
-    keys: np.ndarray, positions: np.ndarray, threshold: np.float32, known: Duplicates | None
-) -> Duplicates:
-    keys, n_entries = np.ascontiguousarray(keys), len(keys)
-    newest, inverse = np.full(n_entries, -1, np.int32), np.empty(n_entries, np.float32)
-    n_known = 0
-    if known is not None and known.threshold == threshold:
-        n_known = carry_duplicates(known.positions, known.newest, known.inverse, positions, newest, inverse)
-    invert_norms(keys[n_known:], _NORM_EPSILON, inverse[n_known:])
-    find_duplicates(keys, inverse, threshold, n_known, newest)
-    lost = np.flatnonzero(newest[:n_known] == LOST)
-    if len(lost):
-        find_duplicates_again(keys, n_known, inverse, threshold, lost, newest)
-    return Duplicates(threshold, positions.copy(), newest, inverse)
+def _recall(memos: Sequence[dict[str, Any] | None], threshold: np.float32) -> Duplicates:
+    """Give what the last call left in the memos, of the KV heads in their order."""
+    noted = [None if memo is None else memo.get(_MEMO) for memo in memos]
+    held = [own if own is not None and own[0].threshold == threshold else None for own in noted]
+    first = held[0][0] if held[0] else None
+    together = [own is not None and own[0] is first and own[1] == row for row, own in enumerate(held)]
+    if first is not None and len(first.lengths) == len(held) and all(together):
+        return first
+    # Heads that were scored apart, or not at all.
+    lengths = np.array([0 if own is None else own[0].lengths[own[1]] for own in held])
+    shape = len(held), int(lengths.max())
+    known = Duplicates(
+        threshold, np.empty(shape, np.int32), lengths, np.empty(shape, np.int32), np.empty(shape, np.float32)
+    )
+    for row, (own, n) in enumerate(zip(held, lengths, strict=True)):
+        if own is not None:
+            for name in ("positions", "newest", "inverse"):
+                getattr(known, name)[row, :n] = getattr(own[0], name)[own[1], :n]
+    return known

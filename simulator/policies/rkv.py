@@ -56,26 +56,28 @@ class RKV(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""
-        return self._less_repeated(self.importance([view])[0], view)
+        return self._less_repeated([view])[0]
 
     def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
         """Score a layer's KV heads at once."""
         if type(self).score is not RKV.score:
             return Scorer.score_heads(self, views)
-        found = self.importance(views)
-        return [self._less_repeated(scores, view) for scores, view in zip(found, views, strict=True)]
+        return self._less_repeated(views)
 
-    def _less_repeated(self, scores: np.ndarray, view: CacheView) -> np.ndarray:
-        n_candidates = view.n_entries - self.window
-        if n_candidates > 0:
-            memo = view.memo if self.slot_order == "chronological" else None
-            repeated = redundancy(
-                view.keys,
-                view.positions,
-                self.similarity_threshold,
-                spare_column0=self.no_match == "column0",
-                memo=memo,
-            )[:n_candidates]
+    def _less_repeated(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        found = self.importance(views)
+        judged = [(own, view) for own, view in zip(found, views, strict=True) if view.n_entries > self.window]
+        if not judged:
+            return found
+        repeated = redundancy(
+            [view.keys for _, view in judged],
+            [view.positions for _, view in judged],
+            self.similarity_threshold,
+            spare_column0=self.no_match == "column0",
+            memos=[view.memo if self.slot_order == "chronological" else None for _, view in judged],
+        )
+        for (scores, view), shares in zip(judged, repeated, strict=True):
+            n_candidates = view.n_entries - self.window
             scores[:n_candidates] *= np.float32(self.alpha)
-            scores[:n_candidates] -= np.float32(1 - self.alpha) * repeated
-        return scores
+            scores[:n_candidates] -= np.float32(1 - self.alpha) * shares[:n_candidates]
+        return found

@@ -99,11 +99,16 @@ class SnapKV(Scorer):
 
 def pooled_attention(views: Sequence[CacheView], window: int, kernel_size: int) -> list[np.ndarray]:
     """Do for several heads what ``window_attention`` with ``max_logits``, and pooling, do for one."""
-    keys, queries = (
-        [np.ascontiguousarray(getattr(view, name)) for view in views] for name in ("keys", "queries")
-    )
     products = [view.known_products for view in views]
-    group_size, n_queries, head_dim = queries[0].shape
+    # Where products are known nobody reads what they were made of.
+    keys, queries = (
+        [
+            np.ascontiguousarray(getattr(view, name)) if known is None else None
+            for view, known in zip(views, products, strict=True)
+        ]
+        for name in ("keys", "queries")
+    )
+    group_size, n_queries, head_dim = views[0].queries.shape
     lengths = np.array([view.n_entries for view in views])
     n_most = int(lengths.max())
     scores = np.zeros((len(views), n_most), np.float32)
