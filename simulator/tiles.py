@@ -3,9 +3,9 @@
 A matrix product of the whole would write all products to memory first. A product here is one sum over the
 dimensions in one order, whatever stands beside it, so that it is the same in every place it is needed.
 
-Some processors multiply and add two bfloat16 numbers at once, the second of them first. Such products are exact
-in float32, so that sums in that order are the same bits on every processor, and of the same numbers as float32; only
-what is below 1e-37 may be lost.
+Some processors multiply and add two bfloat16 numbers at once, the second of them first. Such products are
+exact in float32, so that sums in that order are the same bits on every processor, and of the same numbers as
+float32; only what is below 1e-37 may be lost.
 """
 
 from __future__ import annotations
