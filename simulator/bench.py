@@ -27,6 +27,7 @@ from simulator.machine import PeakMemory, copy_rate, exp_time, n_cores, sgemm_ra
 from simulator.policy import parse_policy
 from simulator.request import Outcome, Request
 from simulator.sampling import Sampling
+from simulator.tiles import HAS_PAIRS
 from traces.errors import UserError
 from traces.shape import ModelShape
 from traces.store import open_trace
@@ -131,7 +132,8 @@ def run_bench(plan: Plan, on_case: Callable[[], None] = lambda: None) -> dict[st
     -------
     dict
         ``machine``: ``sgemm_gflops`` (all cores, GFLOP/s), ``sgemm_gflops_one_core``, ``exp_ns`` (per logit),
-        ``copy_gbs`` (GB/s read and written), ``cores``, ``blas``, ``openblas_coretype``.
+        ``copy_gbs`` (GB/s read and written), ``cores``, ``blas``, ``openblas_coretype``, ``bfloat16_pairs``
+        (whether bfloat16 numbers are multiplied in pairs, which can pass the rate of sgemm).
         ``cases``: ``policy``, ``tokens``, ``budget`` (entries per KV head), ``workers``, ``layers``,
         ``useful_gflop``, ``seconds`` (the fastest), ``sgemm_gflops`` (of as many threads, in the same
         process), ``fraction_of_sgemm``, ``peak_rss_mb`` (10^6 bytes, without mapped trace pages).
@@ -170,6 +172,7 @@ def measure_machine(seconds: float) -> dict[str, Any]:
         "sgemm_gflops_one_core": sgemm_rate(1, seconds),
         "blas": blas_name(),
         "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+        "bfloat16_pairs": HAS_PAIRS,
     }
 
 

@@ -72,6 +72,10 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
         f"Each case replays {cases[0]['layers']} layers of an 8B model. Useful is what no replay can avoid;",
         "of sgemm compares it with the products' rate on as many threads, measured in the same process.",
     ]
+    if machine["bfloat16_pairs"]:
+        lines.append(
+            "This processor multiplies bfloat16 numbers in pairs, as sgemm does not: it may be passed."
+        )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     shown.add_column("\npolicy", no_wrap=True)

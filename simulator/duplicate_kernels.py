@@ -100,9 +100,9 @@ def find_duplicates(keys, depth, paired, inverse, threshold, first, newest):
     rows, scales, found = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.int32)
     for start in range(first, n_entries, WIDTH):
         stop = min(start + WIDTH, n_entries)
-        scales[: stop - start], found[: stop - start] = inverse[start:stop], newest[start:stop]
         for i in range(WIDTH):
-            rows[i] = keys + 4 * depth * min(start + i, stop - 1)
+            slot = min(start + i, stop - 1)
+            rows[i], scales[i], found[i] = keys + 4 * depth * slot, inverse[slot], newest[slot]
         fill_panel(rows, panel)
         for slot in range(0, stop, ROWS):
             n_rows = min(ROWS, stop - slot)
@@ -120,7 +120,8 @@ def find_duplicates(keys, depth, paired, inverse, threshold, first, newest):
                     newest[slot + row] = start + last
                     if slot + row >= start:
                         found[slot + row - start] = start + last
-        newest[start:stop] = found[: stop - start]
+        for i in range(stop - start):
+            newest[start + i] = found[i]
 
 
 @compiled(nogil=True)
@@ -223,7 +224,8 @@ def share_redundancy(
         Written for entries.
     """
     known_positions, known_lengths, known_newest, known_inverse = before
-    pairs = np.empty(lengths.max() * head_dim if HAS_PAIRS and head_dim % 2 == 0 else 0, np.uint16)
+    can_pair = HAS_PAIRS and head_dim % 2 == 0
+    pairs = np.empty(positions.shape[1] * head_dim if can_pair else 0, np.uint16)
     for kv_head in range(keys.shape[0]):
         n = lengths[kv_head]
         if n == 0:
@@ -243,14 +245,14 @@ def share_redundancy(
             )
         invert_norms(held[n_known:], epsilon, norms[n_known:])
         at, depth, paired = keys[kv_head], head_dim, False
-        if pairs.shape[0] and _narrow(held, pairs):
+        if can_pair and _narrow(held, pairs):
             at, depth, paired = pairs.ctypes.data, head_dim // 2, True
         find_duplicates(at, depth, paired, norms, threshold, n_known, own)
         find_duplicates_again(at, depth, paired, n_known, norms, threshold, own)
-        spared = own.copy()
-        if spare_column0:
-            for slot in range(1, n):  # slot 0's own similarity does not count anyway
-                spared[slot] = max(spared[slot], 0)
+        spared = np.empty(n, np.int32)
+        for slot in range(n):
+            # Slot 0's own similarity does not count anyway.
+            spared[slot] = max(own[slot], 0) if spare_column0 and slot else own[slot]
         sums = np.empty(n, np.float64)
         add_similarity(held, norms, spared, sums)
         _normalise(sums, shares[kv_head, :n])
@@ -260,7 +262,9 @@ def share_redundancy(
 @compiled(nogil=True, fastmath=VECTORISE)
 def _normalise(sums, shares):
     """Write the softmax of means over as many entries as there are sums; these are changed."""
-    largest, total = sums.max(), np.float64(0.0)
+    largest, total = sums[0], np.float64(0.0)
+    for j in range(sums.shape[0]):
+        largest = max(largest, sums[j])
     for j in range(sums.shape[0]):
         sums[j] = np.exp((sums[j] - largest) / sums.shape[0])
         total += sums[j]

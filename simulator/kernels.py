@@ -109,7 +109,8 @@ def raise_strongest(tile, first_slot, largest, strongest):
 def max_pool(values, kernel_size, pooled):
     """Write the running maximum over ``kernel_size`` neighbours, cut at both ends; float32 (n,)."""
     n = values.shape[0]
-    pooled[:] = values
+    for j in range(n):
+        pooled[j] = values[j]
     for shift in range(1, min(kernel_size // 2, n - 1) + 1):
         earlier, later = values[: n - shift], values[shift:]
         from_start, to_end = pooled[: n - shift], pooled[shift:]

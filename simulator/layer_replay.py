@@ -183,11 +183,13 @@ class LayerReplay:
         ``tokens`` are those whose queries are measured, at ``offsets`` among the ``n_tokens`` just appended;
         ``sampled`` is where their mass belongs.
         """
-        kv_heads = [self._kv_heads[row] for row in rows]
+        # A slice where it is all of them, which is quicker.
+        is_every = len(rows) == self._shape.n_kv_heads
+        kv_heads = slice(None) if is_every else [self._kv_heads[row] for row in rows]
         lengths = self.ledger.lengths[kv_heads]
         queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
         mass = np.empty(lse.shape, np.float32)
-        is_whole = len(kv_heads) == self._shape.n_kv_heads and len(offsets) == n_tokens
+        is_whole = is_every and len(offsets) == n_tokens
         products = self._room_for_products() if is_whole and n_tokens >= self._n_reused else _NO_PRODUCTS
         n_queries = len(offsets) * self._shape.group_size
         room = scratch(n_panels(n_queries) * WIDTH, self.ledger.form.depth)
@@ -205,7 +207,7 @@ class LayerReplay:
         )
         self._products = products if products.size else None
         by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
-        by_head[rows, :, sampled] = mass
+        by_head[slice(None) if is_every else rows, :, sampled] = mass
 
     def _room_for_products(self) -> np.ndarray:
         """Give an array for the window's products, (n_kv_heads, n_most, n_queries * group_size)."""
@@ -215,11 +217,10 @@ class LayerReplay:
             self._room_of_products = room
         return room
 
-    def _of_heads(self, name: str, kv_heads: list[int], tokens: slice | np.ndarray) -> np.ndarray:
+    def _of_heads(self, name: str, kv_heads: slice | list[int], tokens: slice | np.ndarray) -> np.ndarray:
         """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""
         stored = self._stored[name]
-        grouped = stored.reshape(self._shape.n_kv_heads, -1, *stored.shape[1:])[:, :, tokens]
-        return grouped if len(kv_heads) == len(grouped) else grouped[kv_heads]
+        return stored.reshape(self._shape.n_kv_heads, -1, *stored.shape[1:])[:, :, tokens][kv_heads]
 
     def reallocate(self) -> None:
         """Divide the layer's budget over its KV heads by the scores of now."""

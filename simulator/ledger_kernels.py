@@ -72,13 +72,13 @@ def retain_entries(slots, counts, n_tokens, keys, values, pairs, positions, leng
             _close_up(keys, kv_head, own)
             _close_up(values, kv_head, own)
             _close_up(pairs, kv_head, own)
-            for i in range(count):
-                positions[kv_head, i] = positions[kv_head, own[i]]
         else:
-            keys[kv_head, :count] = keys[kv_head][own]
-            values[kv_head, :count] = values[kv_head][own]
-            pairs[kv_head, :count] = pairs[kv_head][own]
-            positions[kv_head, :count] = positions[kv_head][own]
+            _rearrange(keys, kv_head, own)
+            _rearrange(values, kv_head, own)
+            _rearrange(pairs, kv_head, own)
+        before = positions[kv_head].copy()
+        for i in range(count):
+            positions[kv_head, i] = before[own[i]]
         lengths[kv_head] = count
 
 
@@ -90,3 +90,12 @@ def _close_up(rows, kv_head, slots):
         if slot != i:
             for d in range(rows.shape[2]):
                 rows[kv_head, i, d] = rows[kv_head, slot, d]
+
+
+@njit(inline="always")
+def _rearrange(rows, kv_head, slots):
+    """Move the rows at ``slots``, in whatever order, to the front."""
+    before = rows[kv_head].copy()
+    for i in range(slots.shape[0]):
+        for d in range(rows.shape[2]):
+            rows[kv_head, i, d] = before[slots[i], d]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 from simulator.blas import use_one_thread
@@ -53,10 +54,10 @@ def agreement(outcome, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--budget", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--workers", type=int, default=n_cores(), help="and layers, so that each has one")
     parser.add_argument("--policy", choices=naive_torch.SCORES, nargs="+", default=list(naive_torch.SCORES))
-    parser.add_argument("--repeat", type=int, default=3, help="of the replay; torch runs once")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of one torch replay and three of ours")
     asked = parser.parse_args()
     torch.set_num_threads(asked.workers)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,26 +65,35 @@ def main():
         path, shape = Path(folder) / "compare.kvtrace", eight_billion(asked.workers)
         trace = make_synthetic(path, shape=shape, prompt_tokens=128, total_tokens=asked.tokens, seed=0)
         workers = f"{asked.workers} worker{'s' if asked.workers > 1 else ''}"
-        print(f"{workers}, a layer of {asked.tokens:,} tokens each, budget {asked.budget:,}, buffer 128")
-        for name in asked.policy:
-            policy = parse_policy(name, buffer=128)
+        print(f"{workers}, a layer of {asked.tokens:,} tokens each, buffer 128")
+        # As `sim replay` does for the cells of a trace.
+        with trace.mapped():
+            for budget, name in product(asked.budget, asked.policy):
+                compare(trace, name, budget, asked)
 
-            def replay(policy=policy):
-                request = Request(trace, policy, asked.budget, keep_retained=True)
-                return Engine([request], asked.workers).run()[0]
 
-            replay()  # compiles
-            runs = [timed(replay) for _ in range(asked.repeat)]
-            seconds, used = (min(column) for column in list(zip(*runs, strict=True))[:2])
-            dense, dense_used, found = timed(
-                lambda name=name: naive_torch.replay(trace, name, asked.budget, 128)
-            )
-            difference, overlap = agreement(runs[0][2], found)
-            print(
-                f"{name:7s} torch {dense:.2f} s, replay {seconds:.3f} s: {dense / seconds:.1f} times faster "
-                f"(CPU {dense_used:.2f} s, {used:.3f} s: {dense_used / used:.1f} times); "
-                f"mean mass differs by {difference:.1e}, {overlap:.3%} retained by both"
-            )
+def compare(trace, name, budget, asked):
+    """Time both under one policy and budget, and print what was seen."""
+    policy = parse_policy(name, buffer=128)
+
+    def replay():
+        request = Request(trace, policy, budget, keep_retained=True)
+        return Engine([request], asked.workers).run()[0]
+
+    replay()  # compiles
+    runs, dense_runs = [], []
+    for _ in range(asked.repeat):
+        dense_runs.append(timed(lambda: naive_torch.replay(trace, name, budget, 128)))
+        runs += [timed(replay) for _ in range(3)]
+    (dense, dense_used), (seconds, used) = (
+        (min(run[0] for run in timings), min(run[1] for run in timings)) for timings in (dense_runs, runs)
+    )
+    difference, overlap = agreement(runs[0][2], dense_runs[0][2])
+    print(
+        f"{name:7s} {budget:5,} torch {dense:.2f} s, replay {seconds:.3f} s: {dense / seconds:.1f} times "
+        f"(CPU {dense_used:.2f} s, {used:.3f} s: {dense_used / used:.1f} times); "
+        f"mean mass differs by {difference:.1e}, {overlap:.3%} retained by both"
+    )
 
 
 if __name__ == "__main__":
