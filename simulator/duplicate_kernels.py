@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from simulator.compiled import compiled
 from simulator.kernels import VECTORISE, increases
-from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, multiply_pairs, multiply_tile
-from simulator.widening import floats_at
+from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, multiply
+from simulator.widening import floats_at, narrow
 
 # Stands for a slot that was known and is held no more.
 LOST = -2
@@ -58,25 +58,6 @@ def invert_norms(keys, epsilon, inverse):
 
 
 @compiled(nogil=True)
-def _narrow(keys, pairs):
-    """Write bfloat16 numbers, uint16 as ``keys``, and say whether float32 ``keys`` are such numbers."""
-    numbers, rest = keys.reshape(-1), np.uint32(0)
-    for i in range(numbers.shape[0]):
-        bits = np.float32(numbers[i]).view(np.uint32)
-        rest |= bits & np.uint32(0xFFFF)
-        pairs[i] = np.uint16(bits >> np.uint32(16))
-    return rest == 0
-
-
-@njit(inline="always")
-def _multiply(paired, keys, n_rows, panel, tile):
-    if paired:
-        multiply_pairs(keys, n_rows, panel, tile)
-    else:
-        multiply_tile(keys, n_rows, panel, tile)
-
-
-@compiled(nogil=True)
 def find_duplicates(keys, depth, paired, inverse, threshold, first, newest):
     """Find the newest duplicates that added entries bring, among themselves and of all before.
 
@@ -106,7 +87,7 @@ def find_duplicates(keys, depth, paired, inverse, threshold, first, newest):
         fill_panel(rows, panel)
         for slot in range(0, stop, ROWS):
             n_rows = min(ROWS, stop - slot)
-            _multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
+            multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
             for row in range(n_rows):
                 # A pair counts once, seen from its earlier entry: the later ones of the panel begin here.
                 own, after, last = inverse[slot + row], slot + row + 1 - start, np.int32(-1)
@@ -147,7 +128,7 @@ def find_duplicates_again(keys, depth, paired, n_leading, inverse, threshold, ne
         fill_panel(rows, panel)
         for slot in range(0, n_leading, ROWS):
             n_rows = min(ROWS, n_leading - slot)
-            _multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
+            multiply(paired, keys + 4 * depth * slot, n_rows, panel, tile)
             for row in range(n_rows):
                 own = inverse[slot + row]
                 for i in range(WIDTH):
@@ -245,8 +226,8 @@ def share_redundancy(
             )
         invert_norms(held[n_known:], epsilon, norms[n_known:])
         at, depth, paired = keys[kv_head], head_dim, False
-        if can_pair and _narrow(held, pairs):
-            at, depth, paired = pairs.ctypes.data, head_dim // 2, True
+        if can_pair and narrow(keys[kv_head], n * head_dim, pairs):
+            at, depth, paired = np.int64(pairs.ctypes.data), head_dim // 2, True
         find_duplicates(at, depth, paired, norms, threshold, n_known, own)
         find_duplicates_again(at, depth, paired, n_known, norms, threshold, own)
         spared = np.empty(n, np.int32)

@@ -18,8 +18,8 @@ from simulator.kernels import (
     merge_logits,
     raise_strongest,
 )
-from simulator.tiles import ROWS, WIDTH, fill_panel, hide_unseen, multiply_pairs, multiply_tile
-from simulator.widening import address_of, floats_at, widen_rows
+from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, hide_unseen, multiply
+from simulator.widening import address_of, floats_at, narrow, widen_rows
 
 # Keys that all queries of a span meet before the next ones: they stay in the cache meanwhile.
 _BLOCK_KEYS = 40 * ROWS
@@ -42,7 +42,7 @@ def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
     n_queries, depth = n_tokens * group_size, panels.shape[1]
     # Those that are to be widened first, and at the end a query of zeros.
     flat = np.zeros((WIDTH + 1) * depth, np.float32)
-    nothing = flat.ctypes.data + 4 * WIDTH * depth
+    nothing = np.int64(flat.ctypes.data) + 4 * WIDTH * depth
     rows = np.empty(WIDTH, np.int64)
     for panel in range(panels.shape[0]):
         first = panel * WIDTH
@@ -60,7 +60,7 @@ def _fill_panels(queries, strides, kind, group_size, n_tokens, panels):
                 step = group_size * depth
                 widen_rows(queries + at, strides[2], kind, stop - start, depth, flat, target * depth, step)
             for column in range(min(n_queries - first, WIDTH)):
-                rows[column] = flat.ctypes.data + 4 * column * depth
+                rows[column] = np.int64(flat.ctypes.data) + 4 * column * depth
         fill_panel(rows, panels[panel])
     flat[0] = 0  # it has to live until here: rows are read by address
 
@@ -122,11 +122,8 @@ def measure_heads(keys, own, queries, strides, form, lse, scale, room, products,
                 stop = min(block + _BLOCK_KEYS, n_seen)
                 asked, shift, found = panels[panel], shifts[panel], sums[panel]
                 for slot in range(block, stop, ROWS):
-                    at, n_rows = keys[kv_head] + 4 * depth * slot, min(ROWS, stop - slot)
-                    if paired:
-                        multiply_pairs(at, n_rows, asked, tile)
-                    else:
-                        multiply_tile(at, n_rows, asked, tile)
+                    at = keys[kv_head] + 4 * depth * slot
+                    multiply(paired, at, min(ROWS, stop - slot), asked, tile)
                     if first + WIDTH > first_kept:
                         _keep(tile, slot, stop, first, first_kept, products, kv_head)
                     if slot + ROWS > seen_by_all:
@@ -183,11 +180,7 @@ def find_strongest(keys, slots, queries, strides, form, room, largest, strongest
             stop = min(block + _BLOCK_KEYS, n_seen)
             asked, most, found = panels[panel], best[panel], where[panel]
             for slot in range(block, stop, ROWS):
-                at, n_rows = keys + 4 * depth * slot, min(ROWS, stop - slot)
-                if paired:
-                    multiply_pairs(at, n_rows, asked, tile)
-                else:
-                    multiply_tile(at, n_rows, asked, tile)
+                multiply(paired, keys + 4 * depth * slot, min(ROWS, stop - slot), asked, tile)
                 if slot + ROWS > seen_by_all:
                     hide_unseen(tile, slot, slots, group_size, first)
                 raise_strongest(tile, slot, most, found)
@@ -205,15 +198,15 @@ def _exponentials(logits):
 
 
 @compiled(nogil=True)
-def _multiply_window(keys, n, queries, group_size, n_queries, panels, products):
+def _multiply_window(keys, n, queries, group_size, n_queries, paired, panels, products):
     """Write the dot products of ``n`` keys with a window's queries, by query and then member of the group."""
-    head_dim = panels.shape[1]
-    strides = np.array([0, 4 * head_dim * n_queries, 4 * head_dim])
+    depth = panels.shape[1]
+    strides = np.array([0, 4 * depth * n_queries, 4 * depth])
     _fill_panels(queries, strides, 0, group_size, n_queries, panels)
     for slot in range(0, n, ROWS):
         for panel in range(panels.shape[0]):
             tile = products[slot : slot + ROWS, panel * WIDTH : (panel + 1) * WIDTH]
-            multiply_tile(keys + 4 * head_dim * slot, min(ROWS, n - slot), panels[panel], tile)
+            multiply(paired, keys + 4 * depth * slot, min(ROWS, n - slot), panels[panel], tile)
 
 
 @compiled(nogil=True)
@@ -244,7 +237,10 @@ def pool_window_attention(
     """
     n_columns = group_size * n_queries
     n_used = n_panels(n_columns)
-    panels = np.empty((n_used, head_dim, WIDTH), np.float32)
+    panels = np.empty(n_used * head_dim * WIDTH, np.float32)
+    can_pair = HAS_PAIRS and head_dim % 2 == 0
+    few_keys = np.empty(scores.shape[1] * head_dim if can_pair else 0, np.uint16)
+    few_queries = np.empty(n_columns * head_dim if can_pair else 0, np.uint16)
     for kv_head in range(keys.shape[0]):
         n = n_candidates[kv_head]
         if n <= 0:
@@ -254,8 +250,17 @@ def pool_window_attention(
             products = carray(floats_at(known[kv_head]), (n, n_columns))
         else:
             products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
-            at, asked = keys[kv_head], queries[kv_head]
-            _multiply_window(at, n, asked, group_size, n_queries, panels, products)
+            at, asked, depth = keys[kv_head], queries[kv_head], head_dim
+            paired = can_pair and narrow(asked, n_columns * head_dim, few_queries)
+            paired = paired and narrow(at, n * head_dim, few_keys)
+            if paired:
+                at, asked, depth = (
+                    np.int64(few_keys.ctypes.data),
+                    np.int64(few_queries.ctypes.data),
+                    head_dim // 2,
+                )
+            used = panels[: n_used * depth * WIDTH].reshape(n_used, depth, WIDTH)
+            _multiply_window(at, n, asked, group_size, n_queries, paired, used, products)
         rest = room[n_rows * n_used * WIDTH :]
         weights = rest[: n * n_queries].reshape(n_queries, n)
         # The row maximum is taken off first: logits reach 100 and float32 exp overflows at 88.
@@ -264,3 +269,4 @@ def pool_window_attention(
         means = rest[n * n_queries : n * (n_queries + 1)]
         mean_weights(weights, 1, means)
         max_pool(means, kernel_size, scores[kv_head, :n])
+    few_keys[:0], few_queries[:0] = 0, 0  # they have to live until here: they are read by address

@@ -215,6 +215,15 @@ def _multiply_pairs(
 multiply_pairs = _multiply_pairs if HAS_PAIRS else multiply_tile
 
 
+@njit(inline="always")
+def multiply(paired, keys, n_rows, panel, tile):
+    """Do ``multiply_pairs`` or ``multiply_tile``."""
+    if paired:
+        multiply_pairs(keys, n_rows, panel, tile)
+    else:
+        multiply_tile(keys, n_rows, panel, tile)
+
+
 @intrinsic
 def _transpose(typing_context: Any, rows: Any, first: Any, number: Any, turned: Any) -> tuple[Any, Callable]:
     """Write ``turned = block.T``, float32 (_LANES, _LANES), whose rows are each without gaps.

@@ -169,6 +169,17 @@ def widen_blocks(address, strides, kind, n_rows, firsts, blocks):
         widen_rows(address + block * strides[0], strides[1], kind, n_rows, width, flat, first, width)
 
 
+@compiled(nogil=True)
+def narrow(address, n_numbers, narrowed):
+    """Write float32 numbers as bfloat16, uint16 (n,), cut off; say whether none lost anything."""
+    numbers, rest = carray(floats_at(address), (n_numbers,)), np.uint32(0)
+    for i in range(n_numbers):
+        bits = np.float32(numbers[i]).view(np.uint32)
+        rest |= bits & np.uint32(0xFFFF)
+        narrowed[i] = np.uint16(bits >> np.uint32(16))
+    return rest == 0
+
+
 def whole_rows(stored: np.ndarray) -> np.ndarray:
     """Give an array of which the numbers of a row stand side by side, a copy only if they do not."""
     return stored if stored.strides[-1] == stored.itemsize else np.ascontiguousarray(stored)
