@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from simulator.compiled import compiled
-from simulator.kernels import VECTORISE, increases
+from simulator.kernels import VECTORISE
 from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, multiply
 from simulator.widening import floats_at, narrow
 
@@ -21,13 +21,13 @@ def carry_duplicates(before, newest_before, inverse_before, positions, newest, i
     Parameters
     ----------
     before : int32 (n_before,)
-        Positions of the entries known, increasing.
+        Positions of the entries known.
     newest_before : int32 (n_before,)
         Slot of each one's newest duplicate then, -1 for none.
     inverse_before : float32 (n_before,)
         Inverse norms of their keys.
     positions : int32 (n_entries,)
-        Positions held now, increasing: some of the known ones, then others.
+        Positions held now: some of the known ones in their order, then others.
     newest : int32 (n_entries,)
         Written for known entries: the duplicate's slot now, -1 for none, ``LOST`` if it was evicted.
     inverse : float32 (n_entries,)
@@ -189,8 +189,7 @@ def share_redundancy(
         In slot order.
     lengths : int64 (n_kv_heads,)
     before : tuple
-        The positions, lengths, newest and inverse of an earlier call, increasing in position; lengths are 0
-        where nothing is known.
+        The positions, lengths, newest and inverse of an earlier call; lengths are 0 where nothing is known.
     threshold : float32
         Cosine above which, strictly, one key duplicates another.
     epsilon : float32
@@ -215,7 +214,7 @@ def share_redundancy(
         own, norms = newest[kv_head, :n], inverse[kv_head, :n]
         own[:] = -1
         n_before, n_known = known_lengths[kv_head], 0
-        if n_before and increases(positions[kv_head, :n]):
+        if n_before:
             n_known = carry_duplicates(
                 known_positions[kv_head, :n_before],
                 known_newest[kv_head, :n_before],

@@ -101,7 +101,7 @@ class LayerReplay:
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
         width = shape.head_dim if policy.evicts else 0
         self.ledger = Ledger(
-            shape.n_kv_heads, width, trace.total_tokens, with_values=self._with_values, dtype=shape.dtype
+            shape.n_kv_heads, width, trace.total_tokens, shape.dtype, with_values=self._with_values
         )
         # A head that never evicted holds the full cache, whose mass is 1 by definition.
         self.mass = mass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from simulator.tiles import form_of
 from simulator.widening import KINDS, address_of, whole_rows
 
 NEVER = np.iinfo(np.int32).max
+
+
+class _Rows(NamedTuple):
+    """What is held: (n_kv_heads, capacity, width), of ``keys`` also in ``pairs``; positions without width."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    pairs: np.ndarray
+    positions: np.ndarray
 
 
 class Ledger:
@@ -31,20 +41,17 @@ class Ledger:
         n_kv_heads: int,
         head_dim: int,
         total_tokens: int,
+        dtype: str,
         *,
         with_values: bool = False,
-        dtype: str = "float32",
     ) -> None:
         self.form = form_of(dtype, head_dim)
         self._kinds = np.array([KINDS[dtype], KINDS[dtype], self.form.kind])
         self.lengths = np.zeros(n_kv_heads, np.int64)
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
-        self._hold(
-            np.empty((n_kv_heads, 0, head_dim), np.float32),
-            np.empty((n_kv_heads, 0, head_dim if with_values else 0), np.float32),
-            np.empty((n_kv_heads, 0, self.form.depth if self.form.paired else 0), np.float32),
-            np.empty((n_kv_heads, 0), np.int32),
-        )
+        widths = head_dim, head_dim if with_values else 0, self.form.depth if self.form.paired else 0
+        keys, values, pairs = (np.empty((n_kv_heads, 0, width), np.float32) for width in widths)
+        self._hold(_Rows(keys, values, pairs, np.empty((n_kv_heads, 0), np.int32)))
 
     @property
     def n_entries(self) -> int:
@@ -53,21 +60,21 @@ class Ledger:
 
     @property
     def key_addresses(self) -> np.ndarray:
-        """Addresses of each head's keys in ``form``, int64 (n_kv_heads,), until the next append."""
-        rows = self._rows[2 if self.form.paired else 0]
+        """Addresses of each head's keys in ``form``, int64 (n_kv_heads,), until ``append`` or ``release``."""
+        rows = self._rows.pairs if self.form.paired else self._rows.keys
         return address_of(rows) + rows.strides[0] * np.arange(len(self.lengths))
 
     def keys(self, kv_head: int) -> np.ndarray:
         """Give one head's keys in slot order, float32 (n_entries, head_dim), read-only and without a copy."""
-        return self._shown[0][kv_head, : self.lengths[kv_head]]
+        return self._shown.keys[kv_head, : self.lengths[kv_head]]
 
     def positions(self, kv_head: int) -> np.ndarray:
         """Give one head's token positions in slot order, int32 (n_entries,), as ``keys``."""
-        return self._shown[3][kv_head, : self.lengths[kv_head]]
+        return self._shown.positions[kv_head, : self.lengths[kv_head]]
 
     def values(self, kv_head: int) -> np.ndarray:
         """Give one head's values, of width 0 if none are stored; as ``keys``."""
-        return self._shown[1][kv_head, : self.lengths[kv_head]]
+        return self._shown.values[kv_head, : self.lengths[kv_head]]
 
     def append(self, first: int, keys: np.ndarray, values: np.ndarray | None = None) -> None:
         """Add the entries of positions ``first`` onwards.
@@ -77,8 +84,8 @@ class Ledger:
         n_tokens = keys.shape[1]
         self._reserve(int(self.lengths.max()) + n_tokens)
         keys = whole_rows(keys)
-        values = keys if values is None else whole_rows(values)
-        stored = keys, values, keys
+        # Without values nothing is read of them: their rows have no width.
+        stored = keys, keys if values is None else whole_rows(values), keys
         append_entries(
             np.array([address_of(own) for own in stored]),
             np.array([own.strides[:2] for own in stored]),
@@ -101,18 +108,16 @@ class Ledger:
 
     def release(self) -> None:
         """Let go of keys, values and positions; ``lengths`` and ``evicted_at`` stay."""
-        self._hold(*(own[:, :0].copy() for own in self._rows))
+        self._hold(_Rows(*(own[:, :0].copy() for own in self._rows)))
 
     def _reserve(self, capacity: int) -> None:
-        held = self._rows[-1].shape[1]
+        held = self._rows.positions.shape[1]
         if capacity > held:
             grown = max(capacity, held + held // 2)
-            self._hold(*(_longer(own, grown, self.lengths) for own in self._rows))
+            self._hold(_Rows(*(_longer(own, grown, self.lengths) for own in self._rows)))
 
-    def _hold(self, *rows: np.ndarray) -> None:
-        # Keys, values, keys in pairs, positions.
-        self._rows = rows
-        self._shown = tuple(own.view() for own in rows)
+    def _hold(self, rows: _Rows) -> None:
+        self._rows, self._shown = rows, _Rows(*(own.view() for own in rows))
         for own in self._shown:
             own.flags.writeable = False
 

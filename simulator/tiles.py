@@ -4,8 +4,8 @@ A matrix product of the whole would write all products to memory first. A produc
 dimensions in one order, whatever stands beside it, so that it is the same in every place it is needed.
 
 Some processors multiply and add two bfloat16 numbers at once, the second of them first. Such products are
-exact in float32, so that sums in that order are the same bits on every processor, and of the same numbers as
-float32; only what is below 1e-37 may be lost.
+exact in float32, so that sums in that order have the same bits without such an instruction, and of the same
+numbers as float32. There is one difference: with it, a number or a sum below 1.2e-38 counts as zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from simulator.compiled import compiled
-from simulator.cpu import cpu_features, is_arm
+from simulator.cpu import cpu_features, is_arm, multiplies_pairs
 from simulator.widening import KINDS, floats_at
 
 
@@ -39,7 +39,7 @@ ROWS, _VECTORS, _LANES = _register_plan()
 WIDTH = _VECTORS * _LANES
 
 # Whether the processor multiplies pairs of bfloat16 numbers.
-HAS_PAIRS = {"avx512f", "avx512bf16"} <= cpu_features()
+HAS_PAIRS = multiplies_pairs()
 
 
 class Form(NamedTuple):
@@ -48,7 +48,7 @@ class Form(NamedTuple):
     Attributes
     ----------
     kind : int
-        What to read them as, of ``simulator.widening.KINDS``.
+        What to read them as, of ``simulator.widening.KINDS``: pairs are copied as if they were float32.
     depth : int
         Numbers of a key, each as wide as a float32: a pair of bfloat16 numbers counts as one.
     paired : bool
@@ -85,7 +85,7 @@ def _floats(builder: ir.IRBuilder, address: Any) -> Any:
 
 def _load(builder: ir.IRBuilder, place: Any) -> Any:
     loaded = builder.load(place)
-    loaded.align = 2  # pairs begin where a number of 2 bytes may
+    loaded.align = 2  # a pair may begin wherever a number of 2 bytes does
     return loaded
 
 

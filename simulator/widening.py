@@ -116,7 +116,7 @@ def widen_rows(address, stride, kind, n_rows, width, numbers, first, step):
             elif kind == 2:
                 for i in range(0, n_whole, _AT_ONCE):
                     _widen_bfloats(at + 2 * i, numbers, target + i)
-            elif _HAS_HALVES:
+            elif _HAS_HALVES:  # known when compiled: what there is no instruction for is left out
                 for i in range(0, n_whole, _AT_ONCE):
                     _widen_halves(at + 2 * i, numbers, target + i)
         if n_whole == width:

@@ -21,6 +21,8 @@ from validate import cli
 
 MACHINE_KEYS = {"sgemm_gflops", "exp_ns", "copy_gbs", "cores"}
 CASE_KEYS = {"policy", "tokens", "budget", "useful_gflop", "seconds", "fraction_of_sgemm", "peak_rss_mb"}
+# Pairs of bfloat16 numbers are multiplied at twice the rate.
+PASSES = 2 if tiles.HAS_PAIRS else 1
 TINY = ModelShape(n_layers=2, n_query_heads=4, n_kv_heads=2, head_dim=16, dtype="bfloat16")
 
 
@@ -44,8 +46,7 @@ def test_quick_bench_gives_what_is_promised(monkeypatch, capsys):
     for case in result["cases"]:
         assert case.keys() >= CASE_KEYS
         assert case["seconds"] > 0
-        # Pairs of bfloat16 numbers are multiplied at twice the rate.
-        assert 0 < case["fraction_of_sgemm"] < (2.2 if tiles.HAS_PAIRS else 1.2)
+        assert 0 < case["fraction_of_sgemm"] < 1.2 * PASSES
         assert 30 < case["peak_rss_mb"] < 4000
         assert case["tokens"] == 512
     assert [case["budget"] for case in result["cases"]] == [None, 128, 128, 128]
@@ -124,7 +125,7 @@ def test_a_case_is_measured_in_this_process_too(tmp_path):
     found = bench.measure_case(bench.Case("rkv", 400, 64, 2), path, path, repeat=2, seconds=0.01)
     assert found.keys() >= CASE_KEYS
     assert found["useful_gflop"] > 0
-    assert 0 < found["fraction_of_sgemm"] < 2
+    assert 0 < found["fraction_of_sgemm"] < PASSES
 
 
 def test_the_bench_trace_repeats_and_its_estimated_lse_is_near(tmp_path):

@@ -36,7 +36,7 @@ def test_ledger_holds_what_lists_would(moves, dtype):
     drawn = np.random.default_rng(0).normal(size=(2, 3, TOTAL, 4)).astype(np.float32)
     stored = round_to_storage(drawn, dtype)
     keys, values = to_float32(stored, dtype)
-    ledger = Ledger(3, 4, TOTAL, with_values=True, dtype=dtype)
+    ledger = Ledger(3, 4, TOTAL, dtype, with_values=True)
     held = [[], [], []]
     evicted_at = np.full((3, TOTAL), NEVER)
     n_tokens = 0
@@ -69,7 +69,7 @@ def test_ledger_holds_what_lists_would(moves, dtype):
 
 
 def test_what_was_never_evicted_is_later_than_any_token():
-    ledger = Ledger(1, 4, 5)
+    ledger = Ledger(1, 4, 5, "float32")
     ledger.append(0, np.zeros((1, 5, 4), np.float32))
     ledger.retain([np.array([4, 0])], 5)
     assert ledger.evicted_at.tolist() == [[NEVER, 5, 5, 5, NEVER]]
@@ -78,7 +78,7 @@ def test_what_was_never_evicted_is_later_than_any_token():
 
 def test_keys_of_any_strides_are_added(rng):
     keys = rng.normal(size=(4, 6, 2)).astype(np.float32).T
-    ledger = Ledger(2, 4, 6)
+    ledger = Ledger(2, 4, 6, "float32")
     ledger.append(0, keys)
     assert ledger.values(0).shape == (6, 0)
     for head in range(2):

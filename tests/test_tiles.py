@@ -102,8 +102,8 @@ def test_products_of_pairs_are_those_of_widened_numbers(rng, head_dim):
 
 
 def test_rows_may_begin_at_any_number(rng):
-    stored, _ = _bfloats(rng, WIDTH, 35)
-    odd = stored[:, 1:33]
+    stored, _ = _bfloats(rng, WIDTH, 45)
+    odd = stored[:, 1:43]
     np.testing.assert_array_equal(_panel_of(odd), np.ascontiguousarray(odd).view(np.float32).T)
 
 
@@ -197,6 +197,17 @@ def test_registers_hold_a_tile(monkeypatch):
         monkeypatch.setattr(tiles, "cpu_features", lambda features=features: frozenset(features))
         monkeypatch.setattr(tiles, "is_arm", lambda arm=arm: arm)
         assert tiles._register_plan() == plan
+
+
+def test_pairs_take_an_instruction_and_a_compiler_that_knows_it(monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset({"avx512f", "avx512bf16"}))
+    monkeypatch.setattr(cpu, "llvm_version_info", (20, 1, 8))
+    assert cpu.multiplies_pairs()
+    monkeypatch.setattr(cpu, "llvm_version_info", (15, 0, 7))
+    assert not cpu.multiplies_pairs()
+    monkeypatch.setattr(cpu, "llvm_version_info", (20, 1, 8))
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset({"avx512f"}))
+    assert not cpu.multiplies_pairs()
 
 
 def test_features_are_those_numba_is_told_to_use(monkeypatch):

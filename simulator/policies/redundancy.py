@@ -58,7 +58,7 @@ def redundancy(
     spare_column0 : bool
         Whether a key without duplicate spares slot 0.
     memos : sequence of dict or None
-        Of the KV heads, for entries in time order: only what came since is compared with all.
+        Of the KV heads: if they were asked about together before, only what came since is compared with all.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def redundancy(
     )
     for row, own in zip(found.positions, positions, strict=True):
         row[: len(own)] = own
-    known = _recall(memos, limit)
+    known = _recall(memos, limit) or _nothing(len(keys), limit)
     shares = np.empty(shape, np.float32)
     share_redundancy(
         addresses(keys),
@@ -93,22 +93,16 @@ def redundancy(
     return [own[:n] for own, n in zip(shares, lengths, strict=True)]
 
 
-def _recall(memos: Sequence[dict[str, Any] | None], threshold: np.float32) -> Duplicates:
-    """Give what the last call left in the memos, of the KV heads in their order."""
+def _recall(memos: Sequence[dict[str, Any] | None], threshold: np.float32) -> Duplicates | None:
+    """Give what the last call left in the memos, if it was asked about these KV heads."""
     noted = [None if memo is None else memo.get(_MEMO) for memo in memos]
-    held = [own if own is not None and own[0].threshold == threshold else None for own in noted]
-    first = held[0][0] if held[0] else None
-    together = [own is not None and own[0] is first and own[1] == row for row, own in enumerate(held)]
-    if first is not None and len(first.lengths) == len(held) and all(together):
-        return first
-    # Heads that were scored apart, or not at all.
-    lengths = np.array([0 if own is None else own[0].lengths[own[1]] for own in held])
-    shape = len(held), int(lengths.max())
-    known = Duplicates(
-        threshold, np.empty(shape, np.int32), lengths, np.empty(shape, np.int32), np.empty(shape, np.float32)
-    )
-    for row, (own, n) in enumerate(zip(held, lengths, strict=True)):
-        if own is not None:
-            for name in ("positions", "newest", "inverse"):
-                getattr(known, name)[row, :n] = getattr(own[0], name)[own[1], :n]
-    return known
+    last = noted[0][0] if noted[0] else None
+    if last is None or last.threshold != threshold:
+        return None
+    is_same = all(own is not None and own[0] is last and own[1] == row for row, own in enumerate(noted))
+    return last if is_same else None
+
+
+def _nothing(n_kv_heads: int, threshold: np.float32) -> Duplicates:
+    empty = np.empty((n_kv_heads, 0), np.int32)
+    return Duplicates(threshold, empty, np.zeros(n_kv_heads, np.int64), empty, empty.astype(np.float32))
