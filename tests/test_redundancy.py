@@ -93,6 +93,15 @@ def test_foreign_memos_and_other_thresholds_are_not_believed():
         np.testing.assert_allclose(found, expected, rtol=2e-6)
 
 
+def test_heads_may_be_asked_about_together_or_apart():
+    keys, memos = [alike(0.5, seed) for seed in (3, 4, 5)], [{}, {}, {}]
+    for n, heads in ((90, (0, 1, 2)), (110, (2, 0, 1)), (120, (1,)), (130, (0, 1, 2)), (TOTAL, (0, 2))):
+        asked = [keys[head][:n] for head in heads], [np.arange(n, dtype=np.int32)] * len(heads), 0.5
+        found = redundancy_of_heads(*asked, spare_column0=False, memos=[memos[head] for head in heads])
+        for head, shares in zip(heads, found, strict=True):
+            np.testing.assert_allclose(shares, whole(keys[head][:n], 0.5, False), rtol=2e-6)
+
+
 class Forgets(Compressor):
     """Has no memory of what was compared before."""
 
