@@ -185,7 +185,7 @@ def measure_case(case: Case, path: Path, warm: Path, repeat: int, seconds: float
         for _ in range(repeat):
             rates.append(sgemm_rate(case.workers, seconds))
             started = time.perf_counter()
-            outcome = _replay(case, trace)
+            _replay(case, trace)
             times.append(time.perf_counter() - started)
         # Who watches takes time of a worker's core.
         with PeakMemory() as memory:

@@ -74,7 +74,7 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     ]
     if machine["bfloat16_pairs"]:
         lines.append(
-            "This processor multiplies bfloat16 numbers in pairs, as sgemm does not: it may be passed."
+            "This processor multiplies bfloat16 numbers in pairs, as sgemm does not: replays can pass 100%."
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)

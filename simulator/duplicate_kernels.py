@@ -7,7 +7,7 @@ from numba import carray
 
 from simulator.compiled import compiled
 from simulator.kernels import VECTORISE
-from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, multiply
+from simulator.tiles import ROWS, WIDTH, can_pair, fill_panel, multiply
 from simulator.widening import floats_at, narrow
 
 # Stands for a slot that was known and is held no more.
@@ -204,8 +204,8 @@ def share_redundancy(
         Written for entries.
     """
     known_positions, known_lengths, known_newest, known_inverse = before
-    can_pair = HAS_PAIRS and head_dim % 2 == 0
-    pairs = np.empty(positions.shape[1] * head_dim if can_pair else 0, np.uint16)
+    may_pair = can_pair(head_dim)
+    pairs = np.empty(positions.shape[1] * head_dim if may_pair else 0, np.uint16)
     for kv_head in range(keys.shape[0]):
         n = lengths[kv_head]
         if n == 0:
@@ -225,7 +225,7 @@ def share_redundancy(
             )
         invert_norms(held[n_known:], epsilon, norms[n_known:])
         at, depth, paired = keys[kv_head], head_dim, False
-        if can_pair and narrow(keys[kv_head], n * head_dim, pairs):
+        if may_pair and narrow(keys[kv_head], n * head_dim, pairs):
             at, depth, paired = np.int64(pairs.ctypes.data), head_dim // 2, True
         find_duplicates(at, depth, paired, norms, threshold, n_known, own)
         find_duplicates_again(at, depth, paired, n_known, norms, threshold, own)

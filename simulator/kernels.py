@@ -194,8 +194,8 @@ def protect(scores, positions, n_leading, first_recent, checked):
 
 
 @compiled()
-def keep_best(scores, positions, threshold, slots):
-    """Write the slots of the best scores in slot order, ties to the later slot; say if positions increase.
+def keep_best(scores, threshold, slots):
+    """Write the slots of the best scores in slot order, ties to the later slot.
 
     ``threshold`` is the smallest score to keep, of which only so many are kept that ``slots``, int64
     (n_kept,), is full.
@@ -210,7 +210,6 @@ def keep_best(scores, positions, threshold, slots):
             n_ties -= is_tie
             at -= 1
             slots[at] = slot
-    return increases(positions)
 
 
 @compiled()

@@ -18,7 +18,7 @@ from simulator.kernels import (
     merge_logits,
     raise_strongest,
 )
-from simulator.tiles import HAS_PAIRS, ROWS, WIDTH, fill_panel, hide_unseen, multiply
+from simulator.tiles import ROWS, WIDTH, can_pair, fill_panel, hide_unseen, multiply
 from simulator.widening import address_of, floats_at, narrow, widen_rows
 
 # Keys that all queries of a span meet before the next ones: they stay in the cache meanwhile.
@@ -238,9 +238,9 @@ def pool_window_attention(
     n_columns = group_size * n_queries
     n_used = n_panels(n_columns)
     panels = np.empty(n_used * head_dim * WIDTH, np.float32)
-    can_pair = HAS_PAIRS and head_dim % 2 == 0
-    few_keys = np.empty(scores.shape[1] * head_dim if can_pair else 0, np.uint16)
-    few_queries = np.empty(n_columns * head_dim if can_pair else 0, np.uint16)
+    may_pair = can_pair(head_dim)
+    few_keys = np.empty(scores.shape[1] * head_dim if may_pair else 0, np.uint16)
+    few_queries = np.empty(n_columns * head_dim if may_pair else 0, np.uint16)
     for kv_head in range(keys.shape[0]):
         n = n_candidates[kv_head]
         if n <= 0:
@@ -251,7 +251,7 @@ def pool_window_attention(
         else:
             products = room[: n_rows * n_used * WIDTH].reshape(n_rows, n_used * WIDTH)
             at, asked, depth = keys[kv_head], queries[kv_head], head_dim
-            paired = can_pair and narrow(asked, n_columns * head_dim, few_queries)
+            paired = may_pair and narrow(asked, n_columns * head_dim, few_queries)
             paired = paired and narrow(at, n * head_dim, few_keys)
             if paired:
                 at, asked, depth = (

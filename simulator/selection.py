@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.kernels import keep_best
+from simulator.kernels import increases, keep_best
 
 
 def select_slots(scores: np.ndarray, positions: np.ndarray, n_kept: int, slot_order: str) -> np.ndarray:
@@ -26,11 +26,10 @@ def select_slots(scores: np.ndarray, positions: np.ndarray, n_kept: int, slot_or
     int64 (n_kept,), slots in their new order.
     """
     n_entries = len(scores)
-    if slot_order == "chronological" and 0 < n_kept < n_entries:
+    if slot_order == "chronological" and 0 < n_kept < n_entries and increases(positions):
         slots = np.empty(n_kept, np.int64)
-        # Where slots are not in the order of positions, ties would go to others.
-        if keep_best(scores, positions, np.partition(scores, n_entries - n_kept)[n_entries - n_kept], slots):
-            return slots
+        keep_best(scores, np.partition(scores, n_entries - n_kept)[n_entries - n_kept], slots)
+        return slots
     kept = np.lexsort((-positions, -scores))[:n_kept]
     if slot_order == "chronological":
         return kept[np.argsort(positions[kept])]

@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from simulator.compiled import compiled
 from simulator.cpu import cpu_features, is_arm, multiplies_pairs
@@ -60,9 +60,15 @@ class Form(NamedTuple):
     paired: bool
 
 
+@register_jitable
+def can_pair(head_dim):
+    """Say whether keys of ``head_dim`` bfloat16 numbers can be multiplied in pairs."""
+    return HAS_PAIRS and head_dim % 2 == 0
+
+
 def form_of(dtype: str, head_dim: int) -> Form:
     """Say how numbers stored in ``dtype`` enter products."""
-    if HAS_PAIRS and dtype == "bfloat16" and head_dim % 2 == 0:
+    if dtype == "bfloat16" and can_pair(head_dim):
         return Form(KINDS["float32"], head_dim // 2, True)
     return Form(KINDS[dtype], head_dim, False)
 

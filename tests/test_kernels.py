@@ -174,10 +174,8 @@ def test_best_are_kept_in_slot_order(scores, data):
     n_kept = data.draw(st.integers(1, len(scores)))
     best = sorted(range(len(scores)), key=lambda slot: (scores[slot], slot))[-n_kept:]
     slots = np.empty(n_kept, np.int64)
-    threshold, positions = np.float32(sorted(scores)[-n_kept]), np.arange(len(scores), dtype=np.int32)
-    assert keep_best(np.array(scores, np.float32), positions, threshold, slots)
+    keep_best(np.array(scores, np.float32), np.float32(sorted(scores)[-n_kept]), slots)
     assert slots.tolist() == sorted(best)
-    assert not keep_best(np.zeros(2, np.float32), np.array([3, 3], np.int32), np.float32(0), slots[:1])
 
 
 def test_protected_entries_are_infinite_and_the_first_bad_one_is_told():
