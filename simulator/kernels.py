@@ -194,6 +194,13 @@ def protect(scores, positions, n_leading, first_recent, checked):
 
 
 @compiled()
+def take_off(scores, weight, shares, share_weight):
+    """Weight scores, float32 (n,), and take off leading shares, float32 (n or more,), with their weight."""
+    for j in range(scores.shape[0]):
+        scores[j] = weight * scores[j] - share_weight * shares[j]
+
+
+@compiled()
 def keep_best(scores, threshold, slots):
     """Write the slots of the best scores in slot order, ties to the later slot.
 

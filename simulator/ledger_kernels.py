@@ -9,7 +9,8 @@ from simulator.compiled import compiled
 from simulator.widening import widen_blocks
 
 
-@compiled(nogil=True)
+# For so few numbers the interpreter is kept: to hand it to another thread and wait for it takes longer.
+@compiled()
 def append_entries(stored, strides, kinds, n_rows, first, keys, values, pairs, positions, lengths):
     """Write the entries of ``n_rows`` tokens, from position ``first`` on, behind those that each head holds.
 

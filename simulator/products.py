@@ -19,15 +19,21 @@ from simulator.kernels import (
     raise_strongest,
 )
 from simulator.tiles import ROWS, WIDTH, can_pair, fill_panel, hide_unseen, multiply
-from simulator.widening import address_of, floats_at, narrow, widen_rows
+from simulator.widening import floats_at, narrow, widen_rows
 
 # Keys that all queries of a span meet before the next ones: they stay in the cache meanwhile.
 _BLOCK_KEYS = 40 * ROWS
 
 
+@compiled()
+def _first_of(numbers):
+    """Do what ``address_of`` does in an eighth of the time, but not for float16, unknown to Numba."""
+    return numbers.ctypes.data
+
+
 def addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Give where arrays begin, int64 (n,), 0 for None; they have to be kept while those are used."""
-    return np.array([0 if own is None else address_of(own) for own in arrays], np.int64)
+    """Give where float32 arrays begin, int64 (n,), 0 for None; to be kept while those are used."""
+    return np.array([0 if own is None else _first_of(own) for own in arrays], np.int64)
 
 
 @register_jitable

@@ -25,6 +25,7 @@ from simulator.kernels import (
     mean_weights,
     merge_logits,
     protect,
+    take_off,
 )
 from simulator.tiles import HAS_PAIRS
 from traces.numbers import round_to_storage, to_float32
@@ -176,6 +177,13 @@ def test_best_are_kept_in_slot_order(scores, data):
     slots = np.empty(n_kept, np.int64)
     keep_best(np.array(scores, np.float32), np.float32(sorted(scores)[-n_kept]), slots)
     assert slots.tolist() == sorted(best)
+
+
+def test_shares_are_taken_off_as_numpy_does(rng):
+    scores, shares = rng.normal(size=(2, 50)).astype(np.float32)
+    expected = np.float32(0.1) * scores[:41] - np.float32(0.9) * shares[:41]
+    take_off(scores[:41], np.float32(0.1), shares, np.float32(0.9))
+    np.testing.assert_array_equal(scores[:41], expected)
 
 
 def test_protected_entries_are_infinite_and_the_first_bad_one_is_told():

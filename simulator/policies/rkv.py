@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from simulator.kernels import take_off
 from simulator.policies.base import Scorer, refuse_unless
 from simulator.policies.redundancy import redundancy
 from simulator.policies.snapkv import SnapKV
@@ -78,6 +79,5 @@ class RKV(SnapKV):
         )
         for (scores, view), shares in zip(judged, repeated, strict=True):
             n_candidates = view.n_entries - self.window
-            scores[:n_candidates] *= np.float32(self.alpha)
-            scores[:n_candidates] -= np.float32(1 - self.alpha) * shares[:n_candidates]
+            take_off(scores[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
         return found
