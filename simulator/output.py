@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 from rich.console import Console
 
+from simulator.stored_tables import sealed_parquet
 from simulator.terminal import print_results
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -88,8 +89,8 @@ def write_rows(table: pl.DataFrame, path: Path | None, chosen: str) -> None:
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
-    """Write a table as Parquet; a reader never sees half a file."""
-    write_file(path, table.write_parquet)
+    """Write a table as sealed Parquet; a reader never sees half a file."""
+    write_file(path, lambda temporary: temporary.write_bytes(sealed_parquet(table)))
 
 
 def _rendered(table: pl.DataFrame) -> str:
