@@ -11,36 +11,33 @@ import hashlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from traces.documents import read_document
+from traces.documents import parse_json, read_document
 from traces.errors import UserError
 
-_READERS: dict[str, Callable[..., pl.DataFrame]] = {
-    ".parquet": pl.read_parquet,
-    ".csv": pl.read_csv,
-    ".json": pl.read_json,
-}
-FORMATS = tuple(_READERS)
+FORMATS = (".parquet", ".csv", ".json")
 _MOST_BYTES = 2**31
 Bytes = bytes | memoryview
-_SEAL = "kvbudget.sha256"
+_SEAL, _KIND = "kvbudget.seal", "sha256:"
 _BLANK = "0" * 64
 # In the footer: the name, then the type and length of the text (Thrift), then the text.
 _SEAL_NAME = re.compile(re.escape(_SEAL.encode("ascii")))
-_SEAL_DIGITS = re.compile(rb"\x18@([0-9a-f]{64})")
+_SEAL_DIGITS = re.compile(
+    rb"\x18" + bytes([len(_KIND + _BLANK)]) + _KIND.encode("ascii") + rb"([0-9a-f]{64})"
+)
 _READ_ALONE = "import sys, polars; polars.read_parquet(sys.stdin.buffer.read())"
 
 
 def sealed_parquet(table: pl.DataFrame) -> bytes:
     """Return a table as a Parquet file with its seal."""
     buffer = BytesIO()
-    table.write_parquet(buffer, metadata={_SEAL: _BLANK})
+    table.write_parquet(buffer, metadata={_SEAL: _KIND + _BLANK})
     with buffer.getbuffer() as content:
         place = _seal_place(content)
         assert place is not None
@@ -76,7 +73,7 @@ def read_table(
         As ``error``, if the file cannot be read, is of another format, or a column is missing or of another
         type.
     """
-    if path.suffix not in _READERS:
+    if path.suffix not in FORMATS:
         raise error(f"{what}: suffix is '{path.suffix}'; allowed: {', '.join(FORMATS)}")
     return parse_table(
         read_document(path, what, error, _MOST_BYTES), path.suffix, what, required, optional, error
@@ -95,8 +92,14 @@ def parse_table(
     try:
         if suffix == ".parquet":
             _require_whole(content, what)
-        table = _READERS[suffix](BytesIO(content))
-    except (pl.exceptions.PolarsError, ValueError):
+            table = pl.read_parquet(BytesIO(content))
+        elif suffix == ".csv":
+            table = pl.read_csv(BytesIO(content), infer_schema_length=None)
+        else:
+            table = pl.from_dicts(
+                parse_json(content, what, list[dict[str, Any]], error), infer_schema_length=None
+            )
+    except (pl.exceptions.PolarsError, ValueError, TypeError):
         raise error(f"{what} is damaged or no {suffix[1:]} file") from None
     return checked(table, what, required, optional, error)
 

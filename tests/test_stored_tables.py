@@ -28,6 +28,11 @@ def test_what_was_written_comes_back_whatever_reads_it(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_seal_is_found_among_other_digests() -> None:
+    digests = pl.DataFrame({"trace_id": ["0" * 64, "f" * 64]})  # both stand in the footer as least and most
+    assert parse_table(sealed_parquet(digests), ".parquet", "rows", {"trace_id": pl.String}).equals(digests)
+
+
 def test_every_flipped_bit_is_noticed() -> None:
     sound = sealed_parquet(TABLE)
     rng = random.Random(3)
