@@ -328,8 +328,10 @@ def evicting(model: PreTrainedModel, cache: EvictingCache) -> Iterator[EvictingC
     """Let ``model`` attend through ``cache``; on leaving, the model is as it was.
 
     ``model(input_ids, past_key_values=cache)`` and ``model.generate(**inputs, past_key_values=cache)`` then
-    decode under its budget; under one that evicts nothing they write what the model writes without it, token for
-    token in float32 (in 16 bits as far as two implementations of attention agree). The first call brings the whole prompts, unless ``prompt_tokens`` says otherwise.
+    decode under its budget. Under one that evicts nothing they write what the model writes without it, token
+    for token in float32, and in 16 bits as far as two implementations of attention agree.
+
+    The first call brings the whole prompts, unless ``prompt_tokens`` says otherwise.
     Leaving and entering again goes on with the text; ``cache.reset()`` begins another.
 
     Raises
