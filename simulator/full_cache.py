@@ -171,7 +171,11 @@ class FullCache:
                 strongest,
             )
             self.strongest[row, measured, block] = strongest
-            self.largest[row, measured, block] = np.exp(largest * np.float32(trace.scale) - lse[group, where])
+            # Numbers that do not fit together may overflow; the row they make is refused.
+            with np.errstate(over="ignore"):
+                self.largest[row, measured, block] = np.exp(
+                    largest * np.float32(trace.scale) - lse[group, where]
+                )
 
     def _collect_weights(self, trace: Trace, layer: int) -> None:
         positions = self.sample.steps[self.oracle_at] + self._prompt_tokens

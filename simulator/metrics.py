@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from simulator.full_cache import FullCache
 from simulator.request import Outcome
 from simulator.sampling import Sample
+from traces.errors import TraceError
 from traces.trace import Trace
 
 # A head looks something up when one key holds more than this share of its attention.
@@ -70,6 +71,29 @@ class Metrics:
     n_steps: int
     n_evictions: int
     mass_error: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no trace whose parts fit together can give.
+
+        Raises
+        ------
+        TraceError
+        """
+        for item in fields(self):
+            value, (low, high) = getattr(self, item.name), RANGES[item.name]
+            if value is not None and not low <= value <= high:
+                raise TraceError(
+                    f"{item.name} is {value:.3g}; allowed: {low:g} to {high:g}; scale, queries, keys and "
+                    "log-sum-exps of the trace do not fit together"
+                )
+
+
+# Shares of attention follow from a stored log-sum-exp, which may be off by its tolerance.
+_SHARE, _COUNT = (0.0, 1.05), (0.0, float(2**62))
+RANGES = {
+    item.name: _COUNT if item.name.startswith(("entries_", "bytes_", "n_")) else _SHARE
+    for item in fields(Metrics)
+} | {"gap": (-1.05, 1.05)}
 
 
 def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:

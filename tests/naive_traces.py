@@ -69,14 +69,22 @@ def round_to_bfloat16(value: float) -> int:
 
 
 def reseal(path: Path) -> None:
-    """Rewrite sizes, checksums and trace_id of a trace whose files were changed on purpose."""
+    """Rewrite sizes, checksums and identity of a trace whose files were changed on purpose."""
     manifest = json.loads((path / "manifest.json").read_text())
     for name, record in manifest["files"].items():
         content = (path / name).read_bytes()
         record["size"] = len(content)
         record["sha256"] = hashlib.sha256(content).hexdigest()
-    sealed = {"trace_id": naive_content_id(manifest)}
-    (path / "manifest.json").write_text(json.dumps(manifest | sealed))
+    (path / "manifest.json").write_text(
+        json.dumps(signed(manifest | {"trace_id": naive_content_id(manifest)}))
+    )
+
+
+def signed(manifest: dict) -> dict:
+    """Give a manifest with the digest of its other fields."""
+    rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return rest | {"manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def naive_content_id(manifest: dict) -> str:

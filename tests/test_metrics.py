@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import naive
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from cases import MODERATE, cases
 from hypothesis import given
 from test_full_cache import brute_oracle, dense_weights
 
+import simulator
 from simulator.cells import run_replay
 from simulator.engine import Engine
 from simulator.full_cache import FullCache
-from simulator.metrics import measure
+from simulator.metrics import Metrics, measure
 from simulator.policy import parse_policy
 from simulator.request import Request
+from traces.errors import TraceError
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,23 @@ def test_an_entry_evicted_after_a_step_was_not_missed_at_it(make_trace):
     assert row.miss_rate == 20 / 40
     assert (outcome.mass[0, 0, :20] == 1).all()
     assert outcome.mass[0, 0, 20] < 0.5
+
+
+@pytest.mark.parametrize("scale", [40.0, 1e4])
+def test_numbers_that_no_sound_trace_gives_fail_their_cell(make_trace, scale):
+    trace = make_trace()
+    wrong = replace(trace, manifest=replace(trace.manifest, scale=scale))
+    table = simulator.replay(wrong, ["rkv", "random"], [20], check=False)
+    assert set(table["status"]) == {"error"}
+    assert all("do not fit together" in error for error in table["error"])
+    assert table["mass_mean"].null_count() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mass_mean", 1.2), ("mass_mean", float("nan")), ("miss_rate", -0.1), ("n_steps", -1), ("gap", -2.0)],
+)
+def test_a_number_out_of_its_range_is_named(name, value):
+    numbers = {item.name: 0.5 for item in fields(Metrics)}
+    with pytest.raises(TraceError, match=f"{name} is .*; allowed: "):
+        Metrics(**numbers | {name: value})

@@ -247,7 +247,7 @@ def test_what_cannot_be_profiled_or_drawn_is_refused(make_trace, make_run, tmp_p
         profile.profile_traces([make_run()], rho=1)
     with pytest.raises(SystemExit, match="3"):
         profile.main(["--traces", str(tmp_path / "none"), "--out", str(tmp_path / "a.json")])
-    assert "no trace found" in capsys.readouterr().err
+    assert "not found" in capsys.readouterr().err
     with pytest.raises(UserError, match="no head has a name"):
         charts.map_chart({"maps": {"heads": []}})
 

@@ -78,7 +78,7 @@ def test_traces_come_in_the_order_asked_and_each_content_once(make_trace, tmp_pa
     (tmp_path / "copy.kvtrace").symlink_to(first.path)
     found = find_sweep_traces([str(second.path), str(first.path), str(tmp_path)])
     assert [trace.name for trace in found] == [second.path.name, first.path.name]
-    with pytest.raises(TraceError, match="no trace found"):
+    with pytest.raises(TraceError, match="matches no trace"):
         find_sweep_traces([str(tmp_path / "nothing*")])
 
 

@@ -56,12 +56,32 @@ def test_causal_lse_refuses_keys_of_another_length():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_a_good_trace_passes_with_four_facts(tmp_path, dtype):
+def test_a_good_trace_passes_with_five_facts(tmp_path, dtype):
     trace = naive.small_trace(tmp_path / "t.kvtrace", dtype=dtype, n_tokens=200)
     facts = check_trace(trace, samples=100, seed=3)
-    assert len(facts) == 4
-    assert "3 files" in facts[0]
-    assert "100 log-sum-exps agree" in facts[3]
+    assert len(facts) == 5
+    assert "agrees with its digest" in facts[0]
+    assert "3 files" in facts[1]
+    assert "100 log-sum-exps agree" in facts[4]
+    assert "all 1600 log-sum-exps agree" in check_trace(trace, samples=None)[4]
+
+
+def test_the_sample_grows_with_the_trace(tmp_path):
+    trace = naive.small_trace(tmp_path / "t.kvtrace", n_tokens=6400, n_layers=3)
+    assert "300 log-sum-exps agree" in check_trace(trace, samples=64)[4]  # one of 64 tokens, in each layer
+
+
+def test_one_wrong_lse_anywhere_is_found_by_checking_all(tmp_path):
+    trace = naive.small_trace(tmp_path / "t.kvtrace", n_tokens=300)
+    path = trace.path / "layer_001.safetensors"
+    content = bytearray(path.read_bytes())
+    at = trace.layouts[path.name]["lse"].start + 4 * (2 * 300 + 137)
+    content[at : at + 4] = np.float32(np.frombuffer(content[at : at + 4], "<f4")[0] + 1).tobytes()
+    path.write_bytes(content)
+    naive.reseal(trace.path)
+    check_trace(open_trace(trace.path), samples=0)
+    with pytest.raises(TraceError, match="lse of query head 2, token 137"):
+        check_trace(open_trace(trace.path), samples=None)
 
 
 def shifted_lse(trace, layer, offset):

@@ -45,12 +45,38 @@ def test_find_traces_takes_names_that_look_like_globs(tmp_path):
     assert find_traces([trace.path]) == [trace.path]
 
 
-@pytest.mark.parametrize("pattern", ["nothing.kvtrace", "*.npz", "notes.txt", "empty"])
-def test_find_traces_refuses_a_pattern_without_a_trace(runs, pattern):
-    (runs / "empty").mkdir()
-    with pytest.raises(TraceError, match="no trace found") as refusal:
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (
+            "nothing.kvtrace",
+            "not found; .*allowed: a directory NAME.kvtrace, a folder of them, or a glob in quotes",
+        ),
+        ("b.kvtrac", "not found; near it is b.kvtrace"),
+        ("*.npz", "matches no trace"),
+        ("notes.txt", "a file, not a directory"),
+        ("weights.pt", "a file, not a directory; allowed: .*; traces of a model are recorded by sim record"),
+        ("empty", r"a folder without a trace \(it is empty\)"),
+        ("model", "a model's folder; .*; traces of a model are recorded by sim record --model"),
+        ("a/b/c", "not found"),
+        ("a\0b", "not found"),
+    ],
+)
+def test_find_traces_says_what_is_there_in_place_of_a_trace(runs, pattern, words):
+    for folder in ("empty", "model"):
+        (runs / folder).mkdir()
+    (runs / "weights.pt").touch()
+    (runs / "model" / "config.json").write_text("{}")
+    with pytest.raises(TraceError, match=words) as refusal:
         find_traces([runs / "a.kvtrace", runs / pattern])
     assert pattern in str(refusal.value)
+
+
+def test_a_name_of_a_hub_is_not_taken_for_a_trace():
+    with pytest.raises(
+        TraceError, match="if it is a model of a hub, traces of a model are recorded by sim rec"
+    ):
+        find_traces(["some-org/some-model"])
 
 
 def test_info_tells_fields_as_lines_and_as_json(tmp_path):
@@ -87,7 +113,7 @@ def test_validate_checks_all_and_then_raises_the_first_error(runs):
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["FAILED", "FAILED", "ok", "FAILED"]
     assert lines[0] == f"FAILED {result.exception}"
-    assert "no trace found" in lines[1]
+    assert "not found" in lines[1]
     assert "2 layers" in lines[2] or "3 files" in lines[2]
     assert "unfinished" in lines[3]
 
@@ -141,7 +167,7 @@ def test_make_writes_a_trace_that_validates(tmp_path):
         (["t.kvtrace", "--head-dim", "4"], "head_dim is 4; allowed: 8 or more"),
         (["t.kvtrace", "--prompt-tokens", "2000"], "prompt_tokens is 2000; allowed: 1 to 1024"),
         (["t.kvtrace", "--dtype", "int8"], "dtype is 'int8'"),
-        (["t.kvtrace", "--seed", "-1"], "seed is -1; allowed: 0 or more"),
+        (["t.kvtrace", "--seed", "-1"], "seed is -1; allowed: a whole number from 0"),
         (["t.npz"], "allowed: a directory named NAME.kvtrace"),
         (["file/t.kvtrace"], "cannot be written: Not a directory"),
     ],

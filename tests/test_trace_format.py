@@ -227,7 +227,7 @@ def test_manifest_keeps_every_field(tmp_path):
         "origin": "rescored",
         "sampling": {"do_sample": True, "temperature": 0.6, "top_p": 0.95},
         "task": {"id": "p-1", "family": "walk", "answer": "4 2"},
-        "vocabulary": {0: "a ", 1: "π\n", 23: "\ud800"},
+        "vocabulary": {0: "a ", 1: "π\n", 23: "\ufffd"},
         "versions": {"torch": "2.6"},
     }
     trace = naive.small_trace(tmp_path / "t.kvtrace", scale=0.25, seed=5, **fields)

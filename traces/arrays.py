@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from traces.foreign import as_numpy
 from traces.lse import causal_lse
 from traces.numbers import round_to_storage, to_float32
 from traces.shape import ModelShape
 from traces.trace import Trace
 from traces.writer import TraceWriter
 
-Layers = np.ndarray | Sequence[np.ndarray]
+# Of NumPy or of another library; see `as_numpy`.
+Layers = Any
 
 
 def write_trace(
@@ -40,7 +42,8 @@ def write_trace(
     path : str or Path
         The directory to create, ``NAME.kvtrace``.
     queries : array or sequence of arrays
-        Per layer (n_query_heads, total_tokens, head_dim).
+        Per layer (n_query_heads, total_tokens, head_dim); here as below NumPy's, or any with ``__array__`` or
+        DLPack, such as a tensor.
     keys, values : array or sequence of arrays
         Per layer (n_kv_heads, total_tokens, head_dim).
     prompt_tokens : int
@@ -63,25 +66,27 @@ def write_trace(
     UserError
         If ``path`` cannot be written to.
     """
-    if len(queries) == 0 or queries[0].ndim != 3 or keys[0].ndim != 3:
-        raise ValueError("queries and keys: allowed: per layer (n_heads, total_tokens, head_dim)")
+    for name, layers in {"queries": queries, "keys": keys}.items():
+        if len(layers) == 0 or (first := as_numpy(layers[0], f"layer 0: {name}")).ndim != 3:
+            found = "no layer" if len(layers) == 0 else f"shape {first.shape}"
+            raise ValueError(f"{name}: {found} found; allowed: per layer (n_heads, total_tokens, head_dim)")
     for name, layers in {"keys": keys, "lse": lse, "values": values}.items():
         if layers is not None and len(layers) != len(queries):
             raise ValueError(f"{name} has {len(layers)} layers; allowed: {len(queries)}")
-    n_query_heads, n_tokens, head_dim = queries[0].shape
-    shape = ModelShape(len(queries), n_query_heads, keys[0].shape[0], head_dim, dtype)
+    n_query_heads, n_tokens, head_dim = map(int, queries[0].shape)
+    shape = ModelShape(len(queries), n_query_heads, int(keys[0].shape[0]), head_dim, dtype)
     writer = TraceWriter(path, shape, scale=scale, with_values=values is not None, overwrite=overwrite)
     with writer:
         for layer in range(shape.n_layers):
-            stored_queries = round_to_storage(queries[layer], dtype)
-            stored_keys = round_to_storage(keys[layer], dtype)
+            stored_queries = _rounded(queries, layer, "queries", dtype)
+            stored_keys = _rounded(keys, layer, "keys", dtype)
             if lse is None:
                 layer_lse = causal_lse(
                     to_float32(stored_queries, dtype), to_float32(stored_keys, dtype), writer.scale
                 )
             else:
-                layer_lse = lse[layer].astype(np.float32)
-            layer_values = None if values is None else round_to_storage(values[layer], dtype)
+                layer_lse = as_numpy(lse[layer], f"layer {layer}: lse").astype(np.float32)
+            layer_values = None if values is None else _rounded(values, layer, "values", dtype)
             writer.append(layer, stored_queries, stored_keys, layer_lse, layer_values)
         return writer.finish(
             np.arange(n_tokens) if token_ids is None else token_ids,
@@ -90,3 +95,11 @@ def write_trace(
             origin=origin,
             **provenance,
         )
+
+
+def _rounded(layers: Layers, layer: int, name: str, dtype: str) -> np.ndarray:
+    what = f"layer {layer}: {name}"
+    try:
+        return round_to_storage(as_numpy(layers[layer], what), dtype)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(what) else f"{what}: {error}") from None

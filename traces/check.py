@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from traces.errors import TraceError
+from traces.lse import causal_lse
 from traces.manifest import file_names, layer_name
 from traces.numbers import all_finite, to_float32
 from traces.trace import ARRAY_NAMES, Trace
 
 _CHUNK_BYTES = 4 * 2**20
+_TOKENS_A_SAMPLE = 64
 _TOLERANCES = {"float16": 1e-3, "bfloat16": 1e-3, "float32": 1e-4}
 
 
-def check_trace(trace: Trace, samples: int = 64, seed: int = 0) -> list[str]:
+def check_trace(
+    trace: Trace, samples: int | None = 64, seed: int = 0, on_layer: Callable[[], None] = lambda: None
+) -> list[str]:
     """Check every invariant of a trace.
 
     Parameters
     ----------
     trace : Trace
-    samples : int
-        How many log-sum-exps to recompute in float64, at random (layer, query head, token). The
-        first and last token and both sides of the prompt's end are always among them, in every
-        layer, so that there may be more.
+    samples : int, optional
+        How many log-sum-exps to recompute in float64 at least, at random (layer, query head, token); every
+        layer has one of 64 tokens at least, and always the first and last token and both sides of the
+        prompt's end. All of them if it is None, at the cost of a full cache's attention.
     seed : int
         Chooses the samples.
+    on_layer : callable
+        Called after every layer, for progress.
 
     Returns
     -------
     list of str
-        The facts that were checked, one sentence each.
+        The facts that were checked, and what could not be; one sentence each.
 
     Raises
     ------
@@ -41,11 +47,19 @@ def check_trace(trace: Trace, samples: int = 64, seed: int = 0) -> list[str]:
         On the first invariant that is violated.
     """
     return [
+        _check_identity(trace),
         _check_checksums(trace),
         _check_token_ids(trace),
         _check_finite(trace),
-        _check_lse(trace, samples, seed),
+        _check_lse(trace, samples, seed, on_layer),
     ]
+
+
+def _check_identity(trace: Trace) -> str:
+    # Held against its digest when it was opened.
+    if trace.manifest.manifest_sha256 is None:
+        return "the manifest has no digest: model, RoPE, task and vocabulary cannot be verified"
+    return "the manifest agrees with its digest"
 
 
 def _check_checksums(trace: Trace) -> str:
@@ -88,48 +102,54 @@ def _check_finite(trace: Trace) -> str:
     return f"all {', '.join(names)} are finite"
 
 
-def _check_lse(trace: Trace, samples: int, seed: int) -> str:
-    tolerance = _TOLERANCES[trace.shape.dtype]
-    n_checked = 0
-    largest = 0.0
-    for layer, head, token in _draw_samples(trace, samples, seed):
-        queries = trace.stored(layer, "queries")[head : head + 1, token : token + 1]
-        keys = trace.stored(layer, "keys")[head // trace.shape.group_size, : token + 1]
-        found = float(trace.stored(layer, "lse")[head, token])
-        exact = _exact_lse(
-            to_float32(queries, trace.shape.dtype)[0, 0],
-            to_float32(keys, trace.shape.dtype),
-            trace.scale,
-        )
-        difference = abs(found - exact)
-        if not difference <= tolerance * (1 + abs(exact)):
-            raise TraceError(
-                f"{trace.path / layer_name(layer)}: lse of query head {head}, token {token} is "
-                f"{found:.6g}; its {token + 1} past keys give {exact:.6g}"
-            )
-        n_checked, largest = n_checked + 1, max(largest, difference)
-    return f"{n_checked} log-sum-exps agree with q . k in float64 (largest difference {largest:.1e})"
-
-
-def _draw_samples(trace: Trace, samples: int, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (layer, query head, token), layer by layer."""
+def _check_lse(trace: Trace, samples: int | None, seed: int, on_layer: Callable[[], None]) -> str:
+    n_checked, largest = 0, 0.0
     rng = np.random.default_rng(seed)
+    for layer in range(trace.shape.n_layers):
+        for kv_head in range(trace.shape.n_kv_heads):
+            heads = slice(kv_head * trace.shape.group_size, (kv_head + 1) * trace.shape.group_size)
+            keys = to_float32(trace.stored(layer, "keys")[kv_head], trace.shape.dtype)
+            found = trace.stored(layer, "lse")[heads]
+            if samples is None:
+                queries = to_float32(trace.stored(layer, "queries")[heads], trace.shape.dtype)
+                computed = causal_lse(queries, keys[None], trace.scale)
+                at = np.indices(found.shape).reshape(2, -1)
+            else:
+                at = _draw_samples(trace, samples, rng)
+                computed = _exact_lse(trace, layer, heads, at, keys)
+            differences = np.abs(found[tuple(at)] - computed.reshape(-1))
+            bad = ~(differences <= _TOLERANCES[trace.shape.dtype] * (1 + np.abs(computed.reshape(-1))))
+            if bad.any():
+                head, token = at[:, bad.argmax()].tolist()
+                raise TraceError(
+                    f"{trace.path / layer_name(layer)}: lse of query head {heads.start + head}, "
+                    f"token {token} is {found[head, token]:.6g}; its {token + 1} past keys give "
+                    f"{computed.reshape(-1)[bad.argmax()]:.6g}"
+                )
+            n_checked, largest = n_checked + at.shape[1], max(largest, float(differences.max()))
+        on_layer()
+    how, which = ("float32", "all ") if samples is None else ("float64", "")
+    return f"{which}{n_checked} log-sum-exps agree with q . k in {how} (largest difference {largest:.1e})"
+
+
+def _draw_samples(trace: Trace, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw query heads of a group and tokens, int (2, n)."""
     shape, last = trace.shape, trace.total_tokens - 1
     # Where a recording is most easily wrong by one: both ends, and where decoding takes over.
-    ends = {0, trace.prompt_tokens - 1, min(trace.prompt_tokens, last), last}
-    n_random = max(0, samples - len(ends) * shape.n_layers)
-    n_random_by_layer = rng.multinomial(n_random, [1 / shape.n_layers] * shape.n_layers)
-    for layer in range(shape.n_layers):
-        tokens = [*sorted(ends), *rng.integers(last + 1, size=n_random_by_layer[layer]).tolist()]
-        for token in tokens:
-            yield layer, int(rng.integers(shape.n_query_heads)), token
+    ends = sorted({0, trace.prompt_tokens - 1, min(trace.prompt_tokens, last), last})
+    n = max(-(-samples // shape.n_layers), -(-trace.total_tokens // _TOKENS_A_SAMPLE))
+    tokens = [*ends, *rng.integers(last + 1, size=max(0, -(-n // shape.n_kv_heads) - len(ends))).tolist()]
+    return np.array([rng.integers(shape.group_size, size=len(tokens)), tokens])
 
 
-def _exact_lse(query: np.ndarray, keys: np.ndarray, scale: float) -> float:
-    """Return the LSE of one query (head_dim,) over keys (n, head_dim), in float64."""
-    logits = scale * (keys.astype(np.float64) @ query.astype(np.float64))
-    maximum = logits.max()
-    return float(maximum + np.log(np.exp(logits - maximum).sum()))
+def _exact_lse(trace: Trace, layer: int, heads: slice, at: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Recompute log-sum-exps of one group over keys (n_tokens, head_dim); float64 (n,)."""
+    stored = trace.stored(layer, "queries")[heads][tuple(at)]  # (n, head_dim)
+    queries = to_float32(stored, trace.shape.dtype).astype(np.float64)
+    logits = trace.scale * queries @ keys[: at[1].max() + 1].astype(np.float64).T
+    logits[np.arange(logits.shape[1]) > at[1][:, None]] = -np.inf
+    highest = logits.max(axis=1)
+    return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
 
 
 def _digest(path: Path) -> tuple[int, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,11 +57,22 @@ def validate(
         typer.Argument(help="Traces, globs, or directories of traces.", show_default=False),
     ],
     samples: Annotated[
-        int, typer.Option(min=0, help="Log-sum-exps to recompute in each trace, at random.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Log-sum-exps to recompute in each trace, at random; one of 64 tokens of a layer at least.",
+            show_default="all",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses them.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Check every invariant and checksum; one line for each trace."""
+    """Check every invariant and checksum; one line for each trace.
+
+    All log-sum-exps are recomputed, which costs as much as the attention of a full cache.
+    """
+    from time import perf_counter
+
     from traces.check import check_trace
     from traces.store import find_traces, open_trace
 
@@ -73,7 +86,10 @@ def validate(
             continue
         for path in found:
             try:
-                facts = check_trace(open_trace(path), samples, seed)
+                trace, started = open_trace(path), perf_counter()
+                with _layers_of(trace, quiet) as on_layer:
+                    facts = check_trace(trace, samples, seed, on_layer)
+                facts.append(f"{perf_counter() - started:.1f} s")
                 typer.echo(_printable(f"ok     {path}: {'; '.join(facts)}"))
             except TraceError as error:
                 errors.append(error)
@@ -139,6 +155,20 @@ def make(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"{trace.path}  {trace.trace_id}")
+
+
+@contextmanager
+def _layers_of(trace: Trace, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Show on a terminal how many layers are checked."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"checking {trace.path.name}", total=trace.shape.n_layers)
+        yield lambda: bar.advance(task)
 
 
 def _facts(trace: Trace) -> dict[str, object]:

@@ -13,11 +13,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypedDict, TypeGuard
 from weakref import WeakValueDictionary
 
 import numpy as np
+from msgspec import Meta
 
+from traces.documents import parse_json
 from traces.errors import TraceError
 
 TAGS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
@@ -32,7 +34,7 @@ _LENGTH_BYTES = 8
 # Files that are mapped now, as they were when they were mapped.
 _maps: WeakValueDictionary[tuple[str, int, int, int, int], np.memmap[Any, Any]] = WeakValueDictionary()
 _ALIGNMENT = 8
-_MAX_HEADER_BYTES = 100_000_000  # the official library's limit
+_MAX_HEADER_BYTES = 2**20  # for at most four arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,14 @@ class TensorSource:
     chunks: Iterable[np.ndarray]
 
 
-def write_tensors(path: Path, sources: Mapping[str, TensorSource]) -> dict[str, int | str]:
+class FileRecord(TypedDict):
+    """Size in bytes and sha256 of a file."""
+
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+def write_tensors(path: Path, sources: Mapping[str, TensorSource]) -> FileRecord:
     """Write arrays to one file, hashing while writing, and wait until the disk has them.
 
     Parameters
@@ -75,8 +84,7 @@ def write_tensors(path: Path, sources: Mapping[str, TensorSource]) -> dict[str, 
 
     Returns
     -------
-    dict
-        ``size`` in bytes and ``sha256`` as hexadecimal digits.
+    FileRecord
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:
@@ -116,12 +124,7 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
                 f"allowed: 2 to {max(0, size - _LENGTH_BYTES)}"
             )
         content = file.read(length)
-    try:
-        header = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise TraceError(f"{path}: the header is not JSON; the file is corrupt") from None
-    if not isinstance(header, dict):
-        raise TraceError(f"{path}: the header is not a JSON object; the file is corrupt")
+    header = parse_json(content, f"{path}: header", dict[str, Any], TraceError)
     header.pop("__metadata__", None)
     data_start = _LENGTH_BYTES + length
     layout = {name: _parse_entry(path, name, header[name], data_start) for name in header}

@@ -22,6 +22,7 @@ Kind = TypeVar("Kind")
 
 MOST_BYTES = 64 * 2**20
 MOST_NESTED = 64
+_CHUNK_BYTES = 2**20
 # The range of a signed 64-bit number, as tables hold it.
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
 
@@ -50,7 +51,10 @@ def read_document(path: Path | str, what: str, error: type[UserError], most_byte
     """
     try:
         with Path(path).open("rb") as file:
-            content = file.read(most_bytes + 1)
+            content = b""
+            # Not in one call, which takes the memory of all that it may read.
+            while len(content) <= most_bytes and (chunk := file.read(_CHUNK_BYTES)):
+                content += chunk
     except OSError as failed:
         raise error(f"{what}: cannot be read: {failed.strerror}") from None
     except ValueError:  # a NUL character

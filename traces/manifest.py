@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from traces.container import FileRecord
+from traces.documents import convert, parse_json, read_document, shown
 from traces.errors import TraceError
 from traces.shape import ModelShape
 
 FORMAT = "kvtrace"
-VERSION = 1
+VERSION, MINOR = 1, 1
 MANIFEST_NAME = "manifest.json"
 TOKENS_NAME = "tokens.safetensors"
 ORIGINS = ("decoded", "rescored", "synthetic")
 
 _SHAPE_FIELDS = ("n_layers", "n_query_heads", "n_kv_heads", "head_dim", "dtype")
-_FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "trace_id": (str,),
-    "model": (str,),
-    "model_revision": (str,),
-    "n_layers": (int,),
-    "n_query_heads": (int,),
-    "n_kv_heads": (int,),
-    "head_dim": (int,),
-    "scale": (float, int),
-    "rope": (dict,),
-    "dtype": (str,),
-    "prompt_tokens": (int,),
-    "total_tokens": (int,),
-    "has_values": (bool,),
-    "origin": (str,),
-    "sampling": (dict,),
-    "seed": (int, type(None)),
-    "task": (dict,),
-    "vocabulary": (dict,),
-    "writer": (dict,),
-    "files": (dict,),
-}
+_DIGEST = "manifest_sha256"
+# Since version 1.1 a manifest carries a digest of itself.
+_SIGNED_SINCE = 1
+_ROPE_SIZES = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow"),
+)
+# What is read of a task, and put into tables.
+_TASK_TEXTS = ("id", "family", "answer", "decoded_answer")
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+TokenCount = Annotated[int, Meta(ge=1, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -63,30 +55,37 @@ class Manifest:
         Text of the token ids that occur; may be empty.
     writer : dict
         Versions of the software that wrote the trace.
-    files : dict of str to dict
-        ``size`` in bytes and ``sha256`` of every file but the manifest.
+    files : dict of str to FileRecord
+        Of every file but the manifest.
+    minor : int
+        Of the version; an older reader passes over what it added.
+    manifest_sha256 : str or None
+        Digest of all the rest, as `signature` tells it; None before version 1.1, whose manifests nothing
+        vouches for beyond what ``trace_id`` covers.
     """
 
-    trace_id: str
+    trace_id: Sha256
     model: str
     model_revision: str
     n_layers: int
     n_query_heads: int
     n_kv_heads: int
     head_dim: int
-    scale: float
+    scale: Annotated[float, Meta(gt=0)]
     rope: dict[str, Any]
     dtype: str
-    prompt_tokens: int
-    total_tokens: int
+    prompt_tokens: TokenCount
+    total_tokens: TokenCount
     has_values: bool
-    origin: str
+    origin: Literal["decoded", "rescored", "synthetic"]
     sampling: dict[str, Any]
     seed: int | None
     task: dict[str, Any]
-    vocabulary: dict[int, str]
+    vocabulary: dict[Annotated[int, Meta(ge=0)], str]
     writer: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileRecord]
+    minor: Annotated[int, Meta(ge=0)] = MINOR
+    manifest_sha256: Sha256 | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -103,10 +102,19 @@ class Manifest:
         """
         content = {"format": FORMAT, "version": VERSION}
         content |= {field.name: getattr(self, field.name) for field in fields(self)}
+        del content[_DIGEST]
         try:
-            return json.dumps(content, indent=1, allow_nan=False) + "\n"
+            content = json.loads(json.dumps(content, allow_nan=False))
+            content[_DIGEST] = signature(content)
+            return json.dumps(content, indent=1) + "\n"
         except (TypeError, RecursionError) as error:
             raise ValueError(f"a manifest field cannot be written as JSON: {error}") from None
+
+
+def signature(content: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's fields but its own digest, as JSON without blanks, names sorted."""
+    rest = {name: value for name, value in content.items() if name != _DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def layer_name(layer: int) -> str:
@@ -126,7 +134,7 @@ def content_id(
     scale: float,
     prompt_tokens: int,
     total_tokens: int,
-    files: dict[str, dict[str, Any]],
+    files: Mapping[str, FileRecord],
 ) -> str:
     """Return the sha256 that identifies a trace by its content, whoever wrote it and when."""
     content = {
@@ -150,11 +158,7 @@ def read_manifest(path: Path) -> Manifest:
     TraceError
         If it cannot be read, is of another format or version, or a field is missing or wrong.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_manifest(path, content)
+    return parse_manifest(path, read_document(path, str(path), TraceError))
 
 
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
@@ -165,55 +169,46 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     TraceError
         If it is of another format or version, or a field is missing or wrong.
     """
-    try:
-        content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise TraceError(f"{path}: not valid JSON; the file is corrupt") from None
-    if not isinstance(content, dict):
-        raise TraceError(f"{path}: {_show(content)} found; allowed: a JSON object")
-    _check_version(path, content)
-    found: dict[str, Any] = {}
-    for name, kinds in _FIELD_TYPES.items():
-        if name not in content:
-            raise TraceError(f"{path}: field {name!r} is missing")
-        # An exact type: in Python a bool is an int as well.
-        if type(content[name]) not in kinds:
-            allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise TraceError(f"{path}: {name} is {_show(content[name])}; allowed: {allowed}")
-        found[name] = content[name]
-    found["scale"] = _parse_scale(path, found["scale"])
-    found["vocabulary"] = _parse_vocabulary(path, found["vocabulary"])
-    manifest = Manifest(**found)
-    _check_fields(path, manifest)
+    manifest = parse_fields(path, text)
     _check_files(path, manifest)
+    return manifest
+
+
+def parse_fields(path: Path | str, text: str | bytes) -> Manifest:
+    """Check the content of a manifest but for its files, which need not be there yet; as `parse_manifest`."""
+    where = str(path)
+    content = parse_json(text, where, dict[str, Any], TraceError)
+    _check_version(path, content)
+    found = {"minor": 0} | content
+    for name in ("format", "version"):
+        del found[name]
+    manifest: Manifest = convert(found, where, Manifest, TraceError)
+    _check_signature(path, manifest, content)
+    _check_fields(path, manifest)
     return manifest
 
 
 def _check_version(path: Path | str, content: dict[str, Any]) -> None:
     name, version = content.get("format"), content.get("version")
     if name != FORMAT:
-        raise TraceError(f"{path}: format {_show(name)} found; allowed: {FORMAT!r}")
+        raise TraceError(f"{path}: format {shown(name)} found; allowed: {FORMAT!r}")
     if type(version) is not int or version != VERSION:
-        raise TraceError(f"{path}: version {_show(version)} found, this build reads {VERSION}")
+        raise TraceError(f"{path}: version {shown(version)} found, this build reads {VERSION}")
 
 
-def _parse_scale(path: Path | str, scale: float) -> float:
-    try:
-        scale = float(scale)
-    except OverflowError:
-        scale = math.inf
-    if not (math.isfinite(scale) and scale > 0):
-        raise TraceError(f"{path}: scale is {scale}; allowed: a positive finite number")
-    return scale
-
-
-def _parse_vocabulary(path: Path | str, vocabulary: dict[str, Any]) -> dict[int, str]:
-    pieces: dict[int, str] = {}
-    for key, piece in vocabulary.items():
-        if not re.fullmatch(r"[0-9]{1,10}", key) or not isinstance(piece, str):
-            raise TraceError(f"{path}: vocabulary has {_show(key)}: {_show(piece)}; allowed: token id: text")
-        pieces[int(key)] = piece
-    return pieces
+def _check_signature(path: Path | str, manifest: Manifest, content: dict[str, Any]) -> None:
+    is_signed = manifest.manifest_sha256 is not None
+    if is_signed != (manifest.minor >= _SIGNED_SINCE):
+        found = "there" if is_signed else "missing"
+        raise TraceError(
+            f"{path}: {_DIGEST} is {found} at version {VERSION}.{manifest.minor}; "
+            f"allowed: there from version {VERSION}.{_SIGNED_SINCE}"
+        )
+    if is_signed and manifest.manifest_sha256 != signature(content):
+        raise TraceError(
+            f"{path}: {_DIGEST} is {manifest.manifest_sha256}, the fields give {signature(content)}; "
+            "the manifest was changed"
+        )
 
 
 def _check_fields(path: Path | str, manifest: Manifest) -> None:
@@ -221,15 +216,32 @@ def _check_fields(path: Path | str, manifest: Manifest) -> None:
         _ = manifest.shape
     except ValueError as error:
         raise TraceError(f"{path}: {error}") from None
-    if manifest.origin not in ORIGINS:
-        raise TraceError(f"{path}: origin is {_show(manifest.origin)}; allowed: {', '.join(ORIGINS)}")
-    if not 1 <= manifest.total_tokens < 2**31:
-        raise TraceError(f"{path}: total_tokens is {_show(manifest.total_tokens)}; allowed: 1 up")
-    if not 1 <= manifest.prompt_tokens <= manifest.total_tokens:
+    if manifest.prompt_tokens > manifest.total_tokens:
         raise TraceError(
-            f"{path}: prompt_tokens is {_show(manifest.prompt_tokens)}; "
+            f"{path}: prompt_tokens is {manifest.prompt_tokens}; "
             f"allowed: 1 to total_tokens ({manifest.total_tokens})"
         )
+    for name in _TASK_TEXTS:
+        if not isinstance(manifest.task.get(name), str | None):
+            raise TraceError(f"{path}: task.{name} is {shown(manifest.task[name])}; allowed: text")
+    _check_rope(path, manifest.rope)
+
+
+def _check_rope(path: Path | str, rope: dict[str, Any]) -> None:
+    """Refuse what no model's RoPE can be; which kinds can be computed with is the reader's business."""
+    for name, value in rope.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "rope_type":
+            fits, allowed = isinstance(value, str), "text"
+        elif name == "partial_rotary_factor":
+            fits, allowed = is_number and 0 < value <= 1, "above 0, at most 1"
+        elif name in _ROPE_SIZES:
+            fits, allowed = is_number and value > 0, "a number above 0"
+        else:
+            continue
+        # A configuration may name a parameter that it does not set.
+        if value is not None and not fits:
+            raise TraceError(f"{path}: rope.{name} is {shown(value)}; allowed: {allowed}")
 
 
 def _check_files(path: Path | str, manifest: Manifest) -> None:
@@ -237,16 +249,11 @@ def _check_files(path: Path | str, manifest: Manifest) -> None:
     if len(manifest.files) != n_expected:
         raise TraceError(
             f"{path}: files lists {len(manifest.files)} files; allowed: {n_expected}, "
-            f"for n_layers {_show(manifest.n_layers)}"
+            f"for n_layers {shown(manifest.n_layers)}"
         )
     for name in file_names(manifest.n_layers):
         if name not in manifest.files:
             raise TraceError(f"{path}: files lacks {name!r}")
-        record = manifest.files[name]
-        if not isinstance(record, dict) or type(record.get("size")) is not int:
-            raise TraceError(f"{path}: files[{name!r}] is {_show(record)}; allowed: size, sha256")
-        if not re.fullmatch(r"[0-9a-f]{64}", str(record.get("sha256"))):
-            raise TraceError(f"{path}: files[{name!r}] has no sha256 of 64 digits")
     expected = content_id(
         manifest.shape,
         manifest.scale,
@@ -255,11 +262,4 @@ def _check_files(path: Path | str, manifest: Manifest) -> None:
         manifest.files,
     )
     if manifest.trace_id != expected:
-        raise TraceError(f"{path}: trace_id is {_show(manifest.trace_id)}; the content gives {expected!r}")
-
-
-def _show(value: object) -> str:
-    """Show a value in one short line, whatever it holds."""
-    # An integer of thousands of digits cannot even be printed.
-    text = "a huge integer" if isinstance(value, int) and abs(value) > 10**30 else ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise TraceError(f"{path}: trace_id is {manifest.trace_id}; the content gives {expected}")

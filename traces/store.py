@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, re
 from traces.remote import SUFFIX, fetch, find_remote, is_remote
 from traces.trace import Trace
 
+_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".ckpt")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # The bundled trace goes by this name wherever a trace is asked for, unless something is so called.
 SAMPLE_NAME = "sample"
 SAMPLES = Path(__file__).parent / "samples"
@@ -41,16 +45,16 @@ def open_trace(path: str | Path) -> Trace:
         if not path.exists():
             raise TraceError(f"{path}: not found; allowed: a directory NAME{SUFFIX}")
         if not path.is_dir():
-            raise TraceError(f"{path}: not a directory; allowed: a directory NAME{SUFFIX}")
+            raise TraceError(f"{path}: {_what_else(path)}")
         if not (path / MANIFEST_NAME).is_file():
-            raise TraceError(f"{path}: no {MANIFEST_NAME} found; the recording is unfinished")
+            raise TraceError(f"{path}: {_what_else(path)}")
         manifest = read_manifest(path / MANIFEST_NAME)
         layouts = {
             name: _read_checked_layout(path / name, manifest) for name in file_names(manifest.n_layers)
         }
-    except (OSError, ValueError) as error:
-        # A name with a NUL byte is a ValueError, a name too long an OSError.
-        reason = getattr(error, "strerror", None) or str(error)
+    except (OSError, ValueError, RuntimeError) as error:
+        # A name with a NUL byte is a ValueError, a name too long an OSError, links in a ring a RuntimeError.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise TraceError(f"{path}: cannot be opened: {reason}") from None
     return Trace(path, manifest, layouts)
 
@@ -86,10 +90,33 @@ def find_traces(patterns: Iterable[str | Path]) -> list[Path]:
             matches = [SAMPLES]
         traces = [trace for match in matches for trace in _traces_at(match)]
         if not traces:
-            raise TraceError(f"{pattern}: no trace found; allowed: a path or glob of *{SUFFIX}")
+            raise TraceError(f"{pattern}: {_what_else(pattern)}")
         for trace in traces:
             found.setdefault(os.path.realpath(trace), trace)
     return sorted(found.values())
+
+
+def _what_else(asked: str | Path) -> str:
+    """Say what is found where a trace was asked for, and what is allowed."""
+    path, allowed = Path(asked), f"allowed: a directory NAME{SUFFIX}, a folder of them, or a glob in quotes"
+    recorded = "traces of a model are recorded by sim record --model"
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return f"a model's folder; {allowed}; {recorded}"
+        if path.suffix == SUFFIX:
+            return f"no {MANIFEST_NAME} found; the recording is unfinished"
+        names = sorted(os.listdir(path))
+        return f"a folder without a trace ({f'it has {names[0]}' if names else 'it is empty'}); {allowed}"
+    if path.exists():
+        hint = f"; {recorded}" if path.suffix in _WEIGHTS else ""
+        return f"a file, not a directory; {allowed}{hint}"
+    if glob.has_magic(str(asked)):
+        return f"matches no trace; {allowed}"
+    if _HUB_ID.fullmatch(str(asked)) and not path.parent.exists():
+        return f"not found; if it is a model of a hub, {recorded}; {allowed}"
+    names = [SAMPLE_NAME, *(other.name for other in path.parent.glob(f"*{SUFFIX}"))]
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f"not found{f'; near it is {near[0]}' if near else ''}; {allowed}"
 
 
 def _expand_glob(pattern: str) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from traces.planting import Recipe, draw_planting
+from traces.seeds import require_seed
 from traces.shape import ModelShape
 from traces.synthetic_layer import MIN_HEAD_DIM, SyntheticLayer
 from traces.trace import Trace
@@ -67,8 +68,7 @@ def make_synthetic(
         raise ValueError(f"head_dim is {shape.head_dim}; allowed: {MIN_HEAD_DIM} or more")
     if not 1 <= prompt_tokens <= total_tokens:
         raise ValueError(f"prompt_tokens is {prompt_tokens}; allowed: 1 to {total_tokens}")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed: 0 or more")
+    require_seed(seed)
     plan_seed, *layer_seeds = np.random.SeedSequence(seed).spawn(1 + shape.n_layers)
     rng = np.random.default_rng(plan_seed)
     planting = draw_planting(rng, recipe, shape, prompt_tokens, total_tokens)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from traces.foreign import as_numpy
+
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -17,7 +19,7 @@ def as_token_ids(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
     ValueError
         If there are none, or one is not an integer from 0 to 2**31 - 1.
     """
-    ids = np.asarray(token_ids)
+    ids = as_numpy(token_ids, "token_ids")
     if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
         raise ValueError(f"token_ids is {ids.dtype} {ids.shape}; allowed: at least one integer")
     if int(ids.min()) < 0 or int(ids.max()) > MAX_TOKEN_ID:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from traces.container import TAGS, TensorSource, write_tensors
-from traces.manifest import ORIGINS, TOKENS_NAME, Manifest, content_id, layer_name
+from traces.errors import TraceError
+from traces.foreign import as_numpy
+from traces.manifest import ORIGINS, TOKENS_NAME, FileRecord, Manifest, content_id, layer_name, parse_fields
 from traces.numbers import STORAGE_DTYPES, all_finite, cast_exactly
 from traces.shape import ModelShape
 from traces.staging import Part
@@ -118,10 +120,11 @@ class TraceWriter:
         if (values is not None) != self.with_values:
             found = "given" if values is not None else "missing"
             raise ValueError(f"values are {found}; allowed with with_values={self.with_values}")
-        n = queries.shape[1] if queries.ndim > 1 else 0
-        arrays = {"queries": queries, "keys": keys, "lse": lse}
-        if values is not None:
-            arrays["values"] = values
+        given = {"queries": queries, "keys": keys, "lse": lse} | (
+            {} if values is None else {"values": values}
+        )
+        arrays = {name: as_numpy(array, f"layer {layer}: {name}") for name, array in given.items()}
+        n = arrays["queries"].shape[1] if arrays["queries"].ndim > 1 else 0
         stored = {name: self._check_array(layer, name, array, n) for name, array in arrays.items()}
         try:
             for name, array in stored.items():
@@ -191,8 +194,11 @@ class TraceWriter:
             "vocabulary": as_vocabulary(vocabulary or {}),
             "writer": _own_versions() | dict(versions or {}),
         }
-        # What JSON cannot express is refused before the long work, not after it.
-        self._manifest(provenance, {}).to_json()
+        # What could not be written, or not be read back, is refused before the long work, not after it.
+        try:
+            parse_fields(self.path, self._manifest(provenance, {}).to_json())
+        except TraceError as error:
+            raise ValueError(str(error)) from None
         try:
             files = self._write_files(ids)
             self._target.publish(self._manifest(provenance, files).to_json())
@@ -246,7 +252,7 @@ class TraceWriter:
         path = self._target.staging / f"layer_{layer:03d}.{name}.part"
         return Part(path, dtype, self._row_shape(name))
 
-    def _write_files(self, ids: np.ndarray) -> dict[str, dict[str, Any]]:
+    def _write_files(self, ids: np.ndarray) -> dict[str, FileRecord]:
         staging = self._target.staging
         source = TensorSource(TAGS["int32"], ids.shape, [ids])
         files = {TOKENS_NAME: write_tensors(staging / TOKENS_NAME, {"token_ids": source})}
@@ -265,7 +271,7 @@ class TraceWriter:
                 part.remove()
         return files
 
-    def _manifest(self, provenance: dict[str, Any], files: dict[str, dict[str, Any]]) -> Manifest:
+    def _manifest(self, provenance: dict[str, Any], files: dict[str, FileRecord]) -> Manifest:
         shape = self.shape
         counts = provenance["prompt_tokens"], provenance["total_tokens"]
         return Manifest(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from traces.errors import NoDeviceError, UserError
+from traces.manifest import MANIFEST_NAME
 from traces.shape import ModelShape
 from validate.random_shapes import PREFIX, find_shape, random_revision
 
@@ -188,7 +189,8 @@ def find_folder(name_or_path: str) -> Path | None:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model folder {name_or_path} holds no config.json; allowed: a saved model")
+            what = "is a trace" if (folder / MANIFEST_NAME).is_file() else "holds no config.json"
+            raise UserError(f"model folder {name_or_path} {what}; allowed: a saved model")
         return folder
     # "org/name" is a hub id, unless its first part is a folder here: then the second is a typo.
     is_path = not HUB_NAME.fullmatch(name_or_path) or folder.exists()
