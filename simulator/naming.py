@@ -6,6 +6,8 @@ import json
 
 import polars as pl
 
+from simulator.budget import KEPT, Budget
+
 
 def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
     """Name policies of one name and several parameters by those in which they differ: ``rkv:alpha=0.2``."""
@@ -30,8 +32,8 @@ def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
     ]
 
 
-def budget_label(amount: float | None, unit: str | None) -> str:
+def budget_label(amount: float | None, unit: str | None, kind: str | None = KEPT) -> str:
     """Write a budget as it was asked for; the full cache has none."""
     if amount is None:
         return "full"
-    return f"{amount:g}" + ("" if unit == "entries" else unit or "")
+    return str(Budget(amount, unit or "entries", kind or KEPT))
