@@ -292,15 +292,21 @@ def _require_capped(budget: Budget, policy: Policy, trace: Trace, outcome: Outco
         )
 
 
-def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+def cell_labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+    """Give what tells a cell apart: the columns that every table of it shares."""
     return {
         "trace_id": trace.trace_id,
         "trace": trace.path.name,
-        "family": trace.manifest.task.get("family"),
-        "model": trace.model,
         "policy": policy.name,
         "policy_params": policy.parameters_json,
         **budget_columns(budget),
+    }
+
+
+def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+    return cell_labels(trace, policy, budget) | {
+        "family": trace.manifest.task.get("family"),
+        "model": trace.model,
         "code_version": code_version(),
     }
 

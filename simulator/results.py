@@ -163,11 +163,10 @@ def budget_columns(budget: Budget | None) -> dict[str, Any]:
 
 
 def with_budget_kind(table: pl.DataFrame) -> pl.DataFrame:
-    """Add ``budget_kind`` to rows of a version that had one kind only."""
-    if "budget_kind" in table.columns:
-        return table
-    asked = pl.col("budget_asked").is_not_null()
-    return table.with_columns(budget_kind=pl.when(asked).then(pl.lit(KEPT)))
+    """Tell the kind of budgets in rows of a version that had one kind only."""
+    kinds = [pl.col("budget_kind").cast(pl.String)] if "budget_kind" in table.columns else []
+    usual = pl.when(pl.col("budget_asked").is_not_null()).then(pl.lit(KEPT))
+    return table.with_columns(budget_kind=pl.coalesce(*kinds, usual))
 
 
 def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:

@@ -78,7 +78,9 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
         frames.append(frame.with_columns(pl.col(n).cast(ROW_SCHEMA[n], strict=False) for n in typed))
     table = pl.concat(map(with_budget_kind, frames), how="diagonal_relaxed")
     _require_one_sample(table)
-    return table
+    # Of many columns the JSON reader loses the order.
+    known = [name for name in ROW_SCHEMA if name in table.columns]
+    return table.select(*known, pl.exclude(known))
 
 
 def _require_one_sample(table: pl.DataFrame) -> None:

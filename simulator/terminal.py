@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from simulator.naming import budget_label
+from simulator.naming import row_budget
 from simulator.results import summarise
 from simulator.standings import METRICS
 
@@ -48,9 +48,7 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     shared = _shared_parameters(rows)
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(budget_label(row["budget_asked"], row["budget_unit"]), []).append(
-            _cells(row, shared)
-        )
+        groups.setdefault(row_budget(row), []).append(_cells(row, shared))
     sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
     columns = [
         name
@@ -92,12 +90,10 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)
-    budgets = list(dict.fromkeys(budget_label(row["budget_asked"], row["budget_unit"]) for row in rows))
+    budgets = list(dict.fromkeys(row_budget(row) for row in rows))
     by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_policy.setdefault((row["policy"], row["policy_params"]), {})[
-            budget_label(row["budget_asked"], row["budget_unit"])
-        ] = row
+        by_policy.setdefault((row["policy"], row["policy_params"]), {})[row_budget(row)] = row
     sign = -1 if METRICS[metric] else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
     shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)

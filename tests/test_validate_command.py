@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 import validate.live
 from simulator.calibration import read_calibrations
 from simulator.policy import parse_policy
+from simulator.results import GROUP
 from traces.store import open_trace
 from validate import cli
 from validate.eviction.decode import Completion
@@ -124,9 +125,13 @@ def test_the_shadow_level_counts_decisions_and_mismatches(level, folder, trace):
     rkv, random = json.loads(out)
     assert rkv["policy"] == "rkv"
     assert random == {
+        "trace_id": trace.trace_id,
         "trace": trace.path.name,
         "policy": "random",
-        "budget": "20",
+        "policy_params": parse_policy("random", buffer=6).parameters_json,
+        "budget_asked": 20.0,
+        "budget_unit": "entries",
+        "budget_kind": "kept",
         "decisions": len(expected.expected),
         "mismatches": 0,
         "keys_equal": True,
@@ -158,9 +163,9 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert row["drift_layer_1"] == pytest.approx(forced.drift[1].mean(), abs=1e-6)
     steps = pl.read_parquet(tmp_path / "steps.parquet")
     assert steps.columns == [
+        "trace_id",
         "trace",
-        "policy",
-        "budget",
+        *GROUP,
         "layer",
         "step",
         "simulated_mass",

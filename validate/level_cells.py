@@ -34,6 +34,8 @@ def compare_with_traces(
     import polars as pl
     from transformers.utils import logging
 
+    from simulator.cap import entries_of
+    from simulator.cells import cell_labels
     from simulator.full_cache import FullCache
     from simulator.output import write_parquet
     from simulator.wave import known_waves
@@ -55,10 +57,10 @@ def compare_with_traces(
         if level == "forced":
             settings["full"] = FullCache(own)
         for policy, budget in cells:
-            labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
+            labels = cell_labels(own, policy, budget)
             run = run_shadow if level == "shadow" else run_forced
             try:
-                entries = budget.entries(own.shape, own.total_tokens)
+                entries = entries_of(budget, policy, own.shape, own.prompt_tokens, own.total_tokens)
                 result = run(loaded.model, own, policy, entries, **settings)
             except UserError as error:
                 failed.append(error)

@@ -24,6 +24,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
     """
     import polars as pl
 
+    from simulator.results import with_budget_kind
     from validate.live.accuracy import CELL
     from validate.live.fidelity import METRICS
 
@@ -31,7 +32,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
         rows = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
-    needed = ("trace_id", "family", "model", "status", *CELL)
+    needed = ("trace_id", "family", "model", "status", *CELL[:-1])
     missing = [name for name in needed if name not in rows.columns]
     if not METRICS.keys() & set(rows.columns):
         missing += METRICS
@@ -40,7 +41,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
             f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
             "allowed: what sim replay -o FILE.parquet writes"
         )
-    return rows
+    return with_budget_kind(rows)
 
 
 def tell(

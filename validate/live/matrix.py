@@ -21,6 +21,7 @@ from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
+from simulator.results import with_budget_kind
 from simulator.user_policies import failure
 from simulator.wave import known_waves
 from traces.atomic import write_file
@@ -45,7 +46,8 @@ class Batch:
         budget = "full" if self.budget is None else str(self.budget)
         digest = hashlib.sha256(f"{self.policy.name} {self.policy.parameters_json} {budget}".encode())
         policy = "".join(c if c.isalnum() or c in "-+" else "-" for c in self.policy.name)
-        return f"{policy}-{budget.replace('%', 'pct')}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
+        budget = budget.replace("%", "pct").replace("!", "peak")
+        return f"{policy}-{budget}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,9 @@ class Matrix:
     def table(self, batches: Sequence[Batch]) -> pl.DataFrame:
         """Join the rows of all batches that are done."""
         done = [batch for batch in batches if self.is_done(batch)]
-        rows = [pl.read_parquet(self.path(batch)).head(self._n_rows(batch)) for batch in done]
+        rows = [
+            with_budget_kind(pl.read_parquet(self.path(batch)).head(self._n_rows(batch))) for batch in done
+        ]
         return pl.concat(rows) if rows else pl.DataFrame()
 
     def _n_rows(self, batch: Batch) -> int:
