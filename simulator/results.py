@@ -164,6 +164,8 @@ def budget_columns(budget: Budget | None) -> dict[str, Any]:
 
 def with_budget_kind(table: pl.DataFrame) -> pl.DataFrame:
     """Tell the kind of budgets in rows of a version that had one kind only."""
+    if "budget_asked" not in table.columns:
+        return table
     kinds = [pl.col("budget_kind").cast(pl.String)] if "budget_kind" in table.columns else []
     usual = pl.when(pl.col("budget_asked").is_not_null()).then(pl.lit(KEPT))
     return table.with_columns(budget_kind=pl.coalesce(*kinds, usual))

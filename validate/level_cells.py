@@ -43,6 +43,7 @@ def compare_with_traces(
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels
     from validate.models import load_model
+    from validate.threads import use_threads
 
     if not trace:
         raise UserError(f"--level {level} needs --trace")
@@ -50,6 +51,7 @@ def compare_with_traces(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
+    use_threads(model=loaded.model)
     waves = known_waves(list(wave or []))
     rows, per_step, failed = [], [], []
     for own in opened:

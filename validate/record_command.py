@@ -73,6 +73,7 @@ def record(
         from validate.record_rows import RowSettings, record_row
         from validate.recorder import observed_shape
         from validate.sampling import Sampling
+        from validate.threads import use_threads
 
         settings = RowSettings(
             rescore=rescore,
@@ -94,6 +95,7 @@ def record(
         loaded = load_model(name, dtype, device, revision)
         # A model that cannot be recorded is refused once, not once per row.
         observed_shape(loaded.model)
+        use_threads(model=loaded.model)
         _make_folder(out)
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:

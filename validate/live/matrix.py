@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -152,9 +151,8 @@ class Matrix:
         # torch does not survive a fork once it has started threads.
         context = multiprocessing.get_context("spawn")
         jobs = min(jobs, len(waiting))
-        threads = max(1, (os.cpu_count() or 1) // jobs)
         with ProcessPoolExecutor(
-            jobs, context, initializer=_start_worker, initargs=(self.settings, threads)
+            jobs, context, initializer=_start_worker, initargs=(self.settings, jobs)
         ) as pool:
             running: dict[Future[None], Batch] = {}
             try:
@@ -271,9 +269,8 @@ def _digest(path: Path) -> str:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(settings: MatrixSettings, threads: int = 1) -> None:
+def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     """Load the model once per process; processes share the cores."""
-    import torch
     from transformers.utils import logging
 
     from validate.live.completions import LiveSettings
@@ -281,12 +278,13 @@ def _start_worker(settings: MatrixSettings, threads: int = 1) -> None:
     from validate.prompts import read_prompts
     from validate.recorder import observed_shape
     from validate.sampling import Sampling
+    from validate.threads import use_threads
 
     # An interrupt is the main process's business, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    use_threads(n_processes)
     live = dict(settings.live)
     live["sampling"] = Sampling(**live.get("sampling", {}))
     _worker["settings"] = LiveSettings(**live)

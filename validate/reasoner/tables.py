@@ -34,7 +34,7 @@ def result_table(name: str) -> pl.DataFrame:
         raise UserError(f"table is '{name}'; allowed: {', '.join(there)}")
     with resources.as_file(place / f"{name}.csv") as path:
         table = pl.read_csv(path)
-    return with_budget_kind(table) if "budget_asked" in table.columns else table
+    return with_budget_kind(table)
 
 
 def stored_profile() -> dict[str, Any]:
