@@ -139,6 +139,18 @@ def test_the_shadow_level_counts_decisions_and_mismatches(level, folder, trace):
     assert random["decisions"] >= 2 * 2 * 4
 
 
+@pytest.mark.parametrize("name", ["shadow", "forced"])
+def test_a_cap_leaves_room_for_the_buffer_at_either_level(level, name):
+    code, out, err = level(name, "-p", "rkv", "--format", "json", budget="26!,20")
+    assert (code, err) == (0, "")
+    capped, kept = json.loads(out)
+    assert [capped[name] for name in GROUP[2:]] == [26.0, "entries", "peak"]
+    assert [kept[name] for name in GROUP[2:]] == [20.0, "entries", "kept"]
+    measured = [name for name in kept if name not in GROUP]
+    assert [capped[name] for name in measured] == [kept[name] for name in measured]
+    assert re.search(r"rkv +26! ", level(name, "-p", "rkv", budget="26!")[1])
+
+
 def test_a_mismatch_ends_with_exit_code_1(level, monkeypatch):
     monkeypatch.setattr(Shadow, "mismatches", property(lambda self: self.expected[:2]))
     code, out, _ = level("shadow", "-p", "rkv")
