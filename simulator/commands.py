@@ -67,10 +67,13 @@ def replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.budget import parse_budget
     from simulator.cells import run_replay
+    from simulator.naming import row_budget
     from simulator.output import choose_format, require_places, write_parquet, write_rows
     from simulator.policy import parse_policy, split_list
     from simulator.sampling import parse_sampling
+    from simulator.wave import tell_unused
     from traces.errors import UserError
     from traces.store import find_traces
 
@@ -83,7 +86,9 @@ def replay(
     policies = [
         parse_policy(name, **overrides) for text in policy or [DEFAULT_POLICIES] for name in split_list(text)
     ]
-    budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+    budgets = [parse_budget(item) for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+    # What is asked twice is replayed once.
+    policies, budgets = list(dict.fromkeys(policies)), list(dict.fromkeys(budgets))
     paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)
@@ -101,6 +106,7 @@ def replay(
             check=check,
             on_cell=advance,
         )
+    tell_unused(wave or [], result.table["model"])
     write_rows(result.table, output, chosen)
     if retained is not None:
         write_parquet(result.retained, retained)
@@ -112,8 +118,7 @@ def replay(
         print(f"sim: {len(result.table)} cells, {seconds:.1f} s in all, code {version}", file=sys.stderr)
     failed = result.table.filter(result.table["status"] != "ok")
     for row in failed.unique("error", keep="first", maintain_order=True).iter_rows(named=True):
-        asked = f"{row['budget_asked']:g} {row['budget_unit']}"
-        print(f"sim: {row['trace']}, {row['policy']} at {asked}: {row['error']}", file=sys.stderr)
+        print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
     if result.exit_code:
         print(f"sim: {len(failed)} of {len(result.table)} cells failed", file=sys.stderr)
         raise typer.Exit(result.exit_code)

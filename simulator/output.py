@@ -64,6 +64,11 @@ def choose_format(asked: str | None, path: Path | None) -> str:
     require_place(path, "-o")
     if asked is not None and asked not in FORMATS:
         raise UserError(f"--format is '{asked}'; allowed: {', '.join(FORMATS)}")
+    told = None if path is None else _SUFFIXES.get(path.suffix)
+    if asked is not None and told not in (None, asked):
+        raise UserError(
+            f"--format {asked} contradicts -o {path}, which is {told}; allowed: either, or both alike"
+        )
     if asked is None and path is not None:
         if path.suffix not in _SUFFIXES:
             raise UserError(f"-o {path}: suffix tells no format; allowed: {', '.join(_SUFFIXES)} or --format")

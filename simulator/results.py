@@ -11,6 +11,7 @@ import polars as pl
 from simulator.budget import KEPT, Budget
 from simulator.layer_replay import Retained
 from simulator.trajectory import Span
+from traces.errors import UserError
 
 ROW_SCHEMA: dict[str, Any] = {
     "trace_id": pl.String,
@@ -207,12 +208,32 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     return joined.join(found, on=GROUP, maintain_order="left")
 
 
+def by_model(table: pl.DataFrame) -> list[pl.DataFrame]:
+    """Part rows by the model that their traces are of: means over several would be of none of them."""
+    models = _models(table)
+    return [table] if len(models) < 2 else [table.filter(model=model) for model in models]
+
+
+def _models(table: pl.DataFrame) -> list[str]:
+    if "model" not in table.columns:
+        return []
+    return table["model"].drop_nulls().unique(maintain_order=True).to_list()
+
+
 def comparable(table: pl.DataFrame) -> pl.DataFrame:
     """Keep, for each budget, the traces on which every policy that ever succeeds at it did.
 
     Where a trace has several rows of the same policy, parameters and budget, as with several seeds, they
     become their mean: a trace counts once.
+
+    Raises
+    ------
+    UserError
+        If the rows are of several models; see ``by_model``.
     """
+    models = _models(table)
+    if len(models) > 1:
+        raise UserError(f"rows are of traces of models {', '.join(models)}; allowed: of one model")
     done = _one_row_per_trace(table.filter(pl.col("status") == "ok"))
     per_budget = done.group_by(GROUP[2:]).agg(pl.struct(GROUP[:2]).n_unique().alias("n_policies"))
     per_trace = done.group_by(*GROUP[2:], "trace_id").agg(pl.struct(GROUP[:2]).n_unique().alias("n_done"))

@@ -30,6 +30,7 @@ def sweep(
 
     use_one_thread()
     from simulator.commands import worker_count
+    from simulator.naming import row_budget
     from simulator.sampling import EVERYTHING
     from simulator.sweep.engines import parse_engine
     from simulator.sweep.folder import SweepFolder
@@ -57,7 +58,7 @@ def sweep(
         table = SweepFolder(folder).table()
         failed = table.filter(table["status"] != "ok").unique("error", keep="first", maintain_order=True)
         for row in failed.head(10).iter_rows(named=True):
-            where = f"{row['trace']}, {row['policy']} at {row['budget_asked']:g} {row['budget_unit']}"
+            where = f"{row['trace']}, {row['policy']} at {row_budget(row)}"
             print(f"sim: {where}: {row['error']}", file=sys.stderr)
         if len(failed) > 10:
             print(f"sim: and {len(failed) - 10} other reasons: sim results {folder}", file=sys.stderr)

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from simulator.naming import row_budget
-from simulator.results import summarise
+from simulator.results import GROUP, by_model, summarise
 from simulator.standings import METRICS
 
 # Column name to header, in order.
@@ -39,7 +39,12 @@ _EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries",
 
 
 def print_results(table: pl.DataFrame, console: Console) -> None:
-    """Print results grouped by budget: one row per policy, averaged over traces if there are several."""
+    """Print results, a table per model: grouped by budget, one row per policy, averaged over its traces."""
+    for own in by_model(table):
+        _print_model(own, console)
+
+
+def _print_model(table: pl.DataFrame, console: Console) -> None:
     summary = summarise(table)
     if summary.is_empty():
         return
@@ -76,6 +81,23 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
         note = f"The terminal is too narrow for {names}; --format csv has all columns."
         console.print(note, highlight=False, soft_wrap=True)
     console.print(shown)
+    for note in _unevicted(table, shared):
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def _unevicted(table: pl.DataFrame, shared: dict[str, Any]) -> list[str]:
+    """Say of every budget which policies left a full cache, whose numbers tell nothing of a policy."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for _, own in table.filter(pl.col("status") == "ok").group_by(GROUP, maintain_order=True):
+        row = own.row(0, named=True)
+        n_full, n_traces = int((own["n_evictions"] == 0).sum()), len(own)
+        if n_full and json.loads(row["policy_params"]).get("trigger") != "never":
+            where = "" if n_full == n_traces else f" on {n_full} of {n_traces} traces"
+            told.setdefault((row_budget(row), where), []).append(_policy_label(row, shared))
+    return [
+        f"At {budget} nothing was evicted{where} by {', '.join(policies)}: that is the full cache."
+        for (budget, where), policies in told.items()
+    ]
 
 
 def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_markdown: bool = False) -> None:
@@ -147,7 +169,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
     told = "".join(f", {name} {value}" for name, value in shared.items())
     lines = [
-        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;",
+        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression"
+        f"{', with ! at any step' if (table['budget_kind'] == 'peak').any() else ''};",
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold;",
         "a lookup is lost if one key holds more than half of a head's attention and is gone.",
     ]

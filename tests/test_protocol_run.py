@@ -234,6 +234,7 @@ def test_a_share_of_the_texts_is_compared_with_a_share():
     rows = pl.DataFrame(
         {"problem": ["a", "a"], "family": ["x", "y"], "sample": [0, 1], "policy": ["rkv"] * 2}
         | {"policy_params": ["{}"] * 2, "budget_asked": [5.0] * 2, "budget_unit": ["entries"] * 2}
+        | {"budget_kind": ["kept"] * 2}
         | {"right": [True, False], "answer": ["1", None], "ended": [True] * 2, "loop_period": [None] * 2}
         | {"n_tokens": [3] * 2, "diverged_at": [None] * 2, "bytes_peak": [1] * 2, "bytes_mean": [1.0] * 2}
     )

@@ -22,7 +22,7 @@ PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range
 ROWS = [
     {"id": "walk/1", "family": "walk", "prompt": PROBLEMS[0].prompt, "answer": PROBLEMS[0].answer}
     | {"completion": PROBLEMS[0].completion},
-    {"id": 2, "problem": "walk ask think", "answer": "3", "completion": "gives 3 . answer 3"},
+    {"id": 2, "problem": "walk legs think", "answer": "3", "completion": "sum 3 . answer 3"},
     {"question": PROBLEMS[1].prompt, "completion": "answer 4"},
 ]
 
@@ -45,7 +45,8 @@ def run(saved, tmp_path, capsys):
 
     def run_with(*options, model=saved, n=8):
         arguments = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out")]
-        arguments += ["--device", "cpu", "--max-new-tokens", str(n), *options]
+        arguments += [] if "--rescore" in options else ["--max-new-tokens", str(n)]
+        arguments += ["--device", "cpu", *options]
         code = app(arguments, standalone_mode=False)
         captured = capsys.readouterr()
         return code or 0, captured.out.splitlines(), captured.err.splitlines()
@@ -133,7 +134,7 @@ def test_another_recording_is_not_taken_for_this_one(run, tmp_path, options, n, 
 
 def test_another_prompt_under_the_same_id_is_refused(run, tmp_path):
     run("--limit", "1")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "program ask", "id": "walk/1"}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "program legs", "id": "walk/1"}\n')
     code, _, err = run()
     assert code == 1
     assert "recording of another text" in err[0]
@@ -195,7 +196,10 @@ def test_sampling_options_reach_the_trace(run, tmp_path):
         (["--top-p", "0.9"], "without --temperature"),
         (["--temperature", "0"], "temperature is 0.0"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--temperature", "0.7", "--seed", "-1"], "seed is -1"),
+        (["--seed", "3"], "--seed 3 is given without --temperature"),
+        (["--rescore", "--max-new-tokens", "3"], "--max-new-tokens 3 contradicts --rescore"),
+        (["--temperature", "0.7", "--top-p", "1.5"], "top_p is 1.5"),
         (["--limit", "0"], "limit is 0"),
         (["--dtype", "float8"], "dtype is 'float8'"),
         (["--device", "tpu"], "device is 'tpu'"),

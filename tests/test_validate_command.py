@@ -151,6 +151,52 @@ def test_a_cap_leaves_room_for_the_buffer_at_either_level(level, name):
     assert re.search(r"rkv +26! ", level(name, "-p", "rkv", budget="26!")[1])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--limit",
+        "--samples",
+        "--temperature",
+        "--top-p",
+        "--max-new-tokens",
+        "--stretch",
+        "--batch",
+        "--jobs",
+    ],
+)
+def test_what_a_level_does_not_use_is_refused(level, option):
+    code, _, err = level("shadow", "-p", "rkv", option, 1)
+    assert code == 2
+    one_line(err, f"{option} goes with --level live; --level shadow takes --trace")
+
+
+@pytest.mark.parametrize("name", ["shadow", "forced"])
+def test_a_level_with_an_infeasible_budget_ends_as_a_replay_does(level, name):
+    assert level(name, "-p", "rkv", budget="3")[0] == 5
+    assert level(name, "-p", "rkv", budget="3,20")[0] == 1
+
+
+def test_a_live_run_with_infeasible_budgets_ends_as_a_replay_does(live):
+    code, out, err = live("-p", "rkv", "-b", "3")
+    assert code == 5
+    assert "fullkv" in out
+    assert err.splitlines()[-1] == "sim: all batches failed"
+    for options in (("-p", "rkv", "-b", "3,20"), ("-p", "rkv,fullkv", "-b", "3")):
+        code, _, err = live(*options)
+        assert code == 1
+        assert err.splitlines()[-1].endswith("failed, the others are written")
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(live, tmp_path):
+    place = tmp_path / "asked.jsonl"
+    place.write_text(json.dumps({"prompt": "What is 3 plus 4 ?", "answer": "7"}) + "\n")
+    code, _, err = live("-p", "rkv", "-b", "20", prompts=place)
+    assert code == 2
+    one_line(
+        err, f"{place}, line 1", "'What', 'is', 'plus' and 1 more", "such as 'walk', 'program', 'machine'"
+    )
+
+
 def test_a_mismatch_ends_with_exit_code_1(level, monkeypatch):
     monkeypatch.setattr(Shadow, "mismatches", property(lambda self: self.expected[:2]))
     code, out, _ = level("shadow", "-p", "rkv")

@@ -38,7 +38,7 @@ def compare_with_traces(
     from simulator.cells import cell_labels
     from simulator.full_cache import FullCache
     from simulator.output import write_parquet
-    from simulator.wave import known_waves
+    from simulator.wave import known_waves, tell_unused
     from traces.store import find_traces, open_trace
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels
@@ -53,6 +53,7 @@ def compare_with_traces(
     loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
     use_threads(model=loaded.model)
     waves = known_waves(list(wave or []))
+    tell_unused(wave or [], [own.model for own in opened])
     rows, per_step, failed = [], [], []
     for own in opened:
         settings: dict[str, Any] = {"seed": seed, "waves": waves}
@@ -84,6 +85,6 @@ def compare_with_traces(
         write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
     else:
         print_levels(table, output)
-    report_failed(failed, "cells")
+    report_failed(failed, len(failed) + len(rows), "cells")
     if level == "shadow" and table["mismatches"].sum():
         raise typer.Exit(1)

@@ -71,6 +71,12 @@ def run_matrix(
     return rows, failed
 
 
+def n_asked(matrix: Matrix, cells: Sequence[tuple[Policy, Budget]]) -> int:
+    """Count the batches that were asked for: the full cache's are, if it is one of the policies."""
+    with_full = any(not policy.evicts for policy, _ in cells)
+    return sum(batch.budget is not None or with_full for batch in matrix.batches(cells))
+
+
 def processes(jobs: int, device: str) -> int:
     """Give the number of processes: as asked, else one per core, or one on a GPU.
 

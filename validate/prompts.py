@@ -169,6 +169,50 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def require_known_words(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, path: str | Path, completions: bool = False
+) -> None:
+    """Refuse text of which a model would read nothing: words that its tokenizer does not know.
+
+    A tokenizer of whole words has to know all of them; of another one, half of the tokens have to be known.
+
+    Parameters
+    ----------
+    prompts : list of Prompt
+    tokenizer : PreTrainedTokenizerBase
+    path : str or Path
+        What messages call the file.
+    completions : bool
+        Whether completions are read as well.
+
+    Raises
+    ------
+    UserError
+        Naming the first such line, some of its words and some that are known.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not tokenizer.is_fast:
+        return
+    most = 0.0 if type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel" else 0.5
+    texts = [(prompt.line, prompt.text) for prompt in prompts]
+    if completions:
+        texts += [(prompt.line, prompt.completion or "") for prompt in prompts]
+    for line, text in texts:
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(read.input_ids, read.offset_mapping, strict=True)
+        words = [text[slice(*span)] for token, span in pairs if token == unknown]
+        if len(words) <= most * len(read.input_ids):
+            continue
+        some = list(dict.fromkeys(words))
+        told = ", ".join(map(repr, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        vocabulary = tokenizer.get_vocab()
+        known = sorted(set(vocabulary) - set(tokenizer.all_special_tokens), key=vocabulary.__getitem__)
+        raise UserError(
+            f"{path}, line {line}: the model's tokenizer does not know {told}; allowed: text made of the "
+            f"{len(known)} pieces that it knows, such as {', '.join(map(repr, known[:3]))}"
+        )
+
+
 def graded(task: dict[str, object], text: str) -> dict[str, object]:
     """Add ``decoded_answer`` and ``correct`` to the task of a family whose answers can be read.
 

@@ -173,5 +173,7 @@ def _replay(
                 rows.append(done)
     table = pl.concat([done.table for done in rows])
     if (table["status"] != "ok").all():
-        raise UserError(f"no cell could be replayed: {table['error'][0]}")
+        refused = UserError(f"no cell could be replayed: {table['error'][0]}")
+        refused.exit_code = rows[0].exit_code
+        raise refused
     return table, rows[0].trajectory, rows[0].retained

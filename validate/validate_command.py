@@ -115,7 +115,7 @@ def validate(
         return
     from simulator.output import choose_format, require_place
     from validate.level_cells import compare_with_traces
-    from validate.matrix_run import open_matrix, processes, run_matrix
+    from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
     from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
@@ -163,7 +163,12 @@ def validate(
         return
     cells = _asked_cells(policy, budget, configs, buffer)
     if level != "live":
-        live_only = {"--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report}
+        live_only = {
+            "--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report,
+            "--calibration": calibration, "--limit": limit, "--samples": samples,
+            "--temperature": temperature, "--top-p": top_p, "--max-new-tokens": max_new_tokens,
+            "--stretch": stretch, "--batch": batch, "--no-chat": no_chat or None, "--jobs": jobs or None,
+        }  # fmt: skip
         for name, given in live_only.items():
             if given is not None:
                 raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
@@ -190,9 +195,10 @@ def validate(
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = processes(jobs, settings.device)
-    rows, failed = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
+    matrix = open_matrix(settings, out)
+    rows, failed = run_matrix(matrix, cells, n_processes, quiet)
     tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
-    report_failed(list(failed.values()), "batches")
+    report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
 
 
 def _asked_cells(

@@ -95,14 +95,20 @@ def tell(
             write_text(svg, out / f"{name}.svg")
 
 
-def report_failed(failed: list[UserError], what: str) -> None:
-    """Say each reason once, if there is any, and exit with 1; with 6 where a device was too small."""
+def report_failed(failed: list[UserError], n_asked: int, what: str) -> None:
+    """Say each reason once, if there is any, and exit as a replay does.
+
+    That is with 1 where some failed, with the first one's own code where all did, and with 6 where a device
+    was too small.
+    """
     for text in dict.fromkeys(map(str, failed)):
         print(f"sim: {text}", file=sys.stderr)
     if failed:
-        print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
+        every = len(failed) >= n_asked
+        told = f"all {what} failed" if every else f"{len(failed)} {what} failed, the others are written"
+        print(f"sim: {told}", file=sys.stderr)
         lacks_device = any(isinstance(error, NoDeviceError) for error in failed)
-        raise typer.Exit(NoDeviceError.exit_code if lacks_device else 1)
+        raise typer.Exit(NoDeviceError.exit_code if lacks_device else failed[0].exit_code if every else 1)
 
 
 def write_text(text: str, output: Path | None) -> None:

@@ -275,7 +275,7 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
 
     from validate.live.completions import LiveSettings
     from validate.models import load_model
-    from validate.prompts import read_prompts
+    from validate.prompts import read_prompts, require_known_words
     from validate.recorder import observed_shape
     from validate.sampling import Sampling
     from validate.threads import use_threads
@@ -292,6 +292,7 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
         _worker["waves"] = known_waves(list(settings.waves))
         _worker["prompts"] = read_prompts(settings.prompts, settings.limit)
         _worker["loaded"] = load_model(settings.model, settings.dtype, settings.device, settings.revision)
+        require_known_words(_worker["prompts"], _worker["loaded"].tokenizer, settings.prompts)
         # A model that cannot evict is refused before its first text.
         observed_shape(_worker["loaded"].model)
     except UserError as error:
