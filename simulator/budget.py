@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
 
+from traces.documents import shown
 from traces.errors import InfeasibleBudgetError, UserError
 from traces.shape import ModelShape
 
@@ -98,22 +99,22 @@ def parse_budget(text: str | int | Budget) -> Budget:
     if isinstance(text, Real) and not isinstance(text, bool):
         text = str(int(text)) if isinstance(text, Integral) else str(float(text))
     if not isinstance(text, str):
-        raise UserError(f"budget {text!r} is not a budget; allowed: {_ALLOWED}")
+        raise UserError(f"budget {shown(text)} is not a budget; allowed: {_ALLOWED}")
     text = text.strip()
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*(!?)", text, re.ASCII)
     if match is None:
-        raise UserError(f"budget '{text}' is not a budget; allowed: {_ALLOWED}")
+        raise UserError(f"budget {shown(text)} is not a budget; allowed: {_ALLOWED}")
     amount, unit = float(match[1]), match[2]
     if unit == "" and "." in match[1]:
         meant = f"write {amount * 100:g}% to keep that share" if amount <= 1 else "write whole entries"
         raise UserError(
-            f"budget '{text}' is a bare fraction, which some read as kept and some as removed; {meant}"
+            f"budget {shown(text)} is a bare fraction, which some read as kept and some as removed; {meant}"
         )
     if unit not in ("", "%", *_BYTES):
-        raise UserError(f"budget '{text}' has unknown unit '{unit}'; allowed: {_ALLOWED}")
+        raise UserError(f"budget {shown(text)} has unknown unit {shown(unit)}; allowed: {_ALLOWED}")
     if amount <= 0 or amount > (100 if unit == "%" else _LARGEST):
         raise UserError(
-            f"budget '{text[:40]}' is out of range; allowed: {_ALLOWED}, "
+            f"budget {shown(text)} is out of range; allowed: {_ALLOWED}, "
             f"above 0, at most 100% or {_LARGEST:.0e}"
         )
     return Budget(amount, unit or "entries", PEAK if match[3] else KEPT)

@@ -69,7 +69,7 @@ def entries_of(
         raise InfeasibleBudgetError(
             f"budget {budget} holds {bought} entries per KV head; policy '{policy.name}' adds {per_head} "
             f"between compressions and protects {protected}{of_prompt}; allowed: at least "
-            f"{protected + 1 + per_head}!"
+            f"{protected + 1 + per_head}!, or a smaller buffer or interval"
         )
     if policy.trigger.prompt == "wait":
         _require_room_for_prompt(budget, policy, prompt_tokens, n_kv_heads, bought)

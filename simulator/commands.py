@@ -36,7 +36,7 @@ def replay(
         typer.Option(
             "--budget",
             "-b",
-            help="Comma list: 128 entries, 5% of the full cache, 64MiB.",
+            help="Comma list: 128 entries, 5% of the full cache, 64MiB; with ! (64MiB!) a cap on the peak.",
             show_default=DEFAULT_BUDGETS,
         ),
     ] = None,

@@ -6,6 +6,7 @@ import pytest
 
 from simulator.budget import Budget, parse_budget
 from traces import InfeasibleBudgetError, ModelShape, UserError
+from traces.documents import shown
 
 SHAPE = ModelShape(4, 8, 2, 16, "float16")  # 8 KV heads in all, 64 bytes per entry
 
@@ -58,6 +59,8 @@ def test_budgets_are_read(text, amount, unit, kind):
             "5!%",
             "0.1!",
             "120%!",
+            "a\0b",
+            "7" * 400,
         ),
         *(True, 0.1, None),
     ],
@@ -68,7 +71,7 @@ def test_what_is_no_budget_is_refused_in_words(text):
     assert refusal.value.exit_code == 2
     message = str(refusal.value)
     assert "budget" in message
-    assert str(text) in message
+    assert shown(text.strip() if isinstance(text, str) else text) in message
     assert "\n" not in message
 
 

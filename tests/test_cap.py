@@ -161,6 +161,21 @@ def test_a_cap_that_cannot_be_promised_is_infeasible_in_one_line(changed, words,
     assert refusal.value.exit_code == 5
 
 
+@dataclass(frozen=True)
+class Understated(BufferFull):
+    name: ClassVar[str] = "understated"
+
+    def most_added(self, n_kv_heads):
+        return n_kv_heads
+
+
+def test_a_trigger_that_adds_more_than_it_says_fails_in_its_row(make_trace):
+    policy = Policy("x", parse_policy("rkv").scorer, trigger=Understated(buffer=9))
+    row = replayed(make_trace(), policy, parse_budget("30!"))
+    assert row["status"] == "error"
+    assert "held 152 entries under a cap of 120" in row["error"]
+
+
 def test_a_longer_text_than_the_share_is_of_stays_under_the_cap(make_trace):
     shape, policy = make_trace().shape, parse_policy("rkv:buffer=8")
     assert entries_of(parse_budget("100%!"), policy, shape, 20, 60) == 60

@@ -131,4 +131,7 @@ def test_an_infeasible_budget_has_its_own_exit_code_in_every_verb(make_trace, ru
     assert run_sim("replay", "-t", trace, "-p", "rkv", *asked)[0] == 5
     assert run_sim("report", "-t", trace, "-p", "rkv", *asked, "--out", tmp_path / "r.html")[0] == 5
     search = ["--trace", trace, "--held-out", make_trace().path, "--out", tmp_path / "s", "--minutes", 0.01]
-    assert run_sim("search", *search, "--against", "rkv", *asked)[0] == 5
+    code, _, err = run_sim("search", *search, "--against", "rkv", *asked)
+    assert code == 5
+    assert err.startswith("sim: rkv at 3: budget 3 entries per KV head is too small")
+    assert len(err.splitlines()) == 1

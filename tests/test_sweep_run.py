@@ -156,7 +156,7 @@ def test_a_failing_cell_is_recorded_and_replayed_again_next_time(make_trace, tmp
         said = err.splitlines()
         assert f"4 cells: {n_before} done before, {4 - n_before} replayed" in said[0]
         assert said[0].endswith("3 failed")
-        assert "rkv at 3 entries: budget 3 entries per KV head is too small" in said[1]
+        assert "rkv at 3: budget 3 entries per KV head is too small" in said[1]
         assert "scorer 'slow' raised ValueError: below zero" in err
     table = SweepFolder(tmp_path / "out").table()
     assert table["status"].to_list() == ["ok", "error", "error", "error"]
