@@ -132,7 +132,8 @@ def test_memory_moves_between_layers_and_stays_in_all(model, waves):
 
 
 def test_budgets_that_move_between_layers_take_tokens_one_by_one(model, waves):
-    cache = EvictingCache(model, policy_of("rkv+cake:cake_window=6"), ENTRIES, name="tiny", waves=waves)
+    policy, settings = policy_of("rkv+cake:cake_window=6"), {"name": "tiny", "waves": waves}
+    cache = EvictingCache(model, policy, ENTRIES, prompt_tokens=len(PROMPT), **settings)
     with evicting(model, cache), torch.inference_mode():
         model(input_ids=torch.tensor([PROMPT]), past_key_values=cache)
         with pytest.raises(UserError, match="one by one; found: 2 at once"):

@@ -296,6 +296,7 @@ def _run(
         waves=waves,
         seeds=[seed],
         layer_type=layer_type,
+        prompt_tokens=trace.prompt_tokens,
     )
     ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
     chosen = []

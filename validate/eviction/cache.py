@@ -2,94 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from simulator.contract import checked_table
 from simulator.policies.base import LayerRequest
 from simulator.policy import Policy
 from simulator.request import divide_over_layers, require_data
 from simulator.wave import Wave, known_waves
+from traces.documents import shown
 from traces.errors import UserError
 from validate.attention import replaced_attention, unsupported_feature
+from validate.eviction.cache_layer import EvictingCacheLayer
+from validate.eviction.calls import Calls, watch_calls
 from validate.eviction.layer import EvictingLayer
+from validate.eviction.prompts import attend_pass, prompt_lengths
 from validate.models import model_shape, rope_parameters
 
 IMPLEMENTATION = "kvbudget_evict"
 _ATTRIBUTE = "_kvbudget_evicting_cache"
-
-
-class EvictingCacheLayer(CacheLayerMixin):
-    """What transformers sees of one layer: a cache of true length that hands on the new tokens only."""
-
-    is_sliding = False
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.index = index
-        self.entries: EvictingLayer | None = None
-        self._n_seen = 0
-
-    def lazy_initialization(self, *states: torch.Tensor) -> None:
-        """Nothing is set up before attention has seen the prompt."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the new tokens and hand them on to attention, which stores them."""
-        self.count(key_states.shape[2])
-        return key_states, value_states
-
-    def count(self, n_tokens: int) -> None:
-        """Count tokens that attention has stored or is about to."""
-        self._n_seen += n_tokens
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Give the length of a mask over the whole history, and its offset."""
-        # Up to 5.16 the positions of the queries are given instead of their number.
-        if isinstance(query_length, torch.Tensor):
-            query_length = query_length.shape[0]
-        return self._n_seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Give the tokens of the history, padding included; evicted or not."""
-        return self._n_seen
-
-    def get_max_length(self) -> int:
-        """Give -1: there is no longest history."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.entries, self._n_seen = None, 0
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only some rows and free the others."""
-        if self.entries is not None:
-            self.entries.keep_rows(indices.cpu().numpy())
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Refuse: beams would have to share entries."""
-        raise UserError("an evicting cache cannot follow a beam search; allowed: greedy decoding, sampling")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse, as beams."""
-        raise UserError(f"an evicting cache cannot be repeated {repeats} times; allowed: repeated prompts")
-
-    def crop(self, *_: object, **__: object) -> None:
-        """Refuse: what was evicted does not come back."""
-        # What is given, the tokens to keep or those to drop, depends on the version.
-        raise UserError("an evicting cache cannot give tokens back; allowed: a new cache")
 
 
 class EvictingCache(Cache):
@@ -101,6 +39,9 @@ class EvictingCache(Cache):
     policy : Policy
     entries : int or sequence of int
         Mean budget in entries per KV head, of all sequences or of each.
+    prompt_tokens : int, optional
+        Length of the prompts, padding included, where they come in several passes of a loop by hand; without
+        it the first pass is taken for the whole of them. ``generate`` tells it.
     name, revision : str
         The model's, for layer allocators that know a wave of it.
     waves : dict, optional
@@ -112,9 +53,13 @@ class EvictingCache(Cache):
 
     Raises
     ------
+    UserError
+        For an argument out of its range, and in use, for a call that is not meant for this cache.
     InfeasibleBudgetError, MissingDataError, PolicyError
         As ``divide_over_layers``.
     """
+
+    _reads_values = True
 
     def __init__(
         self,
@@ -122,18 +67,25 @@ class EvictingCache(Cache):
         policy: Policy,
         entries: int | Sequence[int],
         *,
+        prompt_tokens: int | None = None,
         name: str = "",
         revision: str = "",
         waves: dict[str, Wave] | None = None,
         seeds: Sequence[int] | None = None,
         layer_type: type[EvictingLayer] = EvictingLayer,
     ) -> None:
+        if not isinstance(policy, Policy):
+            raise UserError(f"policy is {shown(policy)}; allowed: what parse_policy gives")
+        if prompt_tokens is not None:
+            prompt_tokens = _whole(prompt_tokens, "prompt_tokens", 1)
+        self._one_budget = isinstance(entries, Integral)
+        self._asked = _whole_numbers([entries] if self._one_budget else entries, "entries", 1)
         shape, rope = model_shape(model.config, model.dtype), rope_parameters(model.config)
         self.shape = shape
         super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(shape.n_layers)])
-        self.policy, self._seeds, self._layer_type = policy, seeds, layer_type
-        self._one_budget = isinstance(entries, Integral)
-        self._asked = [int(entries)] if isinstance(entries, Integral) else [int(entry) for entry in entries]
+        self.calls = Calls(shape.n_layers, prompt_tokens, self._reads_values)
+        self.policy, self._layer_type = policy, layer_type
+        self._seeds = None if seeds is None else _whole_numbers(seeds, "seeds", 0)
         self._request = LayerRequest(
             n_layers=shape.n_layers,
             entries=0,
@@ -149,11 +101,24 @@ class EvictingCache(Cache):
         # What is infeasible whatever the prompts are is refused before they are read.
         self._budgets = self._divide([0] * len(self._asked))
         self._prompts = np.zeros(0, np.int64)
-        self._tokens: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *given: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new tokens on to attention; raises UserError outside of ``evicting``."""
+        self.calls.hand_on(layer_idx, key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *given, **named)
+
+    def reset(self, prompt_tokens: int | None = None) -> None:
+        """Forget the text; the next prompts have ``prompt_tokens`` tokens, if that is known."""
+        super().reset()
+        self.calls.forget(prompt_tokens)
+        self._prompts = np.zeros(0, np.int64)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows and free the others."""
         super().batch_select_indices(indices)
+        self.calls.keep_rows(indices)
         rows = indices.cpu().numpy()
         if len(self._prompts):
             self._prompts = self._prompts[rows]
@@ -188,45 +153,65 @@ class EvictingCache(Cache):
 
         The first call brings the prompts; ``mask`` (n_rows, length) tells where their padding ends.
         """
-        held, n_rows, length = self.layers[layer], query.shape[0], query.shape[2]
+        held, length = self.layers[layer], query.shape[2]
         waits, is_last = self.policy.divides_layers_again, layer == len(self.layers) - 1
-        if held.entries is not None:
-            if length > 1 and mask is not None and not mask[:, -length:].all():
-                raise UserError("padding after the prompts cannot be left out; allowed: left-padded prompts")
-            if length > 1 and waits:
-                raise UserError(
-                    f"policy '{self.policy.name}' moves budgets between layers and takes tokens one by one; "
-                    f"found: {length} at once"
-                )
-            output = held.entries.step(query, key, value, self._new_tokens(length))
-        else:
-            self._require_rows(n_rows)
-            prompts = prompt_lengths(mask, n_rows, length)
-            if layer == 0:
-                self._prompts, self._budgets = prompts, self._divide(prompts)
-            budgets = np.broadcast_to(self._budgets[:, layer], n_rows)
-            seeds = range(n_rows) if self._seeds is None else self._seeds
-            table = None if self._table is None else self._table[layer]
-            held.entries = self._layer_type(layer, self.policy, budgets, prompts, seeds, self._rope, table)
-            output = held.entries.prefill(query, key, value, scale)
+        if held.entries is None:
+            return self._read_prompts(layer, query, key, value, mask, scale)
+        self.calls.require_certain_prompts(length)
+        if length > 1 and mask is not None and not mask[:, -length:].all():
+            raise UserError("padding after the prompts cannot be left out; allowed: left-padded prompts")
+        if length > 1 and waits:
+            raise UserError(
+                f"policy '{self.policy.name}' moves budgets between layers and takes tokens one by one; "
+                f"found: {length} at once"
+            )
+        output = held.entries.step(query, key, value, self._new_tokens(length))
         if waits and is_last:
             self._divide_again()
         return output
 
-    def note_tokens(self, token_ids: torch.Tensor | None) -> None:
-        """Take note of the tokens about to be read, int (n_rows, n_new); None if nobody knows them."""
-        self._tokens = token_ids
+    def _read_prompts(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attend within the prompts, of which this pass is a part or the whole; evict once they are whole."""
+        held, n_new = self.layers[layer], query.shape[2]
+        n_seen = held.get_seq_length() - n_new
+        self.calls.require_part_of_prompts(n_seen, n_new)
+        if n_seen + n_new < self.calls.prompt_tokens or held.passes:
+            held.passes.append((query, key, value))
+            query, key, value = (torch.cat(parts, 2) for parts in zip(*held.passes, strict=True))
+        if query.shape[2] < self.calls.prompt_tokens:
+            return attend_pass(query[:, :, -n_new:], key, value, mask, scale)
+        held.passes, n_rows = [], query.shape[0]
+        self._require_rows(n_rows)
+        prompts = prompt_lengths(mask, n_rows, query.shape[2])
+        if layer == 0:
+            self._prompts, self._budgets = prompts, self._divide(prompts)
+        budgets = np.broadcast_to(self._budgets[:, layer], n_rows)
+        seeds = range(n_rows) if self._seeds is None else self._seeds
+        table = None if self._table is None else self._table[layer]
+        held.entries = self._layer_type(layer, self.policy, budgets, prompts, seeds, self._rope, table)
+        output = held.entries.prefill(query, key, value, scale)
+        if self.policy.divides_layers_again and layer == len(self.layers) - 1:
+            self._divide_again()
+        return output[:, :, -n_new:]
 
     def _new_tokens(self, length: int) -> np.ndarray | None:
         """Give the tokens being read, for triggers that wait for certain ones; int (n_rows, n_new)."""
         trigger = self.policy.trigger
         if not trigger.reads_tokens:
             return None
-        if self._tokens is None:
+        if self.calls.tokens is None:
             raise UserError(
                 f"trigger '{trigger.name}' waits for certain tokens; found: a model fed without ids"
             )
-        return self._tokens[:, -length:].detach().cpu().numpy()
+        return self.calls.tokens[:, -length:].detach().cpu().numpy()
 
     def _require_rows(self, n_rows: int) -> None:
         n_budgets = n_rows if self._one_budget else len(self._budgets)
@@ -287,15 +272,16 @@ class _Views(Sequence):
         return self._layers[layer].views(self._row)
 
 
-def prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
-    """Count each row's tokens, which have to stand at the end."""
-    if mask is None:
-        return np.full(n_rows, length)
-    seen = mask[:, -length:].bool().cpu().numpy()
-    prompts = seen.sum(1)
-    if (seen != (np.arange(length) >= length - prompts[:, None])).any() or not prompts.all():
-        raise UserError("the attention mask is not padding before each prompt; allowed: left padding")
-    return prompts
+def _whole(number: object, name: str, least: int) -> int:
+    if not isinstance(number, Integral) or isinstance(number, bool | np.bool_) or number < least:
+        raise UserError(f"{name} has {shown(number)}; allowed: whole numbers, {least} or more")
+    return int(number)
+
+
+def _whole_numbers(given: object, name: str, least: int) -> list[int]:
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise UserError(f"{name} is {shown(given)}; allowed: a whole number, or one for each sequence")
+    return [_whole(number, name, least) for number in given]
 
 
 def evict_attention(
@@ -316,6 +302,7 @@ def evict_attention(
         For attention that is not a plain causal softmax over the whole history.
     """
     cache, layer = getattr(module, _ATTRIBUTE), module.layer_idx
+    cache.calls.attend(layer, query.shape[2], key.shape[2])
     n_tokens = cache.layers[layer].get_seq_length()
     found = unsupported_feature(module, settings, n_tokens, dropout)
     if found:
@@ -327,6 +314,7 @@ def evict_attention(
     # What is evicted has no gradient.
     heads = query.detach(), key.detach(), value.detach()
     output = cache.attend(layer, *heads, attention_mask, float(scaling))
+    cache.calls.attended(layer)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -340,22 +328,25 @@ def evicting(model: PreTrainedModel, cache: EvictingCache) -> Iterator[EvictingC
     """Let ``model`` attend through ``cache``; on leaving, the model is as it was.
 
     ``model(input_ids, past_key_values=cache)`` and ``model.generate(**inputs, past_key_values=cache)`` then
-    decode under its budget. The first call brings the whole prompts.
+    decode under its budget. Under one that evicts nothing they write what the model writes without it, token
+    for token in float32, and in 16 bits as far as two implementations of attention agree.
+
+    The first call brings the whole prompts, unless ``prompt_tokens`` says otherwise.
+    Leaving and entering again goes on with the text; ``cache.reset()`` begins another.
 
     Raises
     ------
     UserError
-        When the model's attention cannot be replaced.
+        When the model's attention cannot be replaced, and from any call that is not one of these two kinds or
+        does not continue the text in the cache.
     """
     AttentionInterface.register(IMPLEMENTATION, evict_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     with replaced_attention(model, IMPLEMENTATION, _ATTRIBUTE, cache):
-        handle = model.register_forward_pre_hook(partial(_note_tokens, cache), with_kwargs=True)
+        end = watch_calls(model, cache, cache.calls)
+        cache.calls.is_open = True
         try:
             yield cache
         finally:
-            handle.remove()
-
-
-def _note_tokens(cache: EvictingCache, _: torch.nn.Module, given: tuple, named: dict) -> None:
-    cache.note_tokens(named.get("input_ids", given[0] if given else None))
+            cache.calls.is_open = False
+            end()

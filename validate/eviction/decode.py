@@ -127,6 +127,7 @@ def decode(
     stops = set(stop_ids)
     rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
     settings = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
+    settings |= {"prompt_tokens": max(map(len, prompts))}
     if on_device is None:
         on_device = model.device.type == "cuda" and serves(model, policy)
     if on_device:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from simulator.policy import Policy
 from simulator.wave import Wave
 from traces.errors import UserError
-from validate.eviction.cache import EvictingCache, prompt_lengths
+from validate.eviction.cache import EvictingCache
+from validate.eviction.prompts import prompt_lengths
 from validate.gpu.compress import (
     DeviceCompressor,
     Due,
@@ -41,7 +42,7 @@ class DeviceCache(EvictingCache):
         Mean budget in entries per KV head, of all sequences or of each.
     ahead : int
         Tokens to be decoded at most; a full cache takes their memory at once.
-    name, revision, waves, seeds
+    prompt_tokens, name, revision, waves, seeds
         As ``EvictingCache``.
     ops : Ops, optional
         The kernels; those of the model's device by default.
@@ -69,6 +70,9 @@ class DeviceCache(EvictingCache):
         Whether the cache counts tokens itself; see ``advance``.
     """
 
+    # Later passes are queued on the device; nothing of them is looked at.
+    _reads_values = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -76,13 +80,15 @@ class DeviceCache(EvictingCache):
         entries: int | Sequence[int],
         *,
         ahead: int,
+        prompt_tokens: int | None = None,
         name: str = "",
         revision: str = "",
         waves: dict[str, Wave] | None = None,
         seeds: Sequence[int] | None = None,
         ops: Ops | None = None,
     ) -> None:
-        super().__init__(model, policy, entries, name=name, revision=revision, waves=waves, seeds=seeds)
+        given = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
+        super().__init__(model, policy, entries, prompt_tokens=prompt_tokens, **given)
         found = unsupported_part(policy)
         if found:
             raise UserError(f"policy '{policy.name}' has {found}, which is decided on the host only")
@@ -117,6 +123,12 @@ class DeviceCache(EvictingCache):
         """
         is_last = layer == len(self.layers) - 1
         if self._n_filled <= layer:
+            self.calls.require_part_of_prompts(0, query.shape[2])
+            if query.shape[2] < self.calls.prompt_tokens:
+                raise UserError(
+                    f"a cache on a device takes prompts in one pass; found: {query.shape[2]} of "
+                    f"{self.calls.prompt_tokens} tokens"
+                )
             if layer == 0:
                 self._set_up(prompt_lengths(mask, query.shape[0], query.shape[2]), scale)
             output = self._prefill(layer, query, key, value)
@@ -151,6 +163,11 @@ class DeviceCache(EvictingCache):
         due = self.schedule.advance()
         if due.any():
             self._compress(due)
+
+    def reset(self, prompt_tokens: int | None = None) -> None:
+        """Forget the text; the next prompts have ``prompt_tokens`` tokens, if that is known."""
+        super().reset(prompt_tokens)
+        self._n_filled = self.n_compressions = 0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows."""

@@ -116,6 +116,7 @@ class Steps:
         finally:
             cache.keeps_time = True
             # Nothing has been computed yet: the replay is the step.
+            cache.calls.begin_again()
             for layer in cache.layers:
                 layer.count(n_seen - layer.get_seq_length())
         self._graph, self.logits = graph, logits
