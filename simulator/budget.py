@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
@@ -84,6 +85,11 @@ class Budget:
                 f"budget {self} buys no entry per KV head of this trace; allowed: {_ALLOWED}"
             )
         return entries
+
+
+def parse_budgets(texts: Iterable[str]) -> list[Budget]:
+    """Read comma lists of budgets; each once, however it is spelled."""
+    return list(dict.fromkeys(parse_budget(item) for text in texts for item in text.split(",")))
 
 
 def parse_budget(text: str | int | Budget) -> Budget:

@@ -67,11 +67,11 @@ def replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
-    from simulator.budget import parse_budget
+    from simulator.budget import parse_budgets
     from simulator.cells import run_replay
     from simulator.naming import row_budget
     from simulator.output import choose_format, require_places, write_parquet, write_rows
-    from simulator.policy import parse_policy, split_list
+    from simulator.policy import parse_policies
     from simulator.sampling import parse_sampling
     from simulator.wave import tell_unused
     from traces.errors import UserError
@@ -82,13 +82,8 @@ def replay(
     require_places({"-o": output, "--retained": retained, "--trajectory": trajectory})
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
-    overrides = {} if buffer is None else {"buffer": buffer}
-    policies = [
-        parse_policy(name, **overrides) for text in policy or [DEFAULT_POLICIES] for name in split_list(text)
-    ]
-    budgets = [parse_budget(item) for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
-    # What is asked twice is replayed once.
-    policies, budgets = list(dict.fromkeys(policies)), list(dict.fromkeys(budgets))
+    policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
+    budgets = parse_budgets(budget or [DEFAULT_BUDGETS])
     paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)

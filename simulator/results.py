@@ -214,6 +214,18 @@ def by_model(table: pl.DataFrame) -> list[pl.DataFrame]:
     return [table] if len(models) < 2 else [table.filter(model=model) for model in models]
 
 
+def require_one_model(models: Iterable[str]) -> None:
+    """Refuse to take means over traces of several models; the models of each.
+
+    Raises
+    ------
+    UserError
+    """
+    found = list(dict.fromkeys(models))
+    if len(found) > 1:
+        raise UserError(f"traces are of models {', '.join(found)}; allowed: of one model")
+
+
 def _models(table: pl.DataFrame) -> list[str]:
     if "model" not in table.columns:
         return []
@@ -231,9 +243,7 @@ def comparable(table: pl.DataFrame) -> pl.DataFrame:
     UserError
         If the rows are of several models; see ``by_model``.
     """
-    models = _models(table)
-    if len(models) > 1:
-        raise UserError(f"rows are of traces of models {', '.join(models)}; allowed: of one model")
+    require_one_model(_models(table))
     done = _one_row_per_trace(table.filter(pl.col("status") == "ok"))
     per_budget = done.group_by(GROUP[2:]).agg(pl.struct(GROUP[:2]).n_unique().alias("n_policies"))
     per_trace = done.group_by(*GROUP[2:], "trace_id").agg(pl.struct(GROUP[:2]).n_unique().alias("n_done"))

@@ -38,12 +38,12 @@ def results(
     import polars as pl
     from rich.console import Console
 
-    from simulator.budget import parse_budget
+    from simulator.budget import parse_budgets
     from simulator.output import choose_format, write_rows
     from simulator.policy import split_list
     from simulator.results import by_model
     from simulator.standings import METRICS, at_budgets, of_traces, read_rows, standings
-    from simulator.terminal import print_standings
+    from simulator.terminal import print_standings, print_unevicted
     from traces.errors import UserError
 
     if metric is not None and metric not in METRICS:
@@ -70,7 +70,7 @@ def results(
         if asked:
             table = table.filter(pl.col(name).is_in(asked))
     if budget:
-        table = at_budgets(table, [parse_budget(item) for text in budget for item in text.split(",")])
+        table = at_budgets(table, parse_budgets(budget))
     if trace:
         table = of_traces(table, trace)
     if metric is None:
@@ -94,3 +94,4 @@ def results(
             console.print(f"{of_model['model'][0]}:", highlight=False)
         if not own.is_empty():
             print_standings(own, metric, console, as_markdown=as_markdown)
+        print_unevicted(of_model, console)

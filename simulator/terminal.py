@@ -81,12 +81,12 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
         note = f"The terminal is too narrow for {names}; --format csv has all columns."
         console.print(note, highlight=False, soft_wrap=True)
     console.print(shown)
-    for note in _unevicted(table, shared):
-        console.print(note, highlight=False, soft_wrap=True)
+    print_unevicted(table, console)
 
 
-def _unevicted(table: pl.DataFrame, shared: dict[str, Any]) -> list[str]:
+def print_unevicted(table: pl.DataFrame, console: Console) -> None:
     """Say of every budget which policies left a full cache, whose numbers tell nothing of a policy."""
+    shared = _shared_parameters(table.select(GROUP[:2]).unique(maintain_order=True).to_dicts())
     told: dict[tuple[str, str], list[str]] = {}
     for _, own in table.filter(pl.col("status") == "ok").group_by(GROUP, maintain_order=True):
         row = own.row(0, named=True)
@@ -94,10 +94,10 @@ def _unevicted(table: pl.DataFrame, shared: dict[str, Any]) -> list[str]:
         if n_full and json.loads(row["policy_params"]).get("trigger") != "never":
             where = "" if n_full == n_traces else f" on {n_full} of {n_traces} traces"
             told.setdefault((row_budget(row), where), []).append(_policy_label(row, shared))
-    return [
-        f"At {budget} nothing was evicted{where} by {', '.join(policies)}: that is the full cache."
-        for (budget, where), policies in told.items()
-    ]
+    for (budget, where), policies in told.items():
+        names = ", ".join(policies)
+        note = f"At {budget} nothing was evicted{where} by {names}: that is the full cache."
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_markdown: bool = False) -> None:

@@ -44,7 +44,7 @@ def test_a_table_is_of_one_model(two_models, run_sim, tmp_path):
 def test_means_over_models_are_refused(two_models):
     table = run_replay([two_models], ["rkv:buffer=5", "random:buffer=5"], [12]).table
     for compare in (summarise, lambda rows: standings(rows, "mass_mean")):
-        with pytest.raises(UserError, match="traces of models one, two; allowed: of one model"):
+        with pytest.raises(UserError, match="models one, two; allowed: of one model"):
             compare(table)
         for own in by_model(table):
             assert compare(own)["n_traces"].to_list() == [1, 1]
@@ -58,7 +58,7 @@ def test_a_report_is_of_one_model(two_models, run_sim, tmp_path):
     assert "of models one, two; allowed: of one model" in err
 
 
-def test_a_budget_above_the_text_is_told_under_the_table(make_trace, run_sim):
+def test_a_budget_above_the_text_is_told_under_the_table(make_trace, run_sim, tmp_path):
     long, short = make_trace(n_tokens=90), make_trace(n_tokens=40)
     code, out, _ = run_sim(
         "replay", "-t", long.path, "-p", "fullkv,rkv,random", "--buffer", 5, "-b", "12,5000"
@@ -70,6 +70,10 @@ def test_a_budget_above_the_text_is_told_under_the_table(make_trace, run_sim):
         out.splitlines()[-1]
         == "At 50 nothing was evicted on 1 of 2 traces by rkv:buffer=5: that is the full cache."
     )
+    rows = tmp_path / "rows.parquet"
+    run_sim("replay", "-t", long.path, "-p", "rkv,random", "--buffer", 5, "-b", "12,5000", "-o", rows)
+    out = run_sim("results", rows, "--metric", "mass_mean")[1]
+    assert out.splitlines()[-1] == "At 5000 nothing was evicted by rkv, random: that is the full cache."
     rows = run_replay([long], ["rkv"], [5000]).table
     assert rows["n_evictions"].to_list() == [0]
 
@@ -109,6 +113,19 @@ def test_what_is_asked_twice_is_replayed_once(make_trace, run_sim):
         make_trace().path,
     ]
     assert len(run_sim("replay", *options)[1].splitlines()) == 2
+
+
+def test_a_buffer_that_no_policy_has_is_refused(make_trace, run_sim):
+    options = ["replay", "-t", make_trace().path, "-b", 12, "--buffer", 5, "-p"]
+    code, _, err = run_sim(*options, "rkv:trigger=per-step,fullkv")
+    assert (code, "--buffer is 5, and no policy has a buffer" in err) == (2, True)
+    assert run_sim(*options, "rkv:trigger=per-step,rkv")[0] == 0
+
+
+def test_a_search_is_on_traces_of_one_model(two_models, make_trace, run_sim, tmp_path):
+    asked = ["--trace", two_models, "--held-out", make_trace().path, "--out", tmp_path / "s", "-b", 12]
+    code, _, err = run_sim("search", *asked)
+    assert (code, err) == (2, "sim: traces are of models one, two, custom; allowed: of one model\n")
 
 
 def test_a_glob_that_matches_nothing_among_several_is_refused(make_trace, run_sim, tmp_path):

@@ -29,10 +29,11 @@ def open_matrix(settings: MatrixSettings, folder: Path) -> Matrix:
     """
     from validate.live.grading import require_grader
     from validate.live.matrix import Matrix
-    from validate.prompts import read_prompts, require_answers
+    from validate.prompts import read_prompts, require_answers, tell_limit
 
     problems = read_prompts(settings.prompts, settings.limit)
     require_answers(problems, settings.prompts)
+    tell_limit(len(problems), settings.limit, settings.prompts)
     require_grader(problem.family for problem in problems)
     return Matrix(folder, settings, len(problems))
 

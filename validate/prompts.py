@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +212,12 @@ def require_known_words(
             f"{path}, line {line}: the model's tokenizer does not know {told}; allowed: text made of the "
             f"{len(known)} pieces that it knows, such as {', '.join(map(repr, known[:3]))}"
         )
+
+
+def tell_limit(n_prompts: int, limit: int | None, path: str | Path) -> None:
+    """Say on standard error that a file has fewer rows than were asked for."""
+    if limit is not None and n_prompts < limit:
+        print(f"sim: --limit is {limit}, and {path} has {n_prompts} rows: all are taken", file=sys.stderr)
 
 
 def graded(task: dict[str, object], text: str) -> dict[str, object]:

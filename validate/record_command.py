@@ -75,7 +75,7 @@ def record(
     try:
         # torch and transformers take seconds to import; only here are they needed.
         from validate.models import load_model
-        from validate.prompts import read_prompts, require_completions, require_known_words
+        from validate.prompts import read_prompts, require_completions, require_known_words, tell_limit
         from validate.record_rows import RowSettings, record_row
         from validate.recorder import observed_shape
         from validate.sampling import Sampling
@@ -95,6 +95,7 @@ def record(
             overwrite=overwrite,
         )
         rows = read_prompts(prompts, limit)
+        tell_limit(len(rows), limit, prompts)
         if rescore:
             require_completions(rows, prompts)
         _set_library_messages(quiet)

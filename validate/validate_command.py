@@ -205,18 +205,13 @@ def _asked_cells(
     policy: list[str] | None, budget: list[str] | None, configs: Path | None, buffer: int | None
 ) -> list[tuple[Policy, Budget]]:
     """Read what is to be run: the product of policies and budgets, or the pairs of a file."""
-    from simulator.budget import parse_budget
-    from simulator.policy import parse_policy, split_list
+    from simulator.budget import parse_budget, parse_budgets
+    from simulator.policy import parse_policies, parse_policy, require_buffers
 
-    overrides = {} if buffer is None else {"buffer": buffer}
     if configs is None:
-        policies = [
-            parse_policy(name, **overrides)
-            for text in policy or [DEFAULT_POLICIES]
-            for name in split_list(text)
-        ]
-        budgets = [parse_budget(item) for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
-        return list(dict.fromkeys((own, each) for each in budgets for own in policies))
+        policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
+        return [(own, each) for each in parse_budgets(budget or [DEFAULT_BUDGETS]) for own in policies]
+    overrides = {} if buffer is None else {"buffer": buffer}
     if policy or budget:
         raise UserError("--configs stands instead of --policy and --budget; give one or the other")
     try:
@@ -234,6 +229,7 @@ def _asked_cells(
                 f'--configs {configs}, entry {number}: allowed: {{"policy": "rkv", "budget": "20%"}}'
             )
         cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
+    require_buffers((own for own, _ in cells), buffer)
     return list(dict.fromkeys(cells))
 
 

@@ -41,6 +41,9 @@ def read_simulated(path: Path) -> pl.DataFrame:
             f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
             "allowed: what sim replay -o FILE.parquet writes"
         )
+    models = sorted(set(rows["model"].drop_nulls()))
+    if len(models) > 1:
+        raise UserError(f"--simulated {path} holds rows of {', '.join(models)}; allowed: one model's")
     return with_budget_kind(rows)
 
 
@@ -76,9 +79,6 @@ def tell(
         print(f"sim: {note}", file=sys.stderr)
     cells = fidelity = None
     if replayed is not None:
-        models = sorted(set(replayed["model"]))
-        if len(models) > 1:
-            raise UserError(f"--simulated holds rows of {', '.join(models)}; allowed: one model's")
         cells = matched_cells(others[0], labelled)
         fidelity = fidelity_table(cells)
         write_rows(fidelity, out / "fidelity.csv", "csv")
@@ -86,7 +86,9 @@ def tell(
             print_fidelity(fidelity)
         if calibration is not None:
             metric = best_metric(fidelity)
-            curves = [fit_calibration(own, metric, model=models[0], family=f) for f, own in cells.items()]
+            curves = [
+                fit_calibration(own, metric, model=replayed["model"][0], family=f) for f, own in cells.items()
+            ]
             write_calibrations(curves, calibration)
     if report is not None:
         from validate.live.report import write_report
