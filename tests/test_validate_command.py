@@ -357,7 +357,7 @@ def test_a_replay_of_several_models_is_refused(live, simulated):
     pl.concat([rows, rows.with_columns(model=pl.lit("another"))]).write_parquet(simulated)
     code, _, err = live("-p", "rkv", "-b", "20", "--simulated", simulated)
     assert code == 2
-    one_line(err, f"--simulated holds rows of another, {NAME}; allowed: one model's")
+    one_line(err, f"--simulated {simulated} holds rows of another, {NAME}; allowed: one model's")
 
 
 def test_batches_that_fail_leave_the_others(live):
