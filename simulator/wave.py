@@ -155,8 +155,7 @@ def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
         wave = read_wave(path)
         if wave.model not in at_hand:
             print(
-                f"sim: --wave {path} is of model '{wave.model}' and changes nothing: the traces are of "
-                f"{', '.join(at_hand)}",
+                f"sim: wave {path} is of model '{wave.model}' and changes nothing for {', '.join(at_hand)}",
                 file=sys.stderr,
             )
 

@@ -213,6 +213,30 @@ def test_mistakes_are_refused_before_anything_is_written(run, tmp_path, options,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "walk What is legs"}, []),
+        ({"prompt": "walk legs", "completion": "What is 3"}, ["--rescore"]),
+    ],
+)
+def test_words_that_the_tokenizer_does_not_know_are_refused_before_anything_is_written(
+    run, tmp_path, row, options
+):
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "walk"} | {"completion": "3"}) + "\n" + json.dumps(row)
+    )
+    with pytest.raises(UserError, match="line 2: the model's tokenizer does not know 'What', 'is'; allowed"):
+        run(*options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_beyond_the_file_is_told(run, tmp_path):
+    code, _, err = run("--limit", "9")
+    assert (code, err) == (0, [f"sim: --limit is 9, and {tmp_path / 'p.jsonl'} has 3 rows: all are taken"])
+    assert run("--limit", "3")[2] == [f"{name}: recorded already, kept" for name in ("walk-1", "2", "row-3")]
+
+
 def test_no_gpu_is_said_so(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(NoDeviceError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 from agreement import make_wave
+from sweeps import write_spec
 
 from simulator.cells import run_replay
 from simulator.output import choose_format
@@ -94,9 +95,12 @@ def test_a_wave_of_another_model_is_said_to_change_nothing(make_trace, run_sim, 
     assert run_sim(*options)[2] == ""
     code, _, err = run_sim(*options, "--wave", other)
     assert code == 0
-    assert err == (
-        f"sim: --wave {other} is of model 'another' and changes nothing: the traces are of custom\n"
+    assert err == f"sim: wave {other} is of model 'another' and changes nothing for custom\n"
+    spec = write_spec(
+        tmp_path, traces=[str(trace.path)], policies=["rkv:buffer=5"], budgets=[12], waves=[str(other)]
     )
+    code, _, err = run_sim("sweep", spec, "--jobs", 1, "-q")
+    assert (code, err) == (0, f"sim: wave {other} is of model 'another' and changes nothing for custom\n")
 
 
 def test_what_is_asked_twice_is_replayed_once(make_trace, run_sim):

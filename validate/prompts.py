@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from traces.documents import shown
 from traces.errors import UserError
 from validate.reasoner.tasks import FAMILIES, answer_of
 
@@ -205,12 +206,12 @@ def require_known_words(
         if len(words) <= most * len(read.input_ids):
             continue
         some = list(dict.fromkeys(words))
-        told = ", ".join(map(repr, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        told = ", ".join(map(shown, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
         vocabulary = tokenizer.get_vocab()
         known = sorted(set(vocabulary) - set(tokenizer.all_special_tokens), key=vocabulary.__getitem__)
         raise UserError(
             f"{path}, line {line}: the model's tokenizer does not know {told}; allowed: text made of the "
-            f"{len(known)} pieces that it knows, such as {', '.join(map(repr, known[:3]))}"
+            f"{len(known)} pieces that it knows, such as {', '.join(map(shown, known[:3]))}"
         )
 
 

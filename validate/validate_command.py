@@ -114,8 +114,10 @@ def validate(
     if context.invoked_subcommand is not None:
         return
     from simulator.output import choose_format, require_place
+    from simulator.wave import tell_unused
     from validate.level_cells import compare_with_traces
     from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
+    from validate.models import know_model
     from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
@@ -195,6 +197,8 @@ def validate(
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = processes(jobs, settings.device)
+    if wave:
+        tell_unused(wave, [know_model(source, revision).name])
     matrix = open_matrix(settings, out)
     rows, failed = run_matrix(matrix, cells, n_processes, quiet)
     tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
