@@ -70,7 +70,7 @@ def replay(
     from simulator.budget import parse_budgets
     from simulator.cells import run_replay
     from simulator.naming import row_budget
-    from simulator.output import choose_format, require_places, write_parquet, write_rows
+    from simulator.output import choose_format, require_parquet, require_places, write_parquet, write_rows
     from simulator.policy import parse_policies
     from simulator.sampling import parse_sampling
     from simulator.wave import tell_unused
@@ -79,7 +79,9 @@ def replay(
 
     sampling = parse_sampling(sample_queries, sample_layers, sample_heads)
     chosen = choose_format(format, output)
-    require_places({"-o": output, "--retained": retained, "--trajectory": trajectory})
+    beside = {"--retained": retained, "--trajectory": trajectory}
+    require_parquet(beside)
+    require_places({"-o": output, **beside})
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
     policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)

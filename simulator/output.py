@@ -53,6 +53,18 @@ def require_places(paths: Mapping[str, Path | None]) -> None:
             raise UserError(f"{other} and {option} are both {path}; allowed: two files")
 
 
+def require_parquet(paths: Mapping[str, Path | None]) -> None:
+    """Refuse names that tell another format than Parquet for tables that are always that; options to paths.
+
+    Raises
+    ------
+    UserError
+    """
+    for option, path in paths.items():
+        if path is not None and path.suffix != ".parquet":
+            raise UserError(f"{option} {path}: suffix is '{path.suffix}'; allowed: .parquet")
+
+
 def choose_format(asked: str | None, path: Path | None) -> str:
     """Settle the format: what was asked, else the file's suffix, else a table.
 

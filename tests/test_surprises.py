@@ -86,6 +86,23 @@ def test_a_format_that_contradicts_the_file_is_refused(name, tmp_path):
     assert choose_format("csv", tmp_path / "x.csv") == choose_format("csv", tmp_path / "x.dat") == "csv"
 
 
+def test_tables_that_are_parquet_are_not_named_otherwise(make_trace, run_sim, tmp_path):
+    trace = make_trace().path
+    forced = ("validate", "--level", "forced")
+    for verb, option in ((["replay"], "--retained"), (["replay"], "--trajectory"), (forced, "--steps")):
+        code, _, err = run_sim(*verb, "-t", trace, "-p", "rkv", "-b", 12, option, tmp_path / "kept.csv")
+        assert (code, err) == (
+            2,
+            f"sim: {option} {tmp_path / 'kept.csv'}: suffix is '.csv'; allowed: .parquet\n",
+        )
+
+
+def test_two_tables_are_not_written_to_one_file(run_sim, tmp_path):
+    place = tmp_path / "x.parquet"
+    code, _, err = run_sim("validate", "--level", "forced", "-o", place, "--steps", place)
+    assert (code, err) == (2, f"sim: -o and --steps are both {place}; allowed: two files\n")
+
+
 def test_a_wave_of_another_model_is_said_to_change_nothing(make_trace, run_sim, tmp_path):
     trace = make_trace()
     own, other = tmp_path / "own.json", tmp_path / "other.json"

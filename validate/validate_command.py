@@ -113,7 +113,7 @@ def validate(
     """
     if context.invoked_subcommand is not None:
         return
-    from simulator.output import choose_format, require_place
+    from simulator.output import choose_format, require_parquet, require_places
     from simulator.wave import tell_unused
     from validate.level_cells import compare_with_traces
     from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
@@ -124,8 +124,7 @@ def validate(
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
-    for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
-        require_place(place, option)
+    require_places({"-o": output, "--report": report, "--calibration": calibration, "--steps": steps})
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
@@ -176,6 +175,7 @@ def validate(
                 raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
         if steps is not None and level != "forced":
             raise UserError(f"--steps goes with --level forced; found: {level}")
+        require_parquet({"--steps": steps})
         compare_with_traces(
             level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
