@@ -1,4 +1,4 @@
-"""A small model is run by one thread, a large one by its share of the cores, whichever verb runs it."""
+"""A small model that reads one text is run by one thread; processes that decode batches share the cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from validate.live import matrix
 from validate.live.matrix import MatrixSettings
 from validate.reasoner.tasks import make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.threads import use_threads
+from validate.threads import limit_threads, share_threads
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,17 @@ def _several_threads():
     torch.set_num_threads(before)
 
 
-def test_a_small_model_has_one_thread_and_a_large_one_its_share_of_the_cores(monkeypatch):
+def test_a_small_model_has_one_thread_and_a_large_one_those_of_torch():
+    limit_threads(torch.nn.Linear(20_000, 10_000, device="meta"))
+    assert torch.get_num_threads() == 3
+    limit_threads(torch.nn.Linear(1_000, 10_000, device="meta"))
+    assert torch.get_num_threads() == 1
+
+
+def test_processes_share_the_cores_and_have_one_thread_at_least(monkeypatch):
     monkeypatch.setattr("validate.threads.n_cores", lambda: 7)
-    small, large = (torch.nn.Linear(n, 10_000, device="meta") for n in (1_000, 20_000))
-    for n_processes, model, n_threads in [
-        (1, small, 1),
-        (1, large, 7),
-        (2, large, 3),
-        (9, large, 1),
-        (2, None, 3),
-    ]:
-        use_threads(n_processes, model)
+    for n_processes, n_threads in ((1, 7), (2, 3), (9, 1)):
+        share_threads(n_processes)
         assert torch.get_num_threads() == n_threads
 
 

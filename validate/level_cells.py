@@ -43,7 +43,7 @@ def compare_with_traces(
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels
     from validate.models import load_model
-    from validate.threads import use_threads
+    from validate.threads import limit_threads
 
     if not trace:
         raise UserError(f"--level {level} needs --trace")
@@ -51,7 +51,7 @@ def compare_with_traces(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
-    use_threads(model=loaded.model)
+    limit_threads(loaded.model)
     waves = known_waves(list(wave or []))
     tell_unused(wave or [], [own.model for own in opened])
     rows, per_step, failed = [], [], []

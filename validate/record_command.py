@@ -79,7 +79,7 @@ def record(
         from validate.record_rows import RowSettings, record_row
         from validate.recorder import observed_shape
         from validate.sampling import Sampling
-        from validate.threads import use_threads
+        from validate.threads import limit_threads
 
         settings = RowSettings(
             rescore=rescore,
@@ -103,7 +103,7 @@ def record(
         # A model that cannot be recorded is refused once, not once per row.
         observed_shape(loaded.model)
         require_known_words(rows, loaded.tokenizer, prompts, rescore)
-        use_threads(model=loaded.model)
+        limit_threads(loaded.model)
         _make_folder(out)
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:

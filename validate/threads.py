@@ -1,4 +1,4 @@
-"""How many threads torch computes with: the one rule for every verb that runs a model."""
+"""How many threads torch computes with: the one place for every verb that runs a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from simulator.machine import n_cores
 _SMALL = 10**8
 
 
-def use_threads(n_processes: int = 1, model: torch.nn.Module | None = None) -> None:
-    """Share the cores between processes, and keep to one thread for a small model.
+def limit_threads(model: torch.nn.Module) -> None:
+    """Keep to one thread where a small model reads one text token by token; else torch's own number stays."""
+    if sum(own.numel() for own in model.parameters()) < _SMALL:
+        torch.set_num_threads(1)
 
-    Parameters
-    ----------
-    n_processes : int
-        That compute side by side.
-    model : Module, optional
-        That reads one token after another of a single text; without it products are as large as a batch.
-    """
-    is_small = model is not None and sum(own.numel() for own in model.parameters()) < _SMALL
-    torch.set_num_threads(1 if is_small else max(1, n_cores() // n_processes))
+
+def share_threads(n_processes: int) -> None:
+    """Share the cores between processes that compute side by side, each on batches of texts."""
+    torch.set_num_threads(max(1, n_cores() // n_processes))

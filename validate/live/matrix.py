@@ -278,13 +278,13 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     from validate.prompts import read_prompts, require_known_words
     from validate.recorder import observed_shape
     from validate.sampling import Sampling
-    from validate.threads import use_threads
+    from validate.threads import share_threads
 
     # An interrupt is the main process's business, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    use_threads(n_processes)
+    share_threads(n_processes)
     live = dict(settings.live)
     live["sampling"] = Sampling(**live.get("sampling", {}))
     _worker["settings"] = LiveSettings(**live)
