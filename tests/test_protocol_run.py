@@ -508,6 +508,15 @@ def test_a_wave_of_another_shape_is_refused_beforehand(config, folder, tmp_path)
         require_runnable(protocol, model, asked, waves | {NAME: other})
 
 
+def test_a_cap_that_does_not_hold_the_buffer_is_refused_beforehand(sim, tmp_path, config):
+    code, _, err = sim(path=config("budgets = [20, 30]", 'budgets = ["12!"]'))
+    assert code == 5
+    one_line(
+        err, "benchmarks.first, policy 'rkv' at budget 12!", "adds 4", "protects 8; allowed: at least 13!"
+    )
+    assert decoded(tmp_path) == []
+
+
 def test_a_budget_that_leaves_a_layer_nothing_is_refused_beforehand(sim, tmp_path, config):
     path = config('"rkv", "reasonalloc"', '"random+pyramid:recent=0"')
     path.write_text(path.read_text().replace("budgets = [20, 30]", "budgets = [20, 1]"))
