@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simulator.budget import Budget, parse_budget
+    from simulator.cap import entries_of
     from simulator.cells import replay, run_replay
     from simulator.engine import Engine, memory_over_time
     from simulator.policy import Policy, parse_policy
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Budget": "budget",
+    "entries_of": "cap",
     "parse_budget": "budget",
     "Engine": "engine",
     "memory_over_time": "engine",
@@ -34,6 +36,7 @@ __all__ = [
     "Request",
     "Wave",
     "calibrate",
+    "entries_of",
     "memory_over_time",
     "parse_budget",
     "parse_policy",

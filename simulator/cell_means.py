@@ -14,7 +14,7 @@ from scipy import stats
 
 from simulator.naming import budget_label
 from simulator.output import require_place
-from simulator.results import GROUP, comparable
+from simulator.results import BUDGET, GROUP, comparable, with_budget_kind
 from simulator.standings import METRICS, read_rows
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -36,7 +36,7 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        family (empty for traces without one), policy, policy_params, budget_asked, budget_unit; ``n_traces``;
+        family (empty for traces without one), the columns of ``results.GROUP``, ``n_traces``;
         the means of ``bytes_mean``, ``oracle_mass`` and of all of ``standings.METRICS``.
     """
     # Of a column that rows of an earlier version lack there is no mean.
@@ -65,14 +65,15 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
         others, ``there``, and its place among the ``n_policies``; ``best_there`` and its value, ``could``;
         ``spearman``, how alike both order the policies.
     """
-    key = ["policy", "budget_asked", "budget_unit"]
+    key = ["policy", *BUDGET]
+    chosen_on, judged_on = map(with_budget_kind, (chosen_on, judged_on))
     joined = chosen_on.select(*key, here=metric).join(judged_on.select(*key, there=metric), on=key)
     rows = []
-    for (amount, unit), own in joined.group_by(key[1:], maintain_order=True):
+    for budget, own in joined.group_by(key[1:], maintain_order=True):
         first = own.sort("here", "policy", descending=[METRICS[metric], False]).row(0, named=True)
         ranked = own.sort("there", "policy", descending=[METRICS[metric], False])
         rows.append(
-            {"budget": budget_label(amount, unit), "winner": first["policy"]}
+            {"budget": budget_label(*budget), "winner": first["policy"]}
             | {"here": first["here"], "there": first["there"]}
             | {"place": ranked["policy"].to_list().index(first["policy"]) + 1, "n_policies": len(own)}
             | {"best_there": ranked["policy"][0], "could": ranked["there"][0]}

@@ -13,14 +13,16 @@ from typing import Any
 
 import polars as pl
 
-from simulator.budget import Budget, parse_budget
+from simulator.budget import PEAK, Budget, parse_budget
+from simulator.cap import entries_of
 from simulator.engine import Engine
 from simulator.full_cache import FullCache
 from simulator.layer_replay import Retained
 from simulator.metrics import measure
+from simulator.policies.base import PolicyError
 from simulator.policy import Policy, parse_policy, split_list
-from simulator.request import Request
-from simulator.results import result_table, retained_table, trajectory_table
+from simulator.request import Outcome, Request
+from simulator.results import GROUP, budget_columns, result_table, retained_table, trajectory_table
 from simulator.sampling import EVERYTHING, Sampling
 from simulator.trajectory import spans
 from simulator.user_policies import failure
@@ -76,13 +78,13 @@ class Cell:
     exit_code: int = 0
 
     @property
-    def labels(self) -> dict[str, str]:
+    def labels(self) -> dict[str, Any]:
         """What tells this cell apart in the tables beside the results."""
-        return {name: self.row[name] for name in _IDENTITY} | {"budget": str(self.budget)}
+        return {name: self.row[name] for name in _IDENTITY}
 
 
 # What tells the cells of a trace apart in the tables beside the results.
-_IDENTITY = ("trace_id", "trace", "policy", "policy_params")
+_IDENTITY = ("trace_id", "trace", *GROUP)
 
 
 def replay(
@@ -131,7 +133,7 @@ def run_replay(
     traces : sequence of opened traces, paths, folders of traces or globs
     policies : sequence of names or policies
     budgets : sequence
-        Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``.
+        Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``; with ``!`` a cap on the peak.
     seed : int
         For policies that draw at random.
     jobs : int
@@ -252,7 +254,7 @@ class PreparedTrace:
         cell.row["sampling"] = str(self._sampling) or None
         started = time.perf_counter()
         try:
-            entries = budget.entries(trace.shape, trace.total_tokens)
+            entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
             request = Request(
                 trace,
                 policy,
@@ -263,6 +265,7 @@ class PreparedTrace:
                 sample=self._full.sample,
             )
             (outcome,) = Engine([request], self._jobs).run()
+            _require_capped(budget, policy, trace, outcome)
             cell.row |= asdict(measure(trace, outcome, self._full))
             cell.row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
             cell.row["status"] = "ok"
@@ -279,16 +282,31 @@ class PreparedTrace:
         return cell
 
 
-def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+def _require_capped(budget: Budget, policy: Policy, trace: Trace, outcome: Outcome) -> None:
+    """Refuse rows of a part that held more than it said it would; parts of the package cannot."""
+    most, held = int(budget.of_cache(trace.shape, trace.total_tokens)), int(outcome.held.max())
+    if budget.kind == PEAK and policy.evicts and held > most:
+        raise PolicyError(
+            f"policy '{policy.name}' held {held} entries under a cap of {most}; allowed: a trigger whose "
+            "most_added tells all that it adds"
+        )
+
+
+def cell_labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+    """Give what tells a cell apart: the columns that every table of it shares."""
     return {
         "trace_id": trace.trace_id,
         "trace": trace.path.name,
-        "family": trace.manifest.task.get("family"),
-        "model": trace.model,
         "policy": policy.name,
         "policy_params": policy.parameters_json,
-        "budget_asked": budget.amount,
-        "budget_unit": budget.unit,
+        **budget_columns(budget),
+    }
+
+
+def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
+    return cell_labels(trace, policy, budget) | {
+        "family": trace.manifest.task.get("family"),
+        "model": trace.model,
         "code_version": code_version(),
     }
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from simulator.chart_style import COLOURS, DASHES, over_plot, styled
+from simulator.naming import row_budget, with_budget_label
 from simulator.output import require_place
-from simulator.results import TRAJECTORY_SCHEMA
+from simulator.results import GROUP, TRAJECTORY_SCHEMA
 from traces.atomic import write_file
 from traces.errors import UserError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png", ".html")
 # Panels side by side: as many as a page holds, and rows of equal length where that is possible.
 _MOST_COLUMNS = 4
-_CELL = ("trace", "policy", "policy_params", "budget")
+_CELL = ("trace", *GROUP)
 
 
 def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
@@ -95,7 +96,7 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     layers = [f"layer {layer}" for layer in trajectory["layer"].unique().sort()]
     columns = _columns(len(layers))
     title = over_plot(
-        f"Budgets of KV heads: {cells['policy'][0]} at {_budget_words(cells['budget'][0])}",
+        f"Budgets of KV heads: {cells['policy'][0]} at {_budget_words(cells.row(0, named=True))}",
         f"{cells['trace'][0]}. Straight line: the mean over layers and heads, {mean:.0f} entries. "
         "Lines begin at the first compression.",
     )
@@ -153,7 +154,8 @@ def _columns(n_panels: int) -> int:
     return next((n for n in (_MOST_COLUMNS, 3) if n_panels % n == 0), _MOST_COLUMNS)
 
 
-def _budget_words(budget: str) -> str:
+def _budget_words(row: dict[str, Any]) -> str:
+    budget = row_budget(row)
     return f"{budget} entries per KV head" if budget.isdigit() else f"a budget of {budget}"
 
 
@@ -197,7 +199,7 @@ def _draw(options: argparse.Namespace) -> None:
         "budget": options.budget,
         "policy_params": options.params,
     }
-    save(head_budgets(_cell(_read(options.trajectory), asked)), options.out)
+    save(head_budgets(_cell(with_budget_label(_read(options.trajectory)), asked)), options.out)
     print(f"wrote {options.out}")
 
 

@@ -36,7 +36,7 @@ def replay(
         typer.Option(
             "--budget",
             "-b",
-            help="Comma list: 128 entries, 5% of the full cache, 64MiB.",
+            help="Comma list: 128 entries, 5% of the full cache, 64MiB; with ! (64MiB!) a cap on the peak.",
             show_default=DEFAULT_BUDGETS,
         ),
     ] = None,
@@ -67,23 +67,25 @@ def replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.budget import parse_budgets
     from simulator.cells import run_replay
-    from simulator.output import choose_format, require_places, write_parquet, write_rows
-    from simulator.policy import parse_policy, split_list
+    from simulator.naming import row_budget
+    from simulator.output import choose_format, require_parquet, require_places, write_parquet, write_rows
+    from simulator.policy import parse_policies
     from simulator.sampling import parse_sampling
+    from simulator.wave import tell_unused
     from traces.errors import UserError
     from traces.store import find_traces
 
     sampling = parse_sampling(sample_queries, sample_layers, sample_heads)
     chosen = choose_format(format, output)
-    require_places({"-o": output, "--retained": retained, "--trajectory": trajectory})
+    beside = {"--retained": retained, "--trajectory": trajectory}
+    require_parquet(beside)
+    require_places({"-o": output, **beside})
     if seed < 0:
         raise UserError(f"--seed is {seed}; allowed: 0 or more")
-    overrides = {} if buffer is None else {"buffer": buffer}
-    policies = [
-        parse_policy(name, **overrides) for text in policy or [DEFAULT_POLICIES] for name in split_list(text)
-    ]
-    budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+    policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
+    budgets = parse_budgets(budget or [DEFAULT_BUDGETS])
     paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)
@@ -101,6 +103,7 @@ def replay(
             check=check,
             on_cell=advance,
         )
+    tell_unused(wave or [], result.table["model"])
     write_rows(result.table, output, chosen)
     if retained is not None:
         write_parquet(result.retained, retained)
@@ -112,8 +115,7 @@ def replay(
         print(f"sim: {len(result.table)} cells, {seconds:.1f} s in all, code {version}", file=sys.stderr)
     failed = result.table.filter(result.table["status"] != "ok")
     for row in failed.unique("error", keep="first", maintain_order=True).iter_rows(named=True):
-        asked = f"{row['budget_asked']:g} {row['budget_unit']}"
-        print(f"sim: {row['trace']}, {row['policy']} at {asked}: {row['error']}", file=sys.stderr)
+        print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
     if result.exit_code:
         print(f"sim: {len(failed)} of {len(result.table)} cells failed", file=sys.stderr)
         raise typer.Exit(result.exit_code)

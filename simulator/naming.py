@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import polars as pl
+
+from simulator.budget import KEPT, Budget
+from simulator.results import BUDGET
 
 
 def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
@@ -30,8 +35,22 @@ def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
     ]
 
 
-def budget_label(amount: float | None, unit: str | None) -> str:
+def budget_label(amount: float | None, unit: str | None, kind: str | None = KEPT) -> str:
     """Write a budget as it was asked for; the full cache has none."""
     if amount is None:
         return "full"
-    return f"{amount:g}" + ("" if unit == "entries" else unit or "")
+    return str(Budget(amount, unit or "entries", kind or KEPT))
+
+
+def with_budget_label(table: pl.DataFrame) -> pl.DataFrame:
+    """Add ``budget``, as it was asked for, to a table with the columns ``BUDGET``."""
+    asked = table.select(BUDGET).unique(maintain_order=True)
+    labels = pl.Series("budget", [budget_label(*budget) for budget in asked.iter_rows()], dtype=pl.String)
+    return table.join(
+        asked.with_columns(labels), on=BUDGET, how="left", nulls_equal=True, maintain_order="left"
+    )
+
+
+def row_budget(row: Mapping[str, Any]) -> str:
+    """Write the budget that a row of a table speaks of."""
+    return budget_label(*(row[name] for name in BUDGET))

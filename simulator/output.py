@@ -53,6 +53,18 @@ def require_places(paths: Mapping[str, Path | None]) -> None:
             raise UserError(f"{other} and {option} are both {path}; allowed: two files")
 
 
+def require_parquet(paths: Mapping[str, Path | None]) -> None:
+    """Refuse names that tell another format than Parquet for tables that are always that; options to paths.
+
+    Raises
+    ------
+    UserError
+    """
+    for option, path in paths.items():
+        if path is not None and path.suffix != ".parquet":
+            raise UserError(f"{option} {path}: suffix is '{path.suffix}'; allowed: .parquet")
+
+
 def choose_format(asked: str | None, path: Path | None) -> str:
     """Settle the format: what was asked, else the file's suffix, else a table.
 
@@ -64,6 +76,11 @@ def choose_format(asked: str | None, path: Path | None) -> str:
     require_place(path, "-o")
     if asked is not None and asked not in FORMATS:
         raise UserError(f"--format is '{asked}'; allowed: {', '.join(FORMATS)}")
+    told = None if path is None else _SUFFIXES.get(path.suffix)
+    if asked is not None and told not in (None, asked):
+        raise UserError(
+            f"--format {asked} contradicts -o {path}, which is {told}; allowed: either, or both alike"
+        )
     if asked is None and path is not None:
         if path.suffix not in _SUFFIXES:
             raise UserError(f"-o {path}: suffix tells no format; allowed: {', '.join(_SUFFIXES)} or --format")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -156,6 +156,26 @@ def split_list(text: str) -> list[str]:
         else:
             pieces.append(piece)
     return pieces
+
+
+def parse_policies(texts: Iterable[str], buffer: int | None = None) -> list[Policy]:
+    """Read comma lists of policies; each once, with ``buffer`` where they have one and do not say otherwise.
+
+    Raises
+    ------
+    UserError
+        As ``parse_policy``, and if none of them has a buffer.
+    """
+    overrides = {} if buffer is None else {"buffer": buffer}
+    found = [parse_policy(name, **overrides) for text in texts for name in split_list(text)]
+    require_buffers(found, buffer)
+    return list(dict.fromkeys(found))
+
+
+def require_buffers(policies: Iterable[Policy], buffer: int | None) -> None:
+    """Refuse a buffer for policies that have none, which would change nothing."""
+    if buffer is not None and not any("buffer" in policy.parameters for policy in policies):
+        raise UserError(f"--buffer is {buffer}, and no policy has a buffer; allowed: without --buffer")
 
 
 def parse_policy(text: str | Policy, **overrides: Any) -> Policy:

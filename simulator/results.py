@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from simulator.budget import KEPT, Budget
 from simulator.layer_replay import Retained
 from simulator.trajectory import Span
+from traces.errors import UserError
 
 ROW_SCHEMA: dict[str, Any] = {
     "trace_id": pl.String,
@@ -37,6 +39,7 @@ ROW_SCHEMA: dict[str, Any] = {
     # Beyond the agreed columns:
     "trace": pl.String,
     "family": pl.String,
+    "budget_kind": pl.String,
     "budget_entries": pl.Int64,
     "low_mass_rate": pl.Float64,
     "lost_lookup_rate": pl.Float64,
@@ -51,7 +54,9 @@ RETAINED_SCHEMA: dict[str, Any] = {
     "trace_id": pl.String,
     "policy": pl.String,
     "policy_params": pl.String,
-    "budget": pl.String,
+    "budget_asked": pl.Float64,
+    "budget_unit": pl.String,
+    "budget_kind": pl.String,
     "layer": pl.Int32,
     "kv_head": pl.Int32,
     "compression": pl.Int32,
@@ -65,7 +70,9 @@ TRAJECTORY_SCHEMA: dict[str, Any] = {
     "trace": pl.String,
     "policy": pl.String,
     "policy_params": pl.String,
-    "budget": pl.String,
+    "budget_asked": pl.Float64,
+    "budget_unit": pl.String,
+    "budget_kind": pl.String,
     "layer": pl.Int32,
     "kv_head": pl.Int32,
     "compression": pl.Int32,
@@ -76,7 +83,8 @@ TRAJECTORY_SCHEMA: dict[str, Any] = {
     "mass": pl.Float64,
 }
 
-GROUP = ["policy", "policy_params", "budget_asked", "budget_unit"]
+BUDGET = ["budget_asked", "budget_unit", "budget_kind"]
+GROUP = ["policy", "policy_params", *BUDGET]
 
 
 def result_table(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
@@ -85,14 +93,14 @@ def result_table(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
 
 
 def retained_table(
-    cells: Iterable[tuple[Mapping[str, str], Sequence[Retained]]],
+    cells: Iterable[tuple[Mapping[str, Any], Sequence[Retained]]],
 ) -> pl.DataFrame:
     """Build the table of who is retained after every compression, one row per slot.
 
     Parameters
     ----------
     cells : iterable of (labels, retained)
-        Labels hold trace_id, policy, policy_params and budget, and perhaps more.
+        Labels hold trace_id, the columns of ``GROUP``, and perhaps more.
     """
     frames = [pl.DataFrame(schema=RETAINED_SCHEMA)]
     for labels, retained in cells:
@@ -110,7 +118,7 @@ def retained_table(
     return pl.concat(frames)
 
 
-def trajectory_table(labels: Mapping[str, str], spans: Sequence[Span]) -> pl.DataFrame:
+def trajectory_table(labels: Mapping[str, Any], spans: Sequence[Span]) -> pl.DataFrame:
     """Build the table of one cell's budgets and mass over time, one row per layer, span and KV head.
 
     A span ends with a compression: ``n_steps`` decode steps up to ``n_tokens`` tokens, the head's
@@ -122,7 +130,7 @@ def trajectory_table(labels: Mapping[str, str], spans: Sequence[Span]) -> pl.Dat
     Parameters
     ----------
     labels : mapping
-        trace_id, trace, policy, policy_params and budget.
+        trace_id, trace and the columns of ``GROUP``.
     spans : sequence of Span
     """
     if not spans:
@@ -144,9 +152,24 @@ def trajectory_table(labels: Mapping[str, str], spans: Sequence[Span]) -> pl.Dat
     columns["budget_entries"] = per_head("budgets")
     columns["n_entries"] = per_head("lengths")
     columns["mass"] = per_head("mass")
-    labelled = [pl.lit(value).alias(name) for name, value in labels.items()]
-    table = pl.DataFrame(columns).with_columns(labelled)
+    table = pl.DataFrame(columns).with_columns([pl.lit(value).alias(name) for name, value in labels.items()])
     return table.select(pl.col(name).cast(kind) for name, kind in TRAJECTORY_SCHEMA.items())
+
+
+def budget_columns(budget: Budget | None) -> dict[str, Any]:
+    """Give what rows tell of a budget, columns ``BUDGET``; nulls for the full cache, which has none."""
+    return dict(
+        zip(BUDGET, (None,) * 3 if budget is None else (budget.amount, budget.unit, budget.kind), strict=True)
+    )
+
+
+def with_budget_kind(table: pl.DataFrame) -> pl.DataFrame:
+    """Tell the kind of budgets in rows of a version that had one kind only."""
+    if "budget_asked" not in table.columns:
+        return table
+    kinds = [pl.col("budget_kind").cast(pl.String)] if "budget_kind" in table.columns else []
+    usual = pl.when(pl.col("budget_asked").is_not_null()).then(pl.lit(KEPT))
+    return table.with_columns(budget_kind=pl.coalesce(*kinds, usual))
 
 
 def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:
@@ -185,12 +208,42 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     return joined.join(found, on=GROUP, maintain_order="left")
 
 
+def by_model(table: pl.DataFrame) -> list[pl.DataFrame]:
+    """Part rows by the model that their traces are of: means over several would be of none of them."""
+    models = _models(table)
+    return [table] if len(models) < 2 else [table.filter(model=model) for model in models]
+
+
+def require_one_model(models: Iterable[str]) -> None:
+    """Refuse to take means over traces of several models; the models of each.
+
+    Raises
+    ------
+    UserError
+    """
+    found = list(dict.fromkeys(models))
+    if len(found) > 1:
+        raise UserError(f"traces are of models {', '.join(found)}; allowed: of one model")
+
+
+def _models(table: pl.DataFrame) -> list[str]:
+    if "model" not in table.columns:
+        return []
+    return table["model"].drop_nulls().unique(maintain_order=True).to_list()
+
+
 def comparable(table: pl.DataFrame) -> pl.DataFrame:
     """Keep, for each budget, the traces on which every policy that ever succeeds at it did.
 
     Where a trace has several rows of the same policy, parameters and budget, as with several seeds, they
     become their mean: a trace counts once.
+
+    Raises
+    ------
+    UserError
+        If the rows are of several models; see ``by_model``.
     """
+    require_one_model(_models(table))
     done = _one_row_per_trace(table.filter(pl.col("status") == "ok"))
     per_budget = done.group_by(GROUP[2:]).agg(pl.struct(GROUP[:2]).n_unique().alias("n_policies"))
     per_trace = done.group_by(*GROUP[2:], "trace_id").agg(pl.struct(GROUP[:2]).n_unique().alias("n_done"))

@@ -30,21 +30,26 @@ def results(
         str | None, typer.Option(help="table, csv, json, parquet; markdown with --metric.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap over traces.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="With --metric: of the bootstrap over traces.", show_default="0")
+    ] = None,
 ) -> None:
     """Read, filter and compare rows that sim replay and sim sweep wrote."""
     import polars as pl
     from rich.console import Console
 
-    from simulator.budget import parse_budget
+    from simulator.budget import parse_budgets
     from simulator.output import choose_format, write_rows
     from simulator.policy import split_list
+    from simulator.results import by_model
     from simulator.standings import METRICS, at_budgets, of_traces, read_rows, standings
-    from simulator.terminal import print_standings
+    from simulator.terminal import print_standings, print_unevicted
     from traces.errors import UserError
 
     if metric is not None and metric not in METRICS:
         raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
+    if seed is not None and metric is None:
+        raise UserError("--seed is given without --metric; allowed: with --metric, whose intervals it draws")
     as_markdown = format == "markdown"
     if as_markdown and (metric is None or output is not None):
         raise UserError(
@@ -65,7 +70,7 @@ def results(
         if asked:
             table = table.filter(pl.col(name).is_in(asked))
     if budget:
-        table = at_budgets(table, [parse_budget(item) for text in budget for item in text.split(",")])
+        table = at_budgets(table, parse_budgets(budget))
     if trace:
         table = of_traces(table, trace)
     if metric is None:
@@ -73,11 +78,20 @@ def results(
         return
     if metric not in table.columns:
         raise UserError(f"{files[0]} has no column '{metric}'; allowed: rows of a version that writes it")
-    found = standings(table, metric, seed=seed)
-    if found.is_empty():
+    of_models = by_model(table)
+    found = [standings(own, metric, seed=seed or 0) for own in of_models]
+    if all(own.is_empty() for own in found):
         raise UserError("no row is of a policy that evicted; nothing to compare")
-    if chosen == "table":
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        print_standings(found, metric, console, as_markdown=as_markdown)
-    else:
-        write_rows(found, output, chosen)
+    if chosen != "table":
+        named = [
+            own.with_columns(model=pl.lit(of["model"][0])) for own, of in zip(found, of_models, strict=True)
+        ]
+        write_rows(found[0] if len(found) == 1 else pl.concat(named, how="diagonal"), output, chosen)
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for own, of_model in zip(found, of_models, strict=True):
+        if len(found) > 1:
+            console.print(f"{of_model['model'][0]}:", highlight=False)
+        if not own.is_empty():
+            print_standings(own, metric, console, as_markdown=as_markdown)
+        print_unevicted(of_model, console)

@@ -68,8 +68,10 @@ def search(
         ) from None
     import time
 
+    from simulator.budget import parse_budgets
     from simulator.commands import worker_count
     from simulator.policy import split_list
+    from simulator.results import require_one_model
     from simulator.search.judge import SEARCHABLE
     from simulator.search.space import make_space
     from simulator.search.study import Question, open_study
@@ -87,7 +89,7 @@ def search(
             raise UserError(f"{name} is {value}; allowed: {least} or more")
     workers = worker_count(jobs)
     parts = {"scorer": scorers, "layers": layers, "heads": heads}
-    budgets = [item.strip() for text in budget for item in text.split(",")]
+    budgets = [str(own) for own in parse_budgets(budget)]
     space = make_space(
         {role: None if text is None else split_list(text) for role, text in parts.items()},
         budgets,
@@ -113,6 +115,7 @@ def search(
             raise UserError(f"trace {own.path} has no decode step after its prompt; nothing to replay")
         if check:
             check_trace(own)
+    require_one_model(own.model for own in [*searched.values(), *judging.values()])
     question = Question(
         tuple(str(own.path) for own in searched.values()), metric, against, space, known, seed
     )

@@ -11,7 +11,15 @@ import numpy as np
 import polars as pl
 
 from simulator.budget import Budget
-from simulator.results import GROUP, ROW_SCHEMA, bootstrap, comparable
+from simulator.results import (
+    BUDGET,
+    GROUP,
+    ROW_SCHEMA,
+    bootstrap,
+    budget_columns,
+    comparable,
+    with_budget_kind,
+)
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
 
@@ -59,7 +67,7 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
             raise UserError(f"{path}: {error.strerror or 'no such file, or it cannot be read'}") from None
         except (pl.exceptions.PolarsError, ValueError):
             raise UserError(f"{path} is damaged or no {path.suffix[1:]} file") from None
-        needed = [*GROUP, "trace_id", "bytes_mean", "n_evictions", "status"]
+        needed = [*GROUP[:-1], "trace_id", "bytes_mean", "n_evictions", "status"]
         missing = [name for name in needed if name not in frame.columns]
         if missing:
             raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")
@@ -68,9 +76,11 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
             name for name in frame.columns if name in ROW_SCHEMA and frame[name].dtype != ROW_SCHEMA[name]
         ]
         frames.append(frame.with_columns(pl.col(n).cast(ROW_SCHEMA[n], strict=False) for n in typed))
-    table = pl.concat(frames, how="diagonal_relaxed")
+    table = pl.concat(map(with_budget_kind, frames), how="diagonal_relaxed")
     _require_one_sample(table)
-    return table
+    # Of many columns the JSON reader loses the order.
+    known = [name for name in ROW_SCHEMA if name in table.columns]
+    return table.select(*known, pl.exclude(known))
 
 
 def _require_one_sample(table: pl.DataFrame) -> None:
@@ -92,13 +102,13 @@ def at_budgets(table: pl.DataFrame, budgets: Sequence[Budget]) -> pl.DataFrame:
     UserError
         If the rows have none of one.
     """
-    asked = table.select("budget_asked", "budget_unit").unique(maintain_order=True)
-    known = [Budget(amount, unit) for amount, unit in asked.iter_rows()]
+    asked = table.select(BUDGET).unique(maintain_order=True)
+    known = [Budget(*columns) for columns in asked.iter_rows()]
     for budget in budgets:
         if budget not in known:
             raise UserError(f"--budget is '{budget}'; the rows have: {', '.join(map(str, known))}")
     wanted = pl.DataFrame(
-        [(float(budget.amount), budget.unit) for budget in budgets], schema=asked.schema, orient="row"
+        [tuple(budget_columns(budget).values()) for budget in budgets], schema=asked.schema, orient="row"
     )
     return table.join(wanted, on=asked.columns, how="semi", maintain_order="left")
 

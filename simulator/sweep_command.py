@@ -30,11 +30,13 @@ def sweep(
 
     use_one_thread()
     from simulator.commands import worker_count
+    from simulator.naming import row_budget
     from simulator.sampling import EVERYTHING
     from simulator.sweep.engines import parse_engine
     from simulator.sweep.folder import SweepFolder
     from simulator.sweep.run import plan_sweep, run_sweep, unfinished
     from simulator.sweep.spec import read_spec
+    from simulator.wave import tell_unused
     from traces.errors import UserError
 
     chosen, workers, asked = parse_engine(engine), worker_count(jobs), read_spec(spec)
@@ -53,11 +55,12 @@ def sweep(
         progress = run_sweep(asked, folder, engine=chosen, jobs=workers, check=check, on_progress=on_progress)
     if not quiet or progress.n_failed:
         print(f"sim: {_summary(progress)}", file=sys.stderr)
-    if progress.n_failed:
-        table = SweepFolder(folder).table()
+    table = SweepFolder(folder).table() if progress.n_failed or asked.waves else None
+    if table is not None:
+        tell_unused(asked.waves, table["model"].drop_nulls())
         failed = table.filter(table["status"] != "ok").unique("error", keep="first", maintain_order=True)
         for row in failed.head(10).iter_rows(named=True):
-            where = f"{row['trace']}, {row['policy']} at {row['budget_asked']:g} {row['budget_unit']}"
+            where = f"{row['trace']}, {row['policy']} at {row_budget(row)}"
             print(f"sim: {where}: {row['error']}", file=sys.stderr)
         if len(failed) > 10:
             print(f"sim: and {len(failed) - 10} other reasons: sim results {folder}", file=sys.stderr)

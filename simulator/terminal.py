@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from simulator.naming import budget_label
-from simulator.results import summarise
+from simulator.naming import row_budget
+from simulator.results import GROUP, by_model, summarise
 from simulator.standings import METRICS
 
 # Column name to header, in order.
@@ -39,7 +39,12 @@ _EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries",
 
 
 def print_results(table: pl.DataFrame, console: Console) -> None:
-    """Print results grouped by budget: one row per policy, averaged over traces if there are several."""
+    """Print results, a table per model: grouped by budget, one row per policy, averaged over its traces."""
+    for own in by_model(table):
+        _print_model(own, console)
+
+
+def _print_model(table: pl.DataFrame, console: Console) -> None:
     summary = summarise(table)
     if summary.is_empty():
         return
@@ -48,9 +53,7 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
     shared = _shared_parameters(rows)
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(budget_label(row["budget_asked"], row["budget_unit"]), []).append(
-            _cells(row, shared)
-        )
+        groups.setdefault(row_budget(row), []).append(_cells(row, shared))
     sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
     columns = [
         name
@@ -78,6 +81,23 @@ def print_results(table: pl.DataFrame, console: Console) -> None:
         note = f"The terminal is too narrow for {names}; --format csv has all columns."
         console.print(note, highlight=False, soft_wrap=True)
     console.print(shown)
+    print_unevicted(table, console)
+
+
+def print_unevicted(table: pl.DataFrame, console: Console) -> None:
+    """Say of every budget which policies left a full cache, whose numbers tell nothing of a policy."""
+    shared = _shared_parameters(table.select(GROUP[:2]).unique(maintain_order=True).to_dicts())
+    told: dict[tuple[str, str], list[str]] = {}
+    for _, own in table.filter(pl.col("status") == "ok").group_by(GROUP, maintain_order=True):
+        row = own.row(0, named=True)
+        n_full, n_traces = int((own["n_evictions"] == 0).sum()), len(own)
+        if n_full and json.loads(row["policy_params"]).get("trigger") != "never":
+            where = "" if n_full == n_traces else f" on {n_full} of {n_traces} traces"
+            told.setdefault((row_budget(row), where), []).append(_policy_label(row, shared))
+    for (budget, where), policies in told.items():
+        names = ", ".join(policies)
+        note = f"At {budget} nothing was evicted{where} by {names}: that is the full cache."
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_markdown: bool = False) -> None:
@@ -92,12 +112,10 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)
-    budgets = list(dict.fromkeys(budget_label(row["budget_asked"], row["budget_unit"]) for row in rows))
+    budgets = list(dict.fromkeys(row_budget(row) for row in rows))
     by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_policy.setdefault((row["policy"], row["policy_params"]), {})[
-            budget_label(row["budget_asked"], row["budget_unit"])
-        ] = row
+        by_policy.setdefault((row["policy"], row["policy_params"]), {})[row_budget(row)] = row
     sign = -1 if METRICS[metric] else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
     shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
@@ -151,7 +169,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
     told = "".join(f", {name} {value}" for name, value in shared.items())
     lines = [
-        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression;",
+        f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression"
+        f"{', with ! at any step' if (table['budget_kind'] == 'peak').any() else ''};",
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold;",
         "a lookup is lost if one key holds more than half of a head's attention and is gone.",
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -145,6 +146,18 @@ def read_wave(path: str | Path) -> Wave:
         raise MissingDataError(
             f"wave {path} is not a wave file; allowed: what sim calibrate writes"
         ) from None
+
+
+def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
+    """Say on standard error which waves are of other models than those at hand, and so change nothing."""
+    at_hand = sorted(set(models))
+    for path in paths:
+        wave = read_wave(path)
+        if wave.model not in at_hand:
+            print(
+                f"sim: wave {path} is of model '{wave.model}' and changes nothing for {', '.join(at_hand)}",
+                file=sys.stderr,
+            )
 
 
 def known_waves(paths: Sequence[str | Path] = ()) -> dict[str, Wave]:

@@ -6,6 +6,7 @@ import pytest
 
 from simulator.budget import Budget, parse_budget
 from traces import InfeasibleBudgetError, ModelShape, UserError
+from traces.documents import shown
 
 SHAPE = ModelShape(4, 8, 2, 16, "float16")  # 8 KV heads in all, 64 bytes per entry
 
@@ -24,9 +25,10 @@ SHAPE = ModelShape(4, 8, 2, 16, "float16")  # 8 KV heads in all, 64 bytes per en
         ("900B", 900, "B"),
     ],
 )
-def test_budgets_are_read(text, amount, unit):
-    budget = parse_budget(text)
-    assert (budget.amount, budget.unit) == (amount, unit)
+@pytest.mark.parametrize("kind", ["kept", "peak"])
+def test_budgets_are_read(text, amount, unit, kind):
+    budget = parse_budget(text if kind == "kept" else f"{text}!")
+    assert (budget.amount, budget.unit, budget.kind) == (amount, unit, kind)
     assert parse_budget(budget) is budget
     assert parse_budget(str(budget)) == budget
 
@@ -51,6 +53,14 @@ def test_budgets_are_read(text, amount, unit):
             "5 5",
             "12mib",
             "٣",
+            "!",
+            "5!!",
+            "!5",
+            "5!%",
+            "0.1!",
+            "120%!",
+            "a\0b",
+            "7" * 400,
         ),
         *(True, 0.1, None),
     ],
@@ -61,7 +71,7 @@ def test_what_is_no_budget_is_refused_in_words(text):
     assert refusal.value.exit_code == 2
     message = str(refusal.value)
     assert "budget" in message
-    assert str(text) in message
+    assert shown(text.strip() if isinstance(text, str) else text) in message
     assert "\n" not in message
 
 
@@ -109,5 +119,5 @@ def test_shares_are_as_written_not_as_the_nearest_float(text, tokens, entries):
 
 
 def test_budgets_that_differ_are_written_differently():
-    texts = ["1000001B", "1000002B", "1234567", "0.5%", "64MiB"]
+    texts = ["1000001B", "1000002B", "1234567", "0.5%", "64MiB", "64MiB!", "128!", "20%!"]
     assert [str(parse_budget(text)) for text in texts] == texts

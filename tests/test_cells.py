@@ -81,9 +81,9 @@ def test_retained_table_names_every_slot(make_trace):
     assert dict(table.schema) == RETAINED_SCHEMA
     assert table["policy"].unique().to_list() == ["snapkv"]
     # Compressions at 20 and 40 tokens in each of 4 KV heads; the one at 60 would be after the last step.
-    counts = table.group_by("budget", "n_tokens", maintain_order=True).len().rows()
-    assert sorted(counts) == [("12", 20, 48), ("12", 40, 48), ("15", 20, 60), ("15", 40, 60)]
-    first = table.filter(budget="12", layer=1, kv_head=1, compression=0)
+    counts = table.group_by("budget_asked", "n_tokens", maintain_order=True).len().rows()
+    assert sorted(counts) == [(12, 20, 48), (12, 40, 48), (15, 20, 60), (15, 40, 60)]
+    first = table.filter(budget_asked=12, layer=1, kv_head=1, compression=0)
     assert first["slot"].to_list() == list(range(12))
     assert first["position"].to_list() == sorted(first["position"].to_list())
     assert set(range(12, 20)) <= set(first["position"])
@@ -202,7 +202,7 @@ def test_summary_averages_over_traces_with_a_bootstrap_interval(make_trace):
 
 def rows_of(policy, masses, n_evictions=5):
     labels = {"policy": policy, "policy_params": "{}", "budget_asked": 8.0, "budget_unit": "entries"}
-    shared = labels | {"status": "ok", "n_evictions": n_evictions}
+    shared = labels | {"budget_kind": "kept", "status": "ok", "n_evictions": n_evictions}
     return [shared | {"trace_id": str(i), "mass_mean": mass} for i, mass in enumerate(masses)]
 
 

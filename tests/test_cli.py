@@ -28,7 +28,9 @@ def one_line(err, *words):
 
 
 def test_replay_prints_a_row_per_policy_and_budget(run_sim, trace_path):
-    code, out, err = run_sim("replay", "--trace", trace_path, "-p", "rkv,snapkv:window=4", "-b", "20,50%")
+    code, out, err = run_sim(
+        "replay", "--trace", trace_path, "-p", "rkv,snapkv:window=4", "--buffer", 5, "-b", "20,50%"
+    )
     assert (code, err) == (0, "")
     assert out.count("snapkv:window=4") == 2
     assert "60 decode steps" in out

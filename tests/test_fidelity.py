@@ -46,6 +46,7 @@ def live_rows(solved, family="walk", **columns):
             "policy_params": parameters,
             "budget_asked": budget,
             "budget_unit": unit,
+            "budget_kind": None if budget is None else "kept",
             "right": bool(right),
             "answer": "x",
             "ended": True,
@@ -63,6 +64,7 @@ def live_rows(solved, family="walk", **columns):
     types = {
         "budget_asked": pl.Float64,
         "budget_unit": pl.String,
+        "budget_kind": pl.String,
         "loop_period": pl.Int32,
         "diverged_at": pl.Int32,
         "answer": pl.String,
@@ -81,6 +83,7 @@ def simulated_rows(values, family="walk", metric="mass_mean", **columns):
             "policy_params": parameters,
             "budget_asked": budget,
             "budget_unit": unit,
+            "budget_kind": None if budget is None else "kept",
             metric: float(value),
         }
         | columns
@@ -194,8 +197,8 @@ def test_the_same_policy_parameters_and_budget_are_one_cell():
     live = live_rows(solved).sample(fraction=1.0, shuffle=True, seed=1)
     simulated = simulated_rows(values).reverse()
     (cells,) = matched_cells(simulated, live).values()
-    assert sorted(cells.labels) == [label("rkv", 10), label("snapkv", 20)]
-    first = cells.labels.index(label("rkv", 10))
+    assert sorted(cells.labels) == [(*label("rkv", 10), "kept"), (*label("snapkv", 20), "kept")]
+    first = cells.labels.index((*label("rkv", 10), "kept"))
     assert cells.solved[first].tolist() == [1, 0, 0]
     assert cells.solved[1 - first].tolist() == [1, 1, 0]
     assert cells.simulated["mass_mean"][first].tolist() == [0.1, 0.2]

@@ -19,6 +19,7 @@ from spies import NAME, tiny_waves
 from tiny_models import tiny_model
 
 from simulator.budget import parse_budget
+from simulator.output import write_parquet
 from simulator.policy import parse_policy
 from traces.errors import InfeasibleBudgetError, MissingDataError, NoDeviceError, UserError
 from validate.eviction.decode import Completion
@@ -119,6 +120,29 @@ def test_shares_and_limits_are_of_the_full_cache_run_with_its_end(loaded, prompt
     stretched = run(loaded, prompts, "51%", baselines=known, settings=replace(SETTINGS, stretch=1.5))
     assert stretched["n_tokens"].to_list() == [30, 30, 60]
     assert run(loaded, prompts, "20", baselines=known)["budget_entries"].to_list() == [20] * 3
+
+
+@pytest.mark.parametrize("text", ["30!", "70%!"])
+def test_no_decode_step_holds_more_than_a_cap_however_long_the_text(loaded, prompts, text):
+    known = {(prompt.id, 0): Baseline([5] * 20, False) for prompt in prompts}
+    settings = replace(SETTINGS, stretch=2.0)
+    rows = run(loaded, prompts, text, baselines=known, settings=settings)
+    shape = model_shape(loaded.model.config, loaded.model.dtype)
+    assert rows["budget_kind"].to_list() == ["peak"] * 3
+    assert rows["n_tokens"].to_list() == [40] * 3
+    for row in rows.iter_rows(named=True):
+        most = int(parse_budget(text).of_cache(shape, row["prompt_tokens"] + 20))
+        assert row["budget_entries"] == most // 4 - 4
+        assert row["bytes_peak"] == (most // 4) * 4 * shape.bytes_per_entry
+
+
+def test_rows_of_a_version_with_one_kind_of_budget_are_of_that_kind(folder, tmp_path, loaded, prompts, full):
+    own = Matrix(tmp_path, settings_for(folder), 3)
+    batches = [Batch(FULL, None, 0, 3), Batch(RKV, parse_budget("20"), 0, 3)]
+    rows = run(loaded, prompts, "20", baselines=baselines_of(full))
+    for batch, written in zip(batches, (full, rows), strict=True):
+        write_parquet(written.drop("budget_kind"), own.path(batch))
+    assert own.table(batches)["budget_kind"].to_list() == [None] * 3 + ["kept"] * 3
 
 
 def test_a_text_ends_at_the_models_own_end(loaded, prompts, full, monkeypatch):

@@ -141,6 +141,11 @@ def test_a_file_is_read_as_it_is_written(written):
     )
 
 
+def test_budgets_of_a_file_may_be_caps(written):
+    found = read_protocol(written('"30%"', '"30%!"'))
+    assert found.benchmarks["one"].budgets == (Budget(20), Budget(30, "%", "peak"))
+
+
 def test_what_may_be_left_out_has_a_default(written):
     text = SMALL[: SMALL.index("[[published]]")].replace('prompts = "one.jsonl"', "")
     start, end = text.index("[decoding]"), text.index("[models.a]")

@@ -234,6 +234,7 @@ def test_a_share_of_the_texts_is_compared_with_a_share():
     rows = pl.DataFrame(
         {"problem": ["a", "a"], "family": ["x", "y"], "sample": [0, 1], "policy": ["rkv"] * 2}
         | {"policy_params": ["{}"] * 2, "budget_asked": [5.0] * 2, "budget_unit": ["entries"] * 2}
+        | {"budget_kind": ["kept"] * 2}
         | {"right": [True, False], "answer": ["1", None], "ended": [True] * 2, "loop_period": [None] * 2}
         | {"n_tokens": [3] * 2, "diverged_at": [None] * 2, "bytes_peak": [1] * 2, "bytes_mean": [1.0] * 2}
     )
@@ -505,6 +506,15 @@ def test_a_wave_of_another_shape_is_refused_beforehand(config, folder, tmp_path)
     other = replace(wave, model_revision="other")
     with pytest.raises(MissingDataError, match="is of revision other"):
         require_runnable(protocol, model, asked, waves | {NAME: other})
+
+
+def test_a_cap_that_does_not_hold_the_buffer_is_refused_beforehand(sim, tmp_path, config):
+    code, _, err = sim(path=config("budgets = [20, 30]", 'budgets = ["12!"]'))
+    assert code == 5
+    one_line(
+        err, "benchmarks.first, policy 'rkv' at budget 12!", "adds 4", "protects 8; allowed: at least 13!"
+    )
+    assert decoded(tmp_path) == []
 
 
 def test_a_budget_that_leaves_a_layer_nothing_is_refused_beforehand(sim, tmp_path, config):

@@ -22,7 +22,7 @@ PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range
 ROWS = [
     {"id": "walk/1", "family": "walk", "prompt": PROBLEMS[0].prompt, "answer": PROBLEMS[0].answer}
     | {"completion": PROBLEMS[0].completion},
-    {"id": 2, "problem": "walk ask think", "answer": "3", "completion": "gives 3 . answer 3"},
+    {"id": 2, "problem": "walk legs think", "answer": "3", "completion": "sum 3 . answer 3"},
     {"question": PROBLEMS[1].prompt, "completion": "answer 4"},
 ]
 
@@ -45,7 +45,8 @@ def run(saved, tmp_path, capsys):
 
     def run_with(*options, model=saved, n=8):
         arguments = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out")]
-        arguments += ["--device", "cpu", "--max-new-tokens", str(n), *options]
+        arguments += [] if "--rescore" in options else ["--max-new-tokens", str(n)]
+        arguments += ["--device", "cpu", *options]
         code = app(arguments, standalone_mode=False)
         captured = capsys.readouterr()
         return code or 0, captured.out.splitlines(), captured.err.splitlines()
@@ -133,7 +134,7 @@ def test_another_recording_is_not_taken_for_this_one(run, tmp_path, options, n, 
 
 def test_another_prompt_under_the_same_id_is_refused(run, tmp_path):
     run("--limit", "1")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "program ask", "id": "walk/1"}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "program legs", "id": "walk/1"}\n')
     code, _, err = run()
     assert code == 1
     assert "recording of another text" in err[0]
@@ -195,7 +196,10 @@ def test_sampling_options_reach_the_trace(run, tmp_path):
         (["--top-p", "0.9"], "without --temperature"),
         (["--temperature", "0"], "temperature is 0.0"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--temperature", "0.7", "--seed", "-1"], "seed is -1"),
+        (["--seed", "3"], "--seed 3 is given without --temperature"),
+        (["--rescore", "--max-new-tokens", "3"], "--max-new-tokens 3 contradicts --rescore"),
+        (["--temperature", "0.7", "--top-p", "1.5"], "top_p is 1.5"),
         (["--limit", "0"], "limit is 0"),
         (["--dtype", "float8"], "dtype is 'float8'"),
         (["--device", "tpu"], "device is 'tpu'"),
@@ -207,6 +211,30 @@ def test_mistakes_are_refused_before_anything_is_written(run, tmp_path, options,
     with pytest.raises(UserError, match=words):
         run(*options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "walk What is legs"}, []),
+        ({"prompt": "walk legs", "completion": "What is 3"}, ["--rescore"]),
+    ],
+)
+def test_words_that_the_tokenizer_does_not_know_are_refused_before_anything_is_written(
+    run, tmp_path, row, options
+):
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "walk"} | {"completion": "3"}) + "\n" + json.dumps(row)
+    )
+    with pytest.raises(UserError, match="line 2: the model's tokenizer does not know 'What', 'is'; allowed"):
+        run(*options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_beyond_the_file_is_told(run, tmp_path):
+    code, _, err = run("--limit", "9")
+    assert (code, err) == (0, [f"sim: --limit is 9, and {tmp_path / 'p.jsonl'} has 3 rows: all are taken"])
+    assert run("--limit", "3")[2] == [f"{name}: recorded already, kept" for name in ("walk-1", "2", "row-3")]
 
 
 def test_no_gpu_is_said_so(run, monkeypatch):

@@ -4,14 +4,18 @@ import json
 
 import pytest
 from tiny_models import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from traces.errors import UserError
 from validate.prompts import (
+    Prompt,
     encode_completion,
     encode_prompt,
     graded,
     read_prompts,
     require_completions,
+    require_known_words,
 )
 from validate.reasoner.tokenizer import build_tokenizer
 
@@ -156,3 +160,15 @@ def test_answers_are_graded_for_known_families_only():
     assert cut["correct"] is False
     for other in ({"family": "walk"}, {"answer": "3"}, {"family": "algebra", "answer": "3"}):
         assert graded(other, "answer 3") == other
+
+
+def test_of_a_tokenizer_of_pieces_half_the_tokens_have_to_be_known():
+    pieces = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2}, [], unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>")
+    known, unknown = Prompt(1, "x", "a b c"), Prompt(7, "y", "c d a")
+    require_known_words([known], tokenizer, "p.jsonl")
+    with pytest.raises(UserError, match=r"p\.jsonl, line 7: .* does not know 'c', 'd'; allowed.*'a', 'b'"):
+        require_known_words([known, unknown], tokenizer, "p.jsonl")
+    assert byte_tokenizer().unk_token_id is None
+    require_known_words([Prompt(1, "x", "任何文字 🙂")], byte_tokenizer(), "p.jsonl")

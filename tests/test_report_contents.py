@@ -44,7 +44,7 @@ def held_by(trace, retained, time, position):
 
 @pytest.mark.parametrize("policy", ["rkv", "random"])
 def test_tokens_are_held_by_the_heads_that_retain_them(trace, replayed, policy):
-    retained = replayed.retained.filter(policy=policy, budget="14")
+    retained = replayed.retained.filter(policy=policy, budget_asked=14, budget_unit="entries")
     retained = retained.filter(policy_params=retained["policy_params"][0])
     kept = kept_tokens(retained, trace)
     steps = retained["n_tokens"].unique().sort().to_list()
@@ -55,13 +55,15 @@ def test_tokens_are_held_by_the_heads_that_retain_them(trace, replayed, policy):
 
 
 def test_a_head_that_never_compresses_holds_all(trace, replayed):
-    retained = replayed.retained.filter(policy="random", budget="14")
+    retained = replayed.retained.filter(policy="random", budget_asked=14, budget_unit="entries")
     kept = kept_tokens(retained.filter(pl.col("layer") == 0), trace)
     assert all(counts.min() >= 2 for counts in kept.counts)
 
 
 def test_counts_are_packed_in_order_of_time(trace, replayed):
-    kept = kept_tokens(replayed.retained.filter(policy="random", budget="14"), trace)
+    kept = kept_tokens(
+        replayed.retained.filter(policy="random", budget_asked=14, budget_unit="entries"), trace
+    )
     told = kept.encoded()
     assert list(base64.b64decode(told["counts"])) == np.concatenate(kept.counts).tolist()
     assert (told["size"], told["heads"]) == (1, 4)
@@ -78,7 +80,7 @@ def test_many_times_are_thinned_with_both_ends(make_trace):
 
 
 def test_heads_are_summarised_by_steps(replayed):
-    own = replayed.trajectory.filter(policy="random", budget="14")
+    own = replayed.trajectory.filter(policy="random", budget_asked=14, budget_unit="entries")
     found = head_summary(own)
     row = replayed.table.filter(policy="random", budget_unit="entries").row(0, named=True)
     assert found["mass"].to_numpy().mean() == pytest.approx(row["mass_mean"], abs=1e-6)
@@ -122,6 +124,7 @@ def rows(values):
                 "policy_params": "{}",
                 "budget_asked": 10.0,
                 "budget_unit": "%",
+                "budget_kind": "kept",
                 "bytes_mean": held,
                 "n_evictions": 5,
                 "mass_mean": value,

@@ -283,7 +283,6 @@ class TestSearch:
             (("--against", "rvk"), "'rvk' is unknown"),
             (("-b", "0.1"), "0.1"),
             (("--minutes", "0"), "has no trial on all traces yet"),
-            (("-b", "3"), "rkv at 3: "),
             (("--also", "rkv:buffer=64"), "buffer is 64; allowed: 5"),
         ],
     )

@@ -122,8 +122,9 @@ def test_rows_come_back_from_text_as_they_were(table, tmp_path, run_sim):
         assert found.schema == table.schema
         assert found["mass_mean"].to_list() == pytest.approx(table["mass_mean"].to_list())
         assert run_sim("results", path)[0] == 0
-    before = table.drop("mass_error", "sampling", "lost_lookup_peak")
+    before = table.drop("mass_error", "sampling", "lost_lookup_peak", "budget_kind")
     before.write_parquet(tmp_path / "before.parquet")
+    assert read_rows([tmp_path / "before.parquet"])["budget_kind"].unique().to_list() == ["kept"]
     assert run_sim("results", tmp_path / "before.parquet")[0] == 0
 
 

@@ -67,6 +67,26 @@ def test_a_sample_is_measured_alike_in_a_sweep_and_a_replay(make_trace, tmp_path
     assert "1 cells: 0 done before, 1 replayed" in run_sim("sweep", spec, "--jobs", 1)[2]
 
 
+def test_a_cap_and_a_budget_of_one_amount_are_cells_of_their_own(asked, tmp_path, run_sim):
+    spec, (paths, *_) = asked
+    write_spec(
+        tmp_path, traces=paths[:1], policies=["rkv"], budgets=["40%", "40%!"], parameters={"buffer": [4]}
+    )
+    assert run_sim("sweep", spec, "--jobs", 1, "-q")[0] == 0
+    kept, capped = SweepFolder(tmp_path / "out").table().iter_rows(named=True)
+    assert (kept["budget_kind"], capped["budget_kind"]) == ("kept", "peak")
+    assert (kept["entries_peak"], capped["entries_peak"]) == (
+        kept["budget_entries"] + 4,
+        kept["budget_entries"],
+    )
+    code, out, _ = run_sim("results", tmp_path / "out", "--budget", "40%!", "--format", "csv")
+    assert code == 0
+    assert pl.read_csv(out.encode())["cell"].to_list() == [capped["cell"]]
+    out = run_sim("results", tmp_path / "out", "--metric", "mass_mean")[1]
+    assert "40%  " in out
+    assert "40%!" in out
+
+
 def test_what_is_done_is_not_done_again(asked, tmp_path, run_sim):
     spec, _ = asked
     assert run_sim("sweep", spec, "--jobs", 1)[0] == 0
@@ -136,7 +156,7 @@ def test_a_failing_cell_is_recorded_and_replayed_again_next_time(make_trace, tmp
         said = err.splitlines()
         assert f"4 cells: {n_before} done before, {4 - n_before} replayed" in said[0]
         assert said[0].endswith("3 failed")
-        assert "rkv at 3 entries: budget 3 entries per KV head is too small" in said[1]
+        assert "rkv at 3: budget 3 entries per KV head is too small" in said[1]
         assert "scorer 'slow' raised ValueError: below zero" in err
     table = SweepFolder(tmp_path / "out").table()
     assert table["status"].to_list() == ["ok", "error", "error", "error"]

@@ -9,7 +9,7 @@ from agreement import make_wave
 
 from simulator import charts
 from simulator.cells import run_replay
-from simulator.results import TRAJECTORY_SCHEMA
+from simulator.results import GROUP, TRAJECTORY_SCHEMA
 from traces.errors import UserError
 
 POLICIES = [
@@ -31,8 +31,8 @@ def replayed(make_trace):
 
 @pytest.fixture
 def rows(replayed):
-    def of(policy, budget="14"):
-        return replayed.trajectory.filter(policy=policy, budget=budget)
+    def of(policy, budget=14, unit="entries"):
+        return replayed.trajectory.filter(policy=policy, budget_asked=budget, budget_unit=unit)
 
     return of
 
@@ -41,15 +41,15 @@ def test_weighted_spans_average_to_the_mean_mass(replayed):
     assert dict(replayed.trajectory.schema) == TRAJECTORY_SCHEMA
     assert len(replayed.table) == 10
     for row in replayed.table.iter_rows(named=True):
-        budget = f"{row['budget_asked']:g}" + row["budget_unit"].replace("entries", "")
-        spans = replayed.trajectory.filter(policy=row["policy"], budget=budget).drop_nulls("mass")
+        cell = {name: row[name] for name in ("trace_id", *GROUP)}
+        spans = replayed.trajectory.filter(**cell).drop_nulls("mass")
         mass, steps = spans["mass"].to_numpy(), spans["n_steps"].to_numpy()
         assert np.average(mass, weights=steps) == pytest.approx(row["mass_mean"], abs=1e-6)
         assert set(spans.group_by("layer", "kv_head").agg(pl.col("n_steps").sum())["n_steps"]) == {60}
 
 
 def test_every_compression_is_there_with_who_was_retained(replayed):
-    keys = ["policy", "budget", "layer", "kv_head", "compression", "n_tokens"]
+    keys = ["trace_id", *GROUP, "layer", "kv_head", "compression", "n_tokens"]
     held = replayed.retained.group_by(keys).len("n_entries").sort(keys)
     told = replayed.trajectory.drop_nulls("compression").select(*keys, pl.col("n_entries").cast(pl.UInt32))
     assert told.sort(keys).equals(held)

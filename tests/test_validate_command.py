@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 import validate.live
 from simulator.calibration import read_calibrations
 from simulator.policy import parse_policy
+from simulator.results import GROUP
 from traces.store import open_trace
 from validate import cli
 from validate.eviction.decode import Completion
@@ -124,14 +125,76 @@ def test_the_shadow_level_counts_decisions_and_mismatches(level, folder, trace):
     rkv, random = json.loads(out)
     assert rkv["policy"] == "rkv"
     assert random == {
+        "trace_id": trace.trace_id,
         "trace": trace.path.name,
         "policy": "random",
-        "budget": "20",
+        "policy_params": parse_policy("random", buffer=6).parameters_json,
+        "budget_asked": 20.0,
+        "budget_unit": "entries",
+        "budget_kind": "kept",
         "decisions": len(expected.expected),
         "mismatches": 0,
         "keys_equal": True,
     }
     assert random["decisions"] >= 2 * 2 * 4
+
+
+@pytest.mark.parametrize("name", ["shadow", "forced"])
+def test_a_cap_leaves_room_for_the_buffer_at_either_level(level, name):
+    code, out, err = level(name, "-p", "rkv", "--format", "json", budget="26!,20")
+    assert (code, err) == (0, "")
+    capped, kept = json.loads(out)
+    assert [capped[name] for name in GROUP[2:]] == [26.0, "entries", "peak"]
+    assert [kept[name] for name in GROUP[2:]] == [20.0, "entries", "kept"]
+    measured = [name for name in kept if name not in GROUP]
+    assert [capped[name] for name in measured] == [kept[name] for name in measured]
+    assert re.search(r"rkv +26! ", level(name, "-p", "rkv", budget="26!")[1])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--limit",
+        "--samples",
+        "--temperature",
+        "--top-p",
+        "--max-new-tokens",
+        "--stretch",
+        "--batch",
+        "--jobs",
+    ],
+)
+def test_what_a_level_does_not_use_is_refused(level, option):
+    code, _, err = level("shadow", "-p", "rkv", option, 1)
+    assert code == 2
+    one_line(err, f"{option} goes with --level live; --level shadow takes --trace")
+
+
+@pytest.mark.parametrize("name", ["shadow", "forced"])
+def test_a_level_with_an_infeasible_budget_ends_as_a_replay_does(level, name):
+    assert level(name, "-p", "rkv", budget="3")[0] == 5
+    assert level(name, "-p", "rkv", budget="3,20")[0] == 1
+
+
+def test_a_live_run_with_infeasible_budgets_ends_as_a_replay_does(live):
+    code, out, err = live("-p", "rkv", "-b", "3")
+    assert code == 5
+    assert "fullkv" in out
+    assert err.splitlines()[-1] == "sim: all batches failed"
+    for options in (("-p", "rkv", "-b", "3,20"), ("-p", "rkv,fullkv", "-b", "3")):
+        code, _, err = live(*options)
+        assert code == 1
+        assert err.splitlines()[-1].endswith("failed, the others are written")
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(live, tmp_path):
+    place = tmp_path / "asked.jsonl"
+    place.write_text(json.dumps({"prompt": "What is 3 plus 4 ?", "answer": "7"}) + "\n")
+    code, _, err = live("-p", "rkv", "-b", "20", prompts=place)
+    assert code == 2
+    one_line(
+        err, f"{place}, line 1", "'What', 'is', 'plus' and 1 more", "such as 'walk', 'program', 'machine'"
+    )
 
 
 def test_a_mismatch_ends_with_exit_code_1(level, monkeypatch):
@@ -158,9 +221,9 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert row["drift_layer_1"] == pytest.approx(forced.drift[1].mean(), abs=1e-6)
     steps = pl.read_parquet(tmp_path / "steps.parquet")
     assert steps.columns == [
+        "trace_id",
         "trace",
-        "policy",
-        "budget",
+        *GROUP,
         "layer",
         "step",
         "simulated_mass",
@@ -294,7 +357,7 @@ def test_a_replay_of_several_models_is_refused(live, simulated):
     pl.concat([rows, rows.with_columns(model=pl.lit("another"))]).write_parquet(simulated)
     code, _, err = live("-p", "rkv", "-b", "20", "--simulated", simulated)
     assert code == 2
-    one_line(err, f"--simulated holds rows of another, {NAME}; allowed: one model's")
+    one_line(err, f"--simulated {simulated} holds rows of another, {NAME}; allowed: one model's")
 
 
 def test_batches_that_fail_leave_the_others(live):

@@ -34,13 +34,16 @@ def compare_with_traces(
     import polars as pl
     from transformers.utils import logging
 
+    from simulator.cap import entries_of
+    from simulator.cells import cell_labels
     from simulator.full_cache import FullCache
     from simulator.output import write_parquet
-    from simulator.wave import known_waves
+    from simulator.wave import known_waves, tell_unused
     from traces.store import find_traces, open_trace
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels
     from validate.models import load_model
+    from validate.threads import limit_threads
 
     if not trace:
         raise UserError(f"--level {level} needs --trace")
@@ -48,17 +51,19 @@ def compare_with_traces(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
+    limit_threads(loaded.model)
     waves = known_waves(list(wave or []))
+    tell_unused(wave or [], [own.model for own in opened])
     rows, per_step, failed = [], [], []
     for own in opened:
         settings: dict[str, Any] = {"seed": seed, "waves": waves}
         if level == "forced":
             settings["full"] = FullCache(own)
         for policy, budget in cells:
-            labels = {"trace": own.path.name, "policy": policy.name, "budget": str(budget)}
+            labels = cell_labels(own, policy, budget)
             run = run_shadow if level == "shadow" else run_forced
             try:
-                entries = budget.entries(own.shape, own.total_tokens)
+                entries = entries_of(budget, policy, own.shape, own.prompt_tokens, own.total_tokens)
                 result = run(loaded.model, own, policy, entries, **settings)
             except UserError as error:
                 failed.append(error)
@@ -80,6 +85,6 @@ def compare_with_traces(
         write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
     else:
         print_levels(table, output)
-    report_failed(failed, "cells")
+    report_failed(failed, len(failed) + len(rows), "cells")
     if level == "shadow" and table["mismatches"].sum():
         raise typer.Exit(1)

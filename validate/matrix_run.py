@@ -29,10 +29,11 @@ def open_matrix(settings: MatrixSettings, folder: Path) -> Matrix:
     """
     from validate.live.grading import require_grader
     from validate.live.matrix import Matrix
-    from validate.prompts import read_prompts, require_answers
+    from validate.prompts import read_prompts, require_answers, tell_limit
 
     problems = read_prompts(settings.prompts, settings.limit)
     require_answers(problems, settings.prompts)
+    tell_limit(len(problems), settings.limit, settings.prompts)
     require_grader(problem.family for problem in problems)
     return Matrix(folder, settings, len(problems))
 
@@ -69,6 +70,12 @@ def run_matrix(
     if rows.is_empty():
         raise next(iter(failed.values()))
     return rows, failed
+
+
+def n_asked(matrix: Matrix, cells: Sequence[tuple[Policy, Budget]]) -> int:
+    """Count the batches that were asked for: the full cache's are, if it is one of the policies."""
+    with_full = any(not policy.evicts for policy, _ in cells)
+    return sum(batch.budget is not None or with_full for batch in matrix.batches(cells))
 
 
 def processes(jobs: int, device: str) -> int:

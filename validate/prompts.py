@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from traces.documents import shown
 from traces.errors import UserError
 from validate.reasoner.tasks import FAMILIES, answer_of
 
@@ -167,6 +169,56 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, use_chat_templa
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Turn a completion into token ids, nothing added in front or behind."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def require_known_words(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, path: str | Path, completions: bool = False
+) -> None:
+    """Refuse text of which a model would read nothing: words that its tokenizer does not know.
+
+    A tokenizer of whole words has to know all of them; of another one, half of the tokens have to be known.
+
+    Parameters
+    ----------
+    prompts : list of Prompt
+    tokenizer : PreTrainedTokenizerBase
+    path : str or Path
+        What messages call the file.
+    completions : bool
+        Whether completions are read as well.
+
+    Raises
+    ------
+    UserError
+        Naming the first such line, some of its words and some that are known.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not tokenizer.is_fast:
+        return
+    most = 0.0 if type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel" else 0.5
+    texts = [(prompt.line, prompt.text) for prompt in prompts]
+    if completions:
+        texts += [(prompt.line, prompt.completion or "") for prompt in prompts]
+    for line, text in texts:
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(read.input_ids, read.offset_mapping, strict=True)
+        words = [text[slice(*span)] for token, span in pairs if token == unknown]
+        if len(words) <= most * len(read.input_ids):
+            continue
+        some = list(dict.fromkeys(words))
+        told = ", ".join(map(shown, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        vocabulary = tokenizer.get_vocab()
+        known = sorted(set(vocabulary) - set(tokenizer.all_special_tokens), key=vocabulary.__getitem__)
+        raise UserError(
+            f"{path}, line {line}: the model's tokenizer does not know {told}; allowed: text made of the "
+            f"{len(known)} pieces that it knows, such as {', '.join(map(shown, known[:3]))}"
+        )
+
+
+def tell_limit(n_prompts: int, limit: int | None, path: str | Path) -> None:
+    """Say on standard error that a file has fewer rows than were asked for."""
+    if limit is not None and n_prompts < limit:
+        print(f"sim: --limit is {limit}, and {path} has {n_prompts} rows: all are taken", file=sys.stderr)
 
 
 def graded(task: dict[str, object], text: str) -> dict[str, object]:

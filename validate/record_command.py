@@ -40,13 +40,15 @@ def record(
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Decode at most this many tokens.")] = 1024,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Decode at most this many tokens.", show_default="1024")
+    ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Take the most likely token; the default.")
     ] = False,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature instead.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this nucleus only.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="0")] = None,
     limit: Annotated[int | None, typer.Option(help="Record only the first N rows.")] = None,
     values: Annotated[bool, typer.Option("--values", help="Record values as well.")] = False,
     no_chat: Annotated[
@@ -63,37 +65,45 @@ def record(
 
     Started again, it goes on with the rows that have no trace yet.
     """
+    if rescore and max_new_tokens is not None:
+        raise UserError(f"--max-new-tokens {max_new_tokens} contradicts --rescore, which decodes nothing")
+    if seed is not None and temperature is None:
+        raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
     do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
     name = asked_model(model, random_weights, "reference")
     results: list[Row] = []
     try:
         # torch and transformers take seconds to import; only here are they needed.
         from validate.models import load_model
-        from validate.prompts import read_prompts, require_completions
+        from validate.prompts import read_prompts, require_completions, require_known_words, tell_limit
         from validate.record_rows import RowSettings, record_row
         from validate.recorder import observed_shape
         from validate.sampling import Sampling
+        from validate.threads import limit_threads
 
         settings = RowSettings(
             rescore=rescore,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=1024 if max_new_tokens is None else max_new_tokens,
             sampling=Sampling(
                 do_sample,
                 temperature=1.0 if temperature is None else temperature,
                 top_p=1.0 if top_p is None else top_p,
-                seed=seed,
+                seed=0 if seed is None else seed,
             ),
             use_chat_template=not no_chat,
             with_values=values,
             overwrite=overwrite,
         )
         rows = read_prompts(prompts, limit)
+        tell_limit(len(rows), limit, prompts)
         if rescore:
             require_completions(rows, prompts)
         _set_library_messages(quiet)
         loaded = load_model(name, dtype, device, revision)
         # A model that cannot be recorded is refused once, not once per row.
         observed_shape(loaded.model)
+        require_known_words(rows, loaded.tokenizer, prompts, rescore)
+        limit_threads(loaded.model)
         _make_folder(out)
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:

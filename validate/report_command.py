@@ -144,15 +144,16 @@ def _replay(
     use_one_thread()
     import polars as pl
 
+    from simulator.budget import parse_budgets
     from simulator.cells import run_replay
     from simulator.commands import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
-    from simulator.policy import parse_policy, split_list
+    from simulator.policy import parse_policies
+    from simulator.results import require_one_model
     from traces.errors import UserError
 
-    overrides = {} if buffer is None else {"buffer": buffer}
-    names = [name for text in policy or [DEFAULT_POLICIES] for name in split_list(text)]
-    policies = [parse_policy(name, **overrides) for name in names]
-    budgets = [item for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
+    policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
+    budgets = parse_budgets(budget or [DEFAULT_BUDGETS])
+    require_one_model(trace.model for trace in traces)
     workers = worker_count(jobs)
     warn(workers)
     rows = []
@@ -173,5 +174,7 @@ def _replay(
                 rows.append(done)
     table = pl.concat([done.table for done in rows])
     if (table["status"] != "ok").all():
-        raise UserError(f"no cell could be replayed: {table['error'][0]}")
+        refused = UserError(f"no cell could be replayed: {table['error'][0]}")
+        refused.exit_code = rows[0].exit_code
+        raise refused
     return table, rows[0].trajectory, rows[0].retained

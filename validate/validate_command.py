@@ -113,17 +113,18 @@ def validate(
     """
     if context.invoked_subcommand is not None:
         return
-    from simulator.output import choose_format, require_place
+    from simulator.output import choose_format, require_parquet, require_places
+    from simulator.wave import tell_unused
     from validate.level_cells import compare_with_traces
-    from validate.matrix_run import open_matrix, processes, run_matrix
+    from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
+    from validate.models import know_model
     from validate.validate_output import read_simulated, report_failed, tell
 
     if level not in LEVELS:
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
-    for option, place in (("--report", report), ("--calibration", calibration), ("--steps", steps)):
-        require_place(place, option)
+    require_places({"-o": output, "--report": report, "--calibration": calibration, "--steps": steps})
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
@@ -163,12 +164,18 @@ def validate(
         return
     cells = _asked_cells(policy, budget, configs, buffer)
     if level != "live":
-        live_only = {"--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report}
+        live_only = {
+            "--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report,
+            "--calibration": calibration, "--limit": limit, "--samples": samples,
+            "--temperature": temperature, "--top-p": top_p, "--max-new-tokens": max_new_tokens,
+            "--stretch": stretch, "--batch": batch, "--no-chat": no_chat or None, "--jobs": jobs or None,
+        }  # fmt: skip
         for name, given in live_only.items():
             if given is not None:
                 raise UserError(f"{name} goes with --level live; --level {level} takes --trace")
         if steps is not None and level != "forced":
             raise UserError(f"--steps goes with --level forced; found: {level}")
+        require_parquet({"--steps": steps})
         compare_with_traces(
             level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
         )
@@ -190,27 +197,25 @@ def validate(
     )  # fmt: skip
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = processes(jobs, settings.device)
-    rows, failed = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
+    if wave:
+        tell_unused(wave, [know_model(source, revision).name])
+    matrix = open_matrix(settings, out)
+    rows, failed = run_matrix(matrix, cells, n_processes, quiet)
     tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
-    report_failed(list(failed.values()), "batches")
+    report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
 
 
 def _asked_cells(
     policy: list[str] | None, budget: list[str] | None, configs: Path | None, buffer: int | None
 ) -> list[tuple[Policy, Budget]]:
     """Read what is to be run: the product of policies and budgets, or the pairs of a file."""
-    from simulator.budget import parse_budget
-    from simulator.policy import parse_policy, split_list
+    from simulator.budget import parse_budget, parse_budgets
+    from simulator.policy import parse_policies, parse_policy, require_buffers
 
-    overrides = {} if buffer is None else {"buffer": buffer}
     if configs is None:
-        policies = [
-            parse_policy(name, **overrides)
-            for text in policy or [DEFAULT_POLICIES]
-            for name in split_list(text)
-        ]
-        budgets = [parse_budget(item) for text in budget or [DEFAULT_BUDGETS] for item in text.split(",")]
-        return list(dict.fromkeys((own, each) for each in budgets for own in policies))
+        policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
+        return [(own, each) for each in parse_budgets(budget or [DEFAULT_BUDGETS]) for own in policies]
+    overrides = {} if buffer is None else {"buffer": buffer}
     if policy or budget:
         raise UserError("--configs stands instead of --policy and --budget; give one or the other")
     try:
@@ -228,6 +233,7 @@ def _asked_cells(
                 f'--configs {configs}, entry {number}: allowed: {{"policy": "rkv", "budget": "20%"}}'
             )
         cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
+    require_buffers((own for own, _ in cells), buffer)
     return list(dict.fromkeys(cells))
 
 

@@ -24,6 +24,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
     """
     import polars as pl
 
+    from simulator.results import with_budget_kind
     from validate.live.accuracy import CELL
     from validate.live.fidelity import METRICS
 
@@ -31,7 +32,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
         rows = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
-    needed = ("trace_id", "family", "model", "status", *CELL)
+    needed = ("trace_id", "family", "model", "status", *CELL[:-1])
     missing = [name for name in needed if name not in rows.columns]
     if not METRICS.keys() & set(rows.columns):
         missing += METRICS
@@ -40,7 +41,10 @@ def read_simulated(path: Path) -> pl.DataFrame:
             f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
             "allowed: what sim replay -o FILE.parquet writes"
         )
-    return rows
+    models = sorted(set(rows["model"].drop_nulls()))
+    if len(models) > 1:
+        raise UserError(f"--simulated {path} holds rows of {', '.join(models)}; allowed: one model's")
+    return with_budget_kind(rows)
 
 
 def tell(
@@ -75,9 +79,6 @@ def tell(
         print(f"sim: {note}", file=sys.stderr)
     cells = fidelity = None
     if replayed is not None:
-        models = sorted(set(replayed["model"]))
-        if len(models) > 1:
-            raise UserError(f"--simulated holds rows of {', '.join(models)}; allowed: one model's")
         cells = matched_cells(others[0], labelled)
         fidelity = fidelity_table(cells)
         write_rows(fidelity, out / "fidelity.csv", "csv")
@@ -85,7 +86,9 @@ def tell(
             print_fidelity(fidelity)
         if calibration is not None:
             metric = best_metric(fidelity)
-            curves = [fit_calibration(own, metric, model=models[0], family=f) for f, own in cells.items()]
+            curves = [
+                fit_calibration(own, metric, model=replayed["model"][0], family=f) for f, own in cells.items()
+            ]
             write_calibrations(curves, calibration)
     if report is not None:
         from validate.live.report import write_report
@@ -94,14 +97,20 @@ def tell(
             write_text(svg, out / f"{name}.svg")
 
 
-def report_failed(failed: list[UserError], what: str) -> None:
-    """Say each reason once, if there is any, and exit with 1; with 6 where a device was too small."""
+def report_failed(failed: list[UserError], n_asked: int, what: str) -> None:
+    """Say each reason once, if there is any, and exit as a replay does.
+
+    That is with 1 where some failed, with the first one's own code where all did, and with 6 where a device
+    was too small.
+    """
     for text in dict.fromkeys(map(str, failed)):
         print(f"sim: {text}", file=sys.stderr)
     if failed:
-        print(f"sim: {len(failed)} {what} failed, the others are written", file=sys.stderr)
+        every = len(failed) >= n_asked
+        told = f"all {what} failed" if every else f"{len(failed)} {what} failed, the others are written"
+        print(f"sim: {told}", file=sys.stderr)
         lacks_device = any(isinstance(error, NoDeviceError) for error in failed)
-        raise typer.Exit(NoDeviceError.exit_code if lacks_device else 1)
+        raise typer.Exit(NoDeviceError.exit_code if lacks_device else failed[0].exit_code if every else 1)
 
 
 def write_text(text: str, output: Path | None) -> None:

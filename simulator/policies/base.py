@@ -268,6 +268,13 @@ class Trigger(ABC):
         """Say at which newest tokens a due compression happens; bool, as ``token_ids``."""
         return np.ones(len(token_ids), bool)
 
+    def most_added(self, n_kv_heads: int) -> int | None:
+        """Give the most entries beyond its budget that a layer ever holds, or None where nothing bounds it.
+
+        A budget that caps the peak needs it, of a layer that once was within its budget.
+        """
+        return None
+
     @abstractmethod
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give the token count of the next compression if nothing is evicted before, or None for never.

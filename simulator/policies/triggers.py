@@ -42,6 +42,10 @@ class BufferFull(Trigger):
         missing = total + n_kv_heads * self.buffer - n_entries
         return n_tokens + max(1, -(-missing // n_kv_heads))
 
+    def most_added(self, n_kv_heads: int) -> int:
+        """Give the buffer, and what the token that fills it may add beyond it."""
+        return n_kv_heads * self.buffer + n_kv_heads - 1
+
 
 @dataclass(frozen=True)
 class EveryN(Trigger):
@@ -79,6 +83,10 @@ class EveryN(Trigger):
         earliest = first_excess(n_tokens, n_entries, total, n_kv_heads)
         return earliest + (self.offset - earliest) % self.interval
 
+    def most_added(self, n_kv_heads: int) -> int:
+        """Give an interval's entries."""
+        return n_kv_heads * self.interval
+
 
 @dataclass(frozen=True)
 class PerStep(Trigger):
@@ -105,6 +113,10 @@ class PerStep(Trigger):
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give the token count at which the layer will hold more than its budget."""
         return first_excess(n_tokens, n_entries, total, n_kv_heads)
+
+    def most_added(self, n_kv_heads: int) -> int:
+        """Give a token's entries."""
+        return n_kv_heads
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from simulator.naming import with_budget_label
 from simulator.report.figure import Figure
 from simulator.report.heads import head_figures, head_summary
 from simulator.report.tokens import kept_tokens, token_pieces
@@ -70,6 +71,9 @@ def cell_panels(
     traces : sequence of Trace
         Whose text is shown.
     """
+    trajectory, retained = (
+        None if table is None else with_budget_label(table) for table in (trajectory, retained)
+    )
     by_id = {trace.trace_id: trace for trace in traces}
     # What never compressed has neither budgets nor anything that was not kept.
     tables = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from simulator.chart_style import METRIC_NAMES, ordered_policies, policy_looks
-from simulator.naming import budget_label
+from simulator.naming import with_budget_label
 from simulator.report.figure import Figure
 from simulator.results import GROUP, comparable
 from simulator.standings import METRICS, standings
@@ -46,12 +46,10 @@ def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame
         bytes=pl.col("bytes_mean").mean(), oracle=pl.col("oracle_mass").mean()
     )
     found = found.join(memory, on=GROUP, how="left", maintain_order="left")
-    found = found.sort("budget_unit", "budget_asked", maintain_order=True)
-    labels = [budget_label(*key) for key in found.select("budget_asked", "budget_unit").iter_rows()]
+    found = found.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
     sign = 1 if METRICS[metric] else -1
     places = [(row["bytes"], sign * row["mean"]) for row in found.iter_rows(named=True)]
-    return found.with_columns(
-        budget=pl.Series(labels, dtype=pl.String),
+    return with_budget_label(found).with_columns(
         is_front=pl.Series([not any(_beats(other, own) for other in places) for own in places]),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from simulator.naming import budget_label, told_apart
+from simulator.naming import told_apart, with_budget_label
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -98,21 +98,21 @@ def chosen(
     )
     tables: list[pl.DataFrame] = [rows, *(table for table in (trajectory, retained) if table is not None)]
     plain = [table["policy"] for table in tables]
-    labels = [budget_label(*budget) for budget in rows.select("budget_asked", "budget_unit").iter_rows()]
-    tables = told_apart(*tables)
-    tables[0] = tables[0].with_columns(budget=pl.Series(labels, dtype=pl.String))
+    tables = [with_budget_label(table) for table in told_apart(*tables)]
     _require(policies, [*plain[0], *tables[0]["policy"]], "--policy")
     _require(budgets, tables[0]["budget"], "--budget")
     kept = []
     for table, own in zip(tables, plain, strict=True):
         if policies:
             table = table.filter(own.is_in(list(policies)) | pl.col("policy").is_in(list(policies)))
-        kept.append(table.filter(pl.col("budget").is_in(list(budgets))) if budgets else table)
+        if budgets:
+            table = table.filter(pl.col("budget").is_in(list(budgets)))
+        kept.append(table.drop("budget"))
     if kept[0].is_empty():
         raise UserError("no row is of these policies at these budgets; allowed: a pair that was replayed")
     beside = iter(kept[1:])
     return Sources(
-        kept[0].drop("budget"),
+        kept[0],
         None if trajectory is None else next(beside),
         None if retained is None else next(beside),
     )

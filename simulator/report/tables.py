@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import polars as pl
 
 from simulator.chart_style import METRIC_NAMES
-from simulator.naming import budget_label
+from simulator.naming import budget_label, row_budget
 from simulator.report.quality import has_intervals
-from simulator.results import GROUP, comparable
+from simulator.results import BUDGET, GROUP, comparable
 from simulator.standings import METRICS
 from simulator.terminal import format_bytes
 
@@ -36,7 +36,7 @@ def what_was_replayed(rows: pl.DataFrame) -> str:
     def named(name: str) -> list[str]:
         return sorted(rows[name].drop_nulls().unique().to_list()) if name in rows.columns else []
 
-    budgets = rows.select("budget_asked", "budget_unit").unique().sort("budget_unit", "budget_asked")
+    budgets = rows.select(BUDGET).unique().sort("budget_unit", "budget_asked", "budget_kind")
     labels = [budget_label(*budget) for budget in budgets.iter_rows()]
     n_traces = rows["trace_id"].n_unique()
     families = named("family")
@@ -120,11 +120,11 @@ def means_table(rows: pl.DataFrame) -> str:
     shown = [name for name in _MEANS if name in done.columns and done[name].null_count() < len(done)]
     how = [pl.col(name).max() if name == "bytes_peak" else pl.col(name).mean() for name in shown]
     means = done.group_by(GROUP, maintain_order=True).agg(*how, n_traces=pl.len())
-    means = means.sort("budget_unit", "budget_asked", maintain_order=True)
+    means = means.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
     lines = [
         [
             html.escape(row["policy"]),
-            budget_label(row["budget_asked"], row["budget_unit"]),
+            row_budget(row),
             str(row["n_traces"]),
             *(format_bytes(row[name]) if name.startswith("bytes") else _percent(row[name]) for name in shown),
         ]

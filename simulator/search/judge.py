@@ -125,7 +125,9 @@ class Judge:
             prepared = self._prepare(index, sampling)
             cell = prepared.replay(policy, parse_budget(budget), seed=self._seed, waves=self._waves)
             if cell.exit_code:
-                raise UserError(f"{policy.name} at {budget}: {cell.row['error']}")
+                refused = UserError(f"{policy.name} at {budget}: {cell.row['error']}")
+                refused.exit_code = cell.exit_code
+                raise refused
             found.append((cell.row[self._metric], cell.row["bytes_mean"]))
         return np.array(found, np.float64)
 

@@ -178,8 +178,8 @@ def make_space(
     for role, names in asked.items():
         for name in names:
             _part_of(role, name)
-    for budget in budgets:
-        parse_budget(budget)
+    # One budget in two spellings is one.
+    budgets = [str(parse_budget(budget)) for budget in budgets]
     given = read_ranges(ranges)
     known = {own.name for role in ROLES for name in asked[role] for own in fields(_part_of(role, name))}
     for name in given:

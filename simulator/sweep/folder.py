@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from simulator.results import ROW_SCHEMA
+from simulator.results import GROUP, ROW_SCHEMA, budget_columns, with_budget_kind
 from simulator.sweep.grid import TraceCells
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -22,7 +22,7 @@ from traces.lock import locked
 PLAN_NAME = "cells.parquet"
 ROWS: dict[str, Any] = ROW_SCHEMA | {"seed": pl.Int64, "cell": pl.String}
 # What the plan knows of a cell before there is a row.
-_LABELS = ("trace_id", "trace", "policy", "policy_params", "budget_asked", "budget_unit", "seed", "cell")
+_LABELS = ("trace_id", "trace", *GROUP, "seed", "cell")
 _PART = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.parquet")
 # More parts than that become one when a sweep is done.
 _MANY_PARTS = 64
@@ -95,8 +95,7 @@ class SweepFolder:
                 own.trace.name,
                 cell.policy.name,
                 cell.parameters,
-                cell.budget.amount,
-                cell.budget.unit,
+                *budget_columns(cell.budget).values(),
                 cell.seed,
                 cell.key,
             )
@@ -124,7 +123,7 @@ class SweepFolder:
         for path in self._listed():
             content = path.read_bytes()
             if sha256(content).hexdigest()[:16] == _name(path)[2]:
-                frames.append(pl.read_parquet(BytesIO(content)))
+                frames.append(with_budget_kind(pl.read_parquet(BytesIO(content))))
                 continue
             fate = "is dropped; its cells are replayed again" if drop_damaged else "is left out"
             print(f"sim: {path} is damaged and {fate}", file=sys.stderr)

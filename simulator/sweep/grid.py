@@ -11,6 +11,7 @@ from pathlib import Path
 from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.policy import Policy
+from simulator.results import budget_columns
 from simulator.sampling import EVERYTHING, Sampling
 from simulator.sweep.spec import Setting
 from simulator.wave import Wave, read_wave
@@ -141,7 +142,7 @@ def _address(
             "trace": trace.trace_id or trace.source,
             "policy": setting.policy.name,
             "parameters": parameters,
-            "budget": [setting.budget.amount, setting.budget.unit],
+            "budget": list(budget_columns(setting.budget).values()),
             "seed": setting.seed,
             "waves": list(wave_digests),
             "sampling": str(sampling),

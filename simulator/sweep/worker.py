@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 from simulator.cells import PreparedTrace, code_version
+from simulator.results import budget_columns
 from simulator.sampling import EVERYTHING
 from simulator.sweep.grid import SweepCell
 from simulator.sweep.tasks import Task
@@ -113,8 +114,7 @@ def _failed(task: Task, cell: SweepCell, error: Exception) -> tuple[dict[str, An
         "trace_id": task.trace.trace_id,
         "policy": cell.policy.name,
         "policy_params": cell.parameters,
-        "budget_asked": cell.budget.amount,
-        "budget_unit": cell.budget.unit,
+        **budget_columns(cell.budget),
         "code_version": task.code_version,
         "seconds": 0.0,
         "status": "error",

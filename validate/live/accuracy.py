@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-CELL = ("policy", "policy_params", "budget_asked", "budget_unit")
+from simulator.results import BUDGET, GROUP
+
+CELL = tuple(GROUP)
 RESAMPLES = 2000
 ALL_FAMILIES = "all"
 DIFFERENCE_SCHEMA: dict[str, Any] = {
     "family": pl.String,
     "budget_asked": pl.Float64,
     "budget_unit": pl.String,
+    "budget_kind": pl.String,
     "n_problems": pl.Int64,
     "difference": pl.Float64,
     "low": pl.Float64,
@@ -27,7 +30,7 @@ def accuracy_table(rows: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        family, policy, policy_params, budget_asked, budget_unit; n_problems; accuracy (pass@1: the mean over
+        family and the columns of ``CELL``; n_problems; accuracy (pass@1: the mean over
         problems of each one's share of right texts) with its 95% bootstrap interval over problems, low and
         high; answered, ended and looping as shares of texts; tokens and diverged_at as means (of those that
         diverged); bytes_peak (largest) and bytes_mean.
@@ -69,11 +72,12 @@ def compare(rows: pl.DataFrame, policy: str, other: str, seed: int = 0) -> pl.Da
     Returns
     -------
     polars.DataFrame
-        family, budget_asked, budget_unit, n_problems, difference, low, high (95%, bootstrap over problems).
+        family, the columns of ``results.BUDGET``, n_problems, difference, low, high (95%, bootstrap over
+        problems).
     """
     rng = np.random.default_rng(seed)
     found: list[dict[str, Any]] = []
-    budgets = list(DIFFERENCE_SCHEMA)[:3]
+    budgets = ["family", *BUDGET]
     for key, same in rows.filter(pl.col("policy").is_in([policy, other])).group_by(
         budgets, maintain_order=True
     ):

@@ -10,7 +10,8 @@ import polars as pl
 
 from simulator import chart_style
 from simulator.chart_style import COLOURS, over_plot, policy_looks
-from simulator.naming import budget_label
+from simulator.naming import budget_label, row_budget
+from simulator.results import BUDGET
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
 
@@ -31,13 +32,12 @@ def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatCh
 def _accuracy_panel(rows: pl.DataFrame, family: str, policies: list[str], leftmost: bool) -> Any:
     evicting = rows.filter(pl.col("budget_asked").is_not_null())
     budgets = [
-        budget_label(*row)
-        for row in evicting.select("budget_asked", "budget_unit").unique().sort("budget_asked").iter_rows()
+        budget_label(*row) for row in evicting.select(BUDGET).unique().sort("budget_asked").iter_rows()
     ]
     values = [
         {
             "policy": row["policy"],
-            "budget": budget_label(row["budget_asked"], row["budget_unit"]),
+            "budget": row_budget(row),
             **{name: 100 * row[name] for name in ("accuracy", "low", "high")},
         }
         for row in evicting.sort("budget_asked").iter_rows(named=True)

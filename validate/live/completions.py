@@ -9,7 +9,9 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import Budget
+from simulator.cap import entries_of
 from simulator.policy import Policy
+from simulator.results import budget_columns
 from simulator.wave import Wave
 from validate.eviction.decode import Completion, decode
 from validate.live.grading import first_divergence, grade, loop_period
@@ -26,6 +28,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "policy_params": pl.String,
     "budget_asked": pl.Float64,
     "budget_unit": pl.String,
+    "budget_kind": pl.String,
     "budget_entries": pl.Int32,
     "right": pl.Boolean,
     "answer": pl.String,
@@ -117,8 +120,11 @@ def complete(
         known = [(baselines or {})[prompt.id, sample] for prompt, sample in keys]
         # The token that ends a text is part of its history, as in a trace.
         totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(encoded, known, strict=True)]
-        entries = [budget.entries(shape, total) for total in totals]
         limits = [_limit(own, settings) for own in known]
+        entries = [
+            entries_of(budget, policy, shape, len(own), total, longest=len(own) + limit)
+            for own, total, limit in zip(encoded, totals, limits, strict=True)
+        ]
     number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
     streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
     sampling = settings.sampling
@@ -151,8 +157,7 @@ def complete(
                 "sample": sample,
                 "policy": policy.name,
                 "policy_params": policy.parameters_json,
-                "budget_asked": None if budget is None else budget.amount,
-                "budget_unit": None if budget is None else budget.unit,
+                **budget_columns(budget),
                 "budget_entries": None if budget is None else n_entries,
                 "right": graded.right,
                 "answer": graded.answer,

@@ -25,7 +25,7 @@ class Cells:
 
     Attributes
     ----------
-    labels : list of (policy, policy_params, budget_asked, budget_unit)
+    labels : list of tuples, values of ``CELL``
     simulated : dict of float64 (n_cells, n_traces), by metric; larger predicts better
     solved : float64 (n_cells, n_problems)
     """

@@ -14,6 +14,7 @@ from simulator.chart_style import ordered_policies
 from simulator.report.figure import Figure
 from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
+from simulator.results import with_budget_kind
 from simulator.standings import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
@@ -63,7 +64,7 @@ def fidelity_section(
         If a file is no such table, or no family, policy and budget is in both.
     """
     fidelity = read_table(fidelity_path, _FIDELITY, "--fidelity")
-    accuracy = read_table(accuracy_path, ("family", *CELL, "accuracy"), "--accuracy")
+    accuracy = with_budget_kind(read_table(accuracy_path, ("family", *CELL[:-1], "accuracy"), "--accuracy"))
     cells = _cells(rows, accuracy, metrics)
     if not cells:
         raise UserError(
@@ -113,7 +114,10 @@ def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -
     means = done.group_by([*key, "policy"], maintain_order=True).agg(pl.col(list(metrics)).mean())
     judged = accuracy.filter(pl.col("budget_asked").is_not_null() & (family != ALL_FAMILIES))
     judged = judged.with_columns(
-        name, family, pl.col("budget_asked").cast(pl.Float64), pl.col("budget_unit").cast(pl.String)
+        name,
+        family,
+        pl.col("budget_asked").cast(pl.Float64),
+        pl.col("budget_unit", "budget_kind").cast(pl.String),
     )
     matched = means.join(judged.select(*key, "accuracy"), on=key, how="inner", maintain_order="left")
     found = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
+from simulator.results import with_budget_kind
 from simulator.user_policies import failure
 from simulator.wave import known_waves
 from traces.atomic import write_file
@@ -45,7 +45,8 @@ class Batch:
         budget = "full" if self.budget is None else str(self.budget)
         digest = hashlib.sha256(f"{self.policy.name} {self.policy.parameters_json} {budget}".encode())
         policy = "".join(c if c.isalnum() or c in "-+" else "-" for c in self.policy.name)
-        return f"{policy}-{budget.replace('%', 'pct')}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
+        budget = budget.replace("%", "pct").replace("!", "peak")
+        return f"{policy}-{budget}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,8 @@ class Matrix:
         # torch does not survive a fork once it has started threads.
         context = multiprocessing.get_context("spawn")
         jobs = min(jobs, len(waiting))
-        threads = max(1, (os.cpu_count() or 1) // jobs)
         with ProcessPoolExecutor(
-            jobs, context, initializer=_start_worker, initargs=(self.settings, threads)
+            jobs, context, initializer=_start_worker, initargs=(self.settings, jobs)
         ) as pool:
             running: dict[Future[None], Batch] = {}
             try:
@@ -225,7 +225,9 @@ class Matrix:
     def table(self, batches: Sequence[Batch]) -> pl.DataFrame:
         """Join the rows of all batches that are done."""
         done = [batch for batch in batches if self.is_done(batch)]
-        rows = [pl.read_parquet(self.path(batch)).head(self._n_rows(batch)) for batch in done]
+        rows = [
+            with_budget_kind(pl.read_parquet(self.path(batch)).head(self._n_rows(batch))) for batch in done
+        ]
         return pl.concat(rows) if rows else pl.DataFrame()
 
     def _n_rows(self, batch: Batch) -> int:
@@ -267,22 +269,22 @@ def _digest(path: Path) -> str:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(settings: MatrixSettings, threads: int = 1) -> None:
+def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     """Load the model once per process; processes share the cores."""
-    import torch
     from transformers.utils import logging
 
     from validate.live.completions import LiveSettings
     from validate.models import load_model
-    from validate.prompts import read_prompts
+    from validate.prompts import read_prompts, require_known_words
     from validate.recorder import observed_shape
     from validate.sampling import Sampling
+    from validate.threads import share_threads
 
     # An interrupt is the main process's business, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    share_threads(n_processes)
     live = dict(settings.live)
     live["sampling"] = Sampling(**live.get("sampling", {}))
     _worker["settings"] = LiveSettings(**live)
@@ -290,6 +292,7 @@ def _start_worker(settings: MatrixSettings, threads: int = 1) -> None:
         _worker["waves"] = known_waves(list(settings.waves))
         _worker["prompts"] = read_prompts(settings.prompts, settings.limit)
         _worker["loaded"] = load_model(settings.model, settings.dtype, settings.device, settings.revision)
+        require_known_words(_worker["prompts"], _worker["loaded"].tokenizer, settings.prompts)
         # A model that cannot evict is refused before its first text.
         observed_shape(_worker["loaded"].model)
     except UserError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from simulator.results import budget_columns
 from validate.live.accuracy import CELL, accuracy_table
 from validate.protocol.file import Published
 
@@ -17,6 +18,7 @@ SCHEMA: dict[str, Any] = {
     "policy_params": pl.String,
     "budget_asked": pl.Float64,
     "budget_unit": pl.String,
+    "budget_kind": pl.String,
     "n_problems": pl.Int64,
     "n_samples": pl.Int64,
     "accuracy": pl.Float64,
@@ -75,5 +77,4 @@ def beside_published(
 
 def _key(own: Published) -> tuple[Any, ...]:
     """Give what tells a published cell from others, as `CELL` names it in rows."""
-    asked = (None, None) if own.budget is None else (own.budget.amount, own.budget.unit)
-    return own.policy.name, own.policy.parameters_json, *asked
+    return own.policy.name, own.policy.parameters_json, *budget_columns(own.budget).values()

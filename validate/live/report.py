@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from simulator.chart_style import ordered_policies, styled
-from simulator.naming import budget_label
+from simulator.naming import row_budget
+from simulator.results import BUDGET
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -116,7 +117,7 @@ def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> str:
     )
     return (
         f"{rows['problem'].n_unique()} problems{each}, {evicting['policy'].n_unique()} policies, "
-        f"{evicting.select('budget_asked', 'budget_unit').n_unique()} budgets: {len(rows):,} texts decoded "
+        f"{evicting.select(BUDGET).n_unique()} budgets: {len(rows):,} texts decoded "
         f"with entries really evicted. The full cache answers {base} right."
     )
 
@@ -161,7 +162,7 @@ def _comparison_parts(rows: pl.DataFrame) -> list[str]:
                     (
                         (
                             row["family"],
-                            budget_label(row["budget_asked"], row["budget_unit"]),
+                            row_budget(row),
                             row["n_problems"],
                             f"{100 * row['difference']:+.1f}",
                             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
@@ -182,7 +183,7 @@ def _published_parts(published: pl.DataFrame, source: str) -> list[str]:
                 row["benchmark"],
                 row["policy"],
                 row["model"],
-                budget_label(row["budget_asked"], row["budget_unit"]),
+                row_budget(row),
                 *published_text(row, marks),
             )
             for row in published.iter_rows(named=True)
@@ -214,7 +215,7 @@ def _accuracy_table(accuracy: pl.DataFrame) -> str:
             (
                 row["family"],
                 row["policy"],
-                budget_label(row["budget_asked"], row["budget_unit"]),
+                row_budget(row),
                 f"{row['accuracy']:.1%}",
                 f"{row['low']:.1%} to {row['high']:.1%}",
                 f"{row['answered']:.0%}",

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simulator.naming import budget_label
+from simulator.naming import row_budget, told_apart, with_budget_label
+from simulator.results import GROUP
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 
@@ -40,7 +41,7 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
             table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
         last = None
         for row in rows.sort("budget_asked", nulls_last=False, maintain_order=True).iter_rows(named=True):
-            budget = budget_label(row["budget_asked"], row["budget_unit"])
+            budget = row_budget(row)
             diverged = row["diverged_at"]
             table.add_row(
                 "" if budget == last else budget,
@@ -71,7 +72,7 @@ def print_published(table: pl.DataFrame, source: str, note: str, output: Path | 
             lines.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
         last = None
         for row in rows.iter_rows(named=True):
-            budget = budget_label(row["budget_asked"], row["budget_unit"])
+            budget = row_budget(row)
             lines.add_row("" if budget == last else budget, row["policy"], *published_text(row, marks))
             last = budget
         shown.append(lines)
@@ -125,6 +126,10 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
 
 def print_levels(table: pl.DataFrame, output: Path | None) -> None:
     """Print rows of the shadow or forced level, or write them as text."""
+    (table,) = told_apart(table)
+    labels = ["trace", "policy", "budget"]
+    measured = [name for name in table.columns if name not in ("trace_id", "trace", *GROUP)]
+    table = with_budget_label(table).select(*labels, *measured)
     shown = _table(None)
     shown.collapse_padding = True  # with a column per layer every space counts
     layers = [name for name in table.columns if name.startswith("drift_layer_")]

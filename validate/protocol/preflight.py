@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from simulator.cap import entries_of
 from simulator.contract import checked_table
 from simulator.policies.base import LayerRequest
 from simulator.policy import Policy
@@ -51,7 +52,8 @@ def require_runnable(protocol: Protocol, model: Choice, asked: Asked, waves: dic
         for policy, budget in ((own, each) for each in benchmark.budgets for own in protocol.policies):
             where = f"{asked.config}: benchmarks.{name}, policy '{policy.name}' at budget {budget}"
             try:
-                entries = _AMPLE if budget.unit == "%" else budget.entries(shape, 0)
+                is_share = budget.unit == "%"
+                entries = _AMPLE if is_share else entries_of(budget, policy, shape, 0, _AMPLE)
                 _divide(policy, replace(request, entries=entries, protected=policy.protected))
             except MissingDataError as error:
                 reason = f"{where}: {error}"

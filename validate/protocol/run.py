@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from simulator.wave import known_waves
 from traces.errors import UserError
-from validate.matrix_run import open_matrix, processes, run_matrix
+from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
 from validate.models import resolve_device
 from validate.protocol.file import Benchmark, Protocol, read_protocol
 from validate.protocol.options import Asked, Choice, choose_model, given_prompts, narrowed
@@ -66,13 +66,14 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
         place = prepare_prompts(name, source, protocol.prompt, asked.out / "prompts")
         settings = _settings(protocol, benchmark, model, asked, device, place, waves)
         matrices[name] = open_matrix(settings, asked.out / model.folder / name)
-    found, failed = {}, []
+    found, failed, n_batches = {}, [], 0
     for name, matrix in matrices.items():
         cells = [(policy, own) for own in protocol.benchmarks[name].budgets for policy in protocol.policies]
         rows, errors = run_matrix(matrix, cells, jobs, asked.quiet, name)
         write_rows(accuracy_table(rows), matrix.folder / "accuracy.csv", "csv")
         found[name] = rows
         failed += errors.values()
+        n_batches += n_asked(matrix, cells)
     table = _compared(found, protocol, model)
     write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
     note = "\n".join(filter(None, [*changes, meaningless(model.load)]))
@@ -84,7 +85,7 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
         print("\n".join(f"sim: {line}" for line in note.splitlines()), file=sys.stderr)
     if report is not None:
         _write_report(report, found, table, protocol.source, note, asked.out / model.folder)
-    report_failed(failed, "batches")
+    report_failed(failed, n_batches, "batches")
 
 
 def _wave_files(protocol: Protocol, model: Choice, given: Sequence[str]) -> list[str]:

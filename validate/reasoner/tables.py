@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.naming import budget_label
+from simulator.naming import with_budget_label
+from simulator.results import with_budget_kind
 from simulator.standings import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
@@ -32,7 +33,8 @@ def result_table(name: str) -> pl.DataFrame:
     if name not in there:
         raise UserError(f"table is '{name}'; allowed: {', '.join(there)}")
     with resources.as_file(place / f"{name}.csv") as path:
-        return pl.read_csv(path)
+        table = pl.read_csv(path)
+    return with_budget_kind(table)
 
 
 def stored_profile() -> dict[str, Any]:
@@ -63,8 +65,7 @@ def judged_rows(others: bool = False) -> pl.DataFrame:
     )
     live = accuracy.select(*key, "n_problems", "accuracy", "low", "high")
     joined = result_table(f"simulated{suffix}").join(live, on=key, how="inner", maintain_order="left")
-    labels = [budget_label(*budget) for budget in joined.select(CELL[2:]).iter_rows()]
-    return joined.with_columns(budget=pl.Series(labels, dtype=pl.String))
+    return with_budget_label(joined)
 
 
 def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
