@@ -26,9 +26,10 @@ from simulator.results import GROUP, budget_columns, result_table, retained_tabl
 from simulator.sampling import EVERYTHING, Sampling
 from simulator.trajectory import spans
 from simulator.user_policies import failure
-from simulator.wave import Wave, known_waves
+from simulator.wave import Wave, known_waves, read_wave, require_fitting
 from traces.check import check_trace
 from traces.errors import UserError
+from traces.seeds import require_seed
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
 from traces.version import package_version
@@ -83,6 +84,8 @@ class Cell:
         return {name: self.row[name] for name in _IDENTITY}
 
 
+# Of a trace: more are a day's work, and a typing error more likely.
+MOST_CELLS = 10**5
 # What tells the cells of a trace apart in the tables beside the results.
 _IDENTITY = ("trace_id", "trace", *GROUP)
 
@@ -151,9 +154,9 @@ def run_replay(
     on_cell : callable
         Called after every finished cell, for progress.
     """
-    for name, value, least in (("seed", seed, 0), ("jobs", jobs, 1)):
-        if value < least:
-            raise UserError(f"{name} is {value}; allowed: {least} or more")
+    require_seed(seed)
+    if jobs < 1:
+        raise UserError(f"jobs is {jobs}; allowed: 1 or more")
     if keep_trajectory and sampling != EVERYTHING:
         raise UserError(
             f"a trajectory is of every decode step, and only {sampling} is measured; allowed: either"
@@ -161,6 +164,11 @@ def run_replay(
     # A policy or budget that is asked twice, in whatever words, is replayed once.
     parsed = list(dict.fromkeys(parse_policy(policy) for policy in policies))
     asked = list(dict.fromkeys(parse_budget(budget) for budget in budgets))
+    if len(parsed) * len(asked) > MOST_CELLS:
+        raise UserError(
+            f"{len(parsed)} policies at {len(asked)} budgets are {len(parsed) * len(asked)} cells a trace; "
+            f"allowed: at most {MOST_CELLS}"
+        )
     # Every trace is opened before the first is replayed, so that a bad one costs no work.
     opened: list[Trace] = []
     for given in traces:
@@ -174,6 +182,9 @@ def run_replay(
     if not opened or not parsed or not asked:
         raise UserError("a replay needs at least one trace, one policy and one budget")
     known = known_waves(_as_list(waves))
+    measured = {wave.model: wave for wave in map(read_wave, _as_list(waves))}
+    for trace in opened:
+        require_fitting(measured, trace.model, trace.shape)
     cells = []
     for trace in opened:
         with trace.mapped():
@@ -272,7 +283,9 @@ class PreparedTrace:
             cell.retained = outcome.retained
             if keep_trajectory:
                 cell.trajectory = trajectory_table(cell.labels, spans(trace, outcome))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a user's part raises
             told = error if isinstance(error, UserError) else failure(policy.parts.values(), error)
             if told is None:
                 raise

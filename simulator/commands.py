@@ -74,7 +74,7 @@ def replay(
     from simulator.policy import parse_policies
     from simulator.sampling import parse_sampling
     from simulator.wave import tell_unused
-    from traces.errors import UserError
+    from traces.seeds import require_seed
     from traces.store import find_traces
 
     sampling = parse_sampling(sample_queries, sample_layers, sample_heads)
@@ -82,8 +82,7 @@ def replay(
     beside = {"--retained": retained, "--trajectory": trajectory}
     require_parquet(beside)
     require_places({"-o": output, **beside})
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    require_seed(seed, "--seed")
     policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
     budgets = parse_budgets(budget or [DEFAULT_BUDGETS])
     paths = find_traces(trace)
@@ -134,7 +133,6 @@ def calibrate(
     use_one_thread()
     from simulator.output import require_place
     from simulator.wave import calibrate as measure
-    from traces.errors import UserError
     from traces.store import find_traces, open_trace
 
     if steps < 1:

@@ -99,22 +99,32 @@ def _guarded(kind: str, name: str) -> Iterator[None]:
     """Turn whatever a user's part raises into the failure of its own cell, not of the others."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # GeneratorExit and SystemExit are no Exceptions
         raise PolicyError(f"{kind} '{name}' raised {type(error).__name__}: {error}") from error
 
 
 def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView) -> np.ndarray:
-    try:
-        found = np.asarray(given, np.float32)
-    except (TypeError, ValueError):
-        raise PolicyError(f"scorer '{scorer.name}' returned {what} that are no numbers") from None
+    found = _as_numbers(given, f"scorer '{scorer.name}' returned {what}").astype(np.float32, copy=False)
     if found.shape != view.positions.shape:
         raise PolicyError(
             f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {view.positions.shape}"
         )
     return np.ascontiguousarray(found)
+
+
+def _as_numbers(given: object, where: str) -> np.ndarray:
+    """Take what a part gave for an array of real numbers, and nothing that would lose a part of it."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise PolicyError(f"{where} with a mask; allowed: real numbers without one")
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise PolicyError(f"{where} that are no numbers") from None
+    if found.dtype.kind not in "biuf":
+        raise PolicyError(f"{where} that are no numbers: of type {found.dtype}; allowed: real numbers")
+    return found
 
 
 def _refuse_infinite(scorer: Scorer, what: str, found: np.ndarray, view: CacheView, bad: int) -> None:
@@ -137,7 +147,7 @@ def asked_allocator(
     """
     with _guarded("allocator", allocator.name):
         budgets, binding = allocator.allocate(request)  # type: ignore[arg-type]
-        return np.asarray(budgets), bool(binding)
+        return _as_numbers(budgets, f"allocator '{allocator.name}' gave budgets"), bool(binding)
 
 
 def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
@@ -190,8 +200,8 @@ def checked_table(heads: HeadAllocator, request: LayerRequest) -> np.ndarray | N
     table = heads.table(request)
     if table is None:
         return None
-    with _guarded("allocator", heads.name):
-        found, allowed = np.asarray(table, np.float64), (request.n_layers, request.n_kv_heads)
+    found = _as_numbers(table, f"allocator '{heads.name}' has a table").astype(np.float64)
+    allowed = request.n_layers, request.n_kv_heads
     if found.shape != allowed:
         raise PolicyError(f"allocator '{heads.name}' has a table of shape {found.shape}; allowed: {allowed}")
     return found

@@ -10,7 +10,9 @@ import polars as pl
 
 from simulator.budget import KEPT, Budget
 from simulator.layer_replay import Retained
+from simulator.metrics import RANGES
 from simulator.trajectory import Span
+from traces.documents import parse_json, shown
 from traces.errors import UserError
 
 ROW_SCHEMA: dict[str, Any] = {
@@ -81,6 +83,16 @@ TRAJECTORY_SCHEMA: dict[str, Any] = {
     "budget_entries": pl.Int64,
     "n_entries": pl.Int64,
     "mass": pl.Float64,
+}
+
+# Columns without which rows of a file tell nothing, in whatever version they were written.
+NEEDED = {
+    name: ROW_SCHEMA[name]
+    for name in (
+        *("trace_id", "model", "policy", "policy_params", "budget_asked", "budget_unit", "status"),
+        *("entries_mean", "entries_peak", "bytes_mean", "bytes_peak", "mass_mean", "mass_p05"),
+        *("miss_rate", "n_steps", "n_evictions"),
+    )
 }
 
 BUDGET = ["budget_asked", "budget_unit", "budget_kind"]
@@ -292,3 +304,41 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> t
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def require_sound_rows(table: pl.DataFrame, what: str) -> None:
+    """Refuse rows from a file that no replay can have written: without numbers, or with impossible ones.
+
+    Parameters
+    ----------
+    table : polars.DataFrame
+        With the columns ``NEEDED``.
+    what : str
+        What messages call the file.
+
+    Raises
+    ------
+    UserError
+        Naming the first such column and row.
+    """
+    for name in ("trace_id", "policy", "policy_params", "budget_asked", "budget_unit", "status"):
+        _refuse_rows(table, pl.col(name).is_null(), name, "a value in every row", what)
+    _refuse_rows(table, ~pl.col("status").is_in(["ok", "error"]), "status", "ok, error", what)
+    for name in sorted({name for name in table["policy_params"].unique() if name}):
+        parse_json(name, f"{what}: policy_params", dict[str, Any])
+    done = pl.col("status") == "ok"
+    for name, (low, high) in RANGES.items():
+        if name not in table.columns:
+            continue
+        allowed = f"{low:g} to {high:g}"
+        # NaN compares as larger than all numbers.
+        _refuse_rows(table, done & ~pl.col(name).is_between(low, high), name, allowed, what)
+        if name in NEEDED:
+            _refuse_rows(table, done & pl.col(name).is_null(), name, allowed, what)
+
+
+def _refuse_rows(table: pl.DataFrame, bad: pl.Expr, name: str, allowed: str, what: str) -> None:
+    found = table.with_row_index("row").filter(bad)
+    if len(found):
+        row = found.row(0, named=True)
+        raise UserError(f"{what}, row {row['row'] + 1}: {name} is {shown(row[name])}; allowed: {allowed}")

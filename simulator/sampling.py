@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 
 from traces.errors import UserError
+from traces.shape import ModelShape
 from traces.trace import Trace
 
 
@@ -125,22 +126,21 @@ class Sampling:
         parts = {"queries": queries, "layers": self.layers, "heads": self.kv_heads}
         return ",".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
-    def draw(self, trace: Trace, seed: int) -> Sample:
-        """Choose steps, layers and heads of a trace; the same for the same trace and seed.
+    def require_fits(self, name: str, shape: ModelShape, n_steps: int) -> tuple[int, int, int]:
+        """Give how many layers, KV heads of each, and decode steps are measured of a trace.
 
         Raises
         ------
         UserError
             If fewer than two steps or layers would be measured, or more layers or heads than there are.
         """
-        shape, n_steps = trace.shape, trace.total_tokens - trace.prompt_tokens
         n_layers = shape.n_layers if self.layers is None else self.layers
         n_heads = shape.n_kv_heads if self.kv_heads is None else self.kv_heads
         wanted = round(self.queries * n_steps)
         # A spread is told by two at least.
         least_layers = min(2, shape.n_layers)
         least_heads = min(2, shape.n_kv_heads) if n_layers == 1 else 1
-        where = f"allowed for {trace.path.name}"
+        where = f"allowed for {name}"
         if not least_layers <= n_layers <= shape.n_layers:
             raise UserError(
                 f"--sample-layers is {n_layers}; {where}: {least_layers} to {shape.n_layers}, its layers"
@@ -155,6 +155,18 @@ class Sampling:
                 f"--sample-queries is {self.queries}, less than two of {n_steps} decode steps; {where}: "
                 f"{Fraction(2, n_steps)} to 1"
             )
+        return n_layers, n_heads, wanted
+
+    def draw(self, trace: Trace, seed: int) -> Sample:
+        """Choose steps, layers and heads of a trace; the same for the same trace and seed.
+
+        Raises
+        ------
+        UserError
+            If fewer than two steps or layers would be measured, or more layers or heads than there are.
+        """
+        shape, n_steps = trace.shape, trace.total_tokens - trace.prompt_tokens
+        n_layers, n_heads, wanted = self.require_fits(trace.path.name, shape, n_steps)
         rng = np.random.default_rng([seed, int(trace.trace_id[:15], 16)])
         steps, step_weights = _one_per_stratum(n_steps, wanted, rng)
         layers, layer_weights = _one_per_stratum(shape.n_layers, n_layers, rng)

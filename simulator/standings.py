@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from simulator.budget import Budget
 from simulator.results import (
     BUDGET,
     GROUP,
+    NEEDED,
     ROW_SCHEMA,
     bootstrap,
     budget_columns,
     comparable,
+    require_sound_rows,
     with_budget_kind,
 )
+from simulator.stored_tables import read_table
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
 
@@ -34,11 +37,6 @@ METRICS = {
     "lost_lookup_rate": False,
     "lost_lookup_rms": False,
     "lost_lookup_peak": False,
-}
-_READERS: dict[str, Callable[..., pl.DataFrame]] = {
-    ".parquet": pl.read_parquet,
-    ".csv": pl.read_csv,
-    ".json": pl.read_json,
 }
 
 
@@ -59,23 +57,8 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
                 )
             frames.append(SweepFolder(path).table())
             continue
-        if path.suffix not in _READERS:
-            raise UserError(f"{path}: suffix is '{path.suffix}'; allowed: {', '.join(_READERS)}")
-        try:
-            frame = _READERS[path.suffix](path)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or 'no such file, or it cannot be read'}") from None
-        except (pl.exceptions.PolarsError, ValueError):
-            raise UserError(f"{path} is damaged or no {path.suffix[1:]} file") from None
-        needed = [*GROUP[:-1], "trace_id", "bytes_mean", "n_evictions", "status"]
-        missing = [name for name in needed if name not in frame.columns]
-        if missing:
-            raise UserError(f"{path} has no column '{missing[0]}'; allowed: rows that sim replay wrote")
-        # A column that is empty throughout has no type of its own in a text file.
-        typed = [
-            name for name in frame.columns if name in ROW_SCHEMA and frame[name].dtype != ROW_SCHEMA[name]
-        ]
-        frames.append(frame.with_columns(pl.col(n).cast(ROW_SCHEMA[n], strict=False) for n in typed))
+        frames.append(read_table(path, str(path), NEEDED, ROW_SCHEMA))
+        require_sound_rows(frames[-1], str(path))
     table = pl.concat(map(with_budget_kind, frames), how="diagonal_relaxed")
     _require_one_sample(table)
     # Of many columns the JSON reader loses the order.

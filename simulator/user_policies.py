@@ -154,7 +154,9 @@ def _run(path: Path, content: bytes) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         del sys.modules[name]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
@@ -194,7 +196,9 @@ def _load_installed(point: EntryPoint) -> type:
     package = point.dist.name if point.dist else "?"
     try:
         found = point.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UserError(
             f"policy '{point.name}' of package {package}: {point.value} raised {_told(error)}"
         ) from error

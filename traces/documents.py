@@ -6,11 +6,12 @@ whole numbers within 64 bits, and text that can be written as UTF-8.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,12 @@ def convert(found: object, what: str, kind: Any, error: type[UserError] = UserEr
         return msgspec.convert(found, kind, strict=True, str_keys=True)
     except msgspec.ValidationError as refused:
         raise error(f"{what}: {_refusal(str(refused), found)}") from None
+
+
+def digest(content: Mapping[str, Any], without: str = "") -> str:
+    """Return the sha256 of an object's fields but one, as JSON in ASCII without blanks, names sorted."""
+    rest = {name: value for name, value in content.items() if name != without}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def shown(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from traces.container import FileRecord
-from traces.documents import convert, parse_json, read_document, shown
+from traces.documents import convert, digest, parse_json, read_document, shown
 from traces.errors import TraceError
 from traces.shape import ModelShape
 
@@ -60,7 +59,7 @@ class Manifest:
     minor : int
         Of the version; an older reader passes over what it added.
     manifest_sha256 : str or None
-        Digest of all the rest, as `signature` tells it; None before version 1.1, whose manifests nothing
+        Digest of all the rest; None before version 1.1, whose manifests nothing
         vouches for beyond what ``trace_id`` covers.
     """
 
@@ -105,16 +104,10 @@ class Manifest:
         del content[_DIGEST]
         try:
             content = json.loads(json.dumps(content, allow_nan=False))
-            content[_DIGEST] = signature(content)
+            content[_DIGEST] = digest(content, without=_DIGEST)
             return json.dumps(content, indent=1) + "\n"
         except (TypeError, RecursionError) as error:
             raise ValueError(f"a manifest field cannot be written as JSON: {error}") from None
-
-
-def signature(content: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest's fields but its own digest, as JSON without blanks, names sorted."""
-    rest = {name: value for name, value in content.items() if name != _DIGEST}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def layer_name(layer: int) -> str:
@@ -146,8 +139,7 @@ def content_id(
         "total_tokens": total_tokens,
         "files": {name: record["sha256"] for name, record in files.items()},
     }
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    return digest(content)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -204,9 +196,10 @@ def _check_signature(path: Path | str, manifest: Manifest, content: dict[str, An
             f"{path}: {_DIGEST} is {found} at version {VERSION}.{manifest.minor}; "
             f"allowed: there from version {VERSION}.{_SIGNED_SINCE}"
         )
-    if is_signed and manifest.manifest_sha256 != signature(content):
+    expected = digest(content, without=_DIGEST)
+    if is_signed and manifest.manifest_sha256 != expected:
         raise TraceError(
-            f"{path}: {_DIGEST} is {manifest.manifest_sha256}, the fields give {signature(content)}; "
+            f"{path}: {_DIGEST} is {manifest.manifest_sha256}, the fields give {expected}; "
             "the manifest was changed"
         )
 

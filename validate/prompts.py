@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from traces.documents import shown
+from traces.documents import parse_json, read_document, shown
 from traces.errors import UserError
 from validate.reasoner.tasks import FAMILIES, answer_of
 
 PROMPT_FIELDS = ("prompt", "problem", "question")
 ID_FIELDS = ("id", "unique_id")
+_MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     UserError
         Naming file, line and what is wrong; also for two rows that would share a file name.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
+    content = read_document(path, f"prompts file {path}", UserError, _MOST_BYTES)
     return parse_prompts(content, str(path), limit)
 
 
@@ -119,12 +117,7 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
     UserError
         Beginning with ``where``.
     """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}; allowed: a JSON object")
+    row: dict[str, object] = parse_json(line, where, dict[str, Any])
     name = next((name for name in PROMPT_FIELDS if row.get(name) is not None), None)
     if name is None:
         raise UserError(f"{where}: no prompt; allowed fields: {', '.join(PROMPT_FIELDS)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
+from traces.documents import read_json
 from traces.errors import UserError
+from traces.seeds import require_seed
 from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
@@ -205,6 +206,13 @@ def validate(
     report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
 
 
+class _Configuration(TypedDict):
+    """An entry of --configs; whatever else it says is not read."""
+
+    policy: str
+    budget: str | int | float
+
+
 def _asked_cells(
     policy: list[str] | None, budget: list[str] | None, configs: Path | None, buffer: int | None
 ) -> list[tuple[Policy, Budget]]:
@@ -218,21 +226,10 @@ def _asked_cells(
     overrides = {} if buffer is None else {"buffer": buffer}
     if policy or budget:
         raise UserError("--configs stands instead of --policy and --budget; give one or the other")
-    try:
-        rows = json.loads(configs.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--configs {configs} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--configs {configs} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"--configs {configs} holds no list of configurations")
-    cells = []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not {"policy", "budget"} <= row.keys():
-            raise UserError(
-                f'--configs {configs}, entry {number}: allowed: {{"policy": "rkv", "budget": "20%"}}'
-            )
-        cells.append((parse_policy(str(row["policy"]), **overrides), parse_budget(row["budget"])))
+    rows = read_json(configs, f"--configs {configs}", list[_Configuration])
+    if not rows:
+        raise UserError(f"--configs {configs} holds no configuration; allowed: one or more")
+    cells = [(parse_policy(row["policy"], **overrides), parse_budget(row["budget"])) for row in rows]
     require_buffers((own for own, _ in cells), buffer)
     return list(dict.fromkeys(cells))
 
@@ -266,8 +263,7 @@ def _matrix_settings(
             raise UserError(f"--{name} is {value}; allowed: 1 or more")
     if stretch is not None and not stretch >= 1:
         raise UserError(f"--stretch is {stretch}; allowed: 1 or more")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    require_seed(seed, "--seed")
     if temperature is None and (top_p is not None or samples > 1):
         what = "--top-p" if top_p is not None else f"--samples {samples}"
         raise UserError(f"{what} is given without --temperature: greedy texts are all the same")

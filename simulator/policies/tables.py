@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simulator.policies.base import LayerRequest, refuse_unless
+from traces.documents import read_json
 from traces.errors import MissingDataError, UserError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def head_table(path: str, request: LayerRequest) -> np.ndarray:
     if not path:
         return _shaped(wave_of(request).head_demand, request, f"the wave of model '{request.model}'")
     where = f"head table {path}"
-    found = _read_json(path, where)
+    found = read_json(path, where, error=MissingDataError)
     rows = _group_sums(found, request, where) if isinstance(found, dict) else found
     return _shaped(rows, request, where)
 
@@ -97,7 +96,7 @@ def layer_shares(text: str, request: LayerRequest) -> np.ndarray:
     where = f"layer_shares {text}"
     if shares is None:
         _require_named(text, "layer_shares", "4/2/1")
-        shares = _numbers(_read_json(text, where), where)
+        shares = _numbers(read_json(text, where, error=MissingDataError), where)
         _require_positive(shares, where)
     if len(shares) != request.n_layers:
         raise MissingDataError(
@@ -126,7 +125,7 @@ def head_shares(text: str, request: LayerRequest) -> np.ndarray:
     if shares is not None:
         return _shaped([shares] * request.n_layers, request, where)
     _require_named(text, "head_shares", "2/1/1/1")
-    table = _shaped(_read_json(text, where), request, where)
+    table = _shaped(read_json(text, where, error=MissingDataError), request, where)
     _require_positive(table.ravel().tolist(), where)
     return table
 
@@ -149,15 +148,6 @@ def refuse_bad_shares(name: str, text: str) -> None:
 def _require_named(text: str, name: str, example: str) -> None:
     if not text:
         raise UserError(f"'custom' budgets have no {name}; allowed: {name}={example}, or a JSON file")
-
-
-def _read_json(path: str, where: str) -> object:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingDataError(f"{where}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is not JSON") from None
 
 
 def _numbers(found: object, where: str) -> list[float]:

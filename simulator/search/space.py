@@ -13,7 +13,7 @@ from optuna.trial import BaseTrial, FixedTrial
 from simulator.budget import parse_budget
 from simulator.policies import LAYER_ALLOCATORS
 from simulator.policy import Policy, parse_policy
-from simulator.toml_file import read_toml
+from traces.documents import read_toml
 from traces.errors import UserError
 
 ROLES = ("scorer", "layers", "heads")

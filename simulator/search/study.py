@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -18,6 +19,7 @@ from simulator.cells import code_version
 from simulator.search.judge import RUNGS, Judge, Worth, in_turns
 from simulator.search.space import Space
 from simulator.wave import Wave
+from traces.documents import parse_json
 from traces.errors import UserError
 from traces.store import open_trace
 
@@ -111,7 +113,7 @@ def open_study(path: Path, question: Question, starts: Sequence[str]) -> None:
                 if found is not None:
                     study.enqueue_trial(found, skip_if_exists=True)
     elif known != question.digest():
-        before, now = json.loads(known), json.loads(question.digest())
+        before, now = (parse_json(text, str(path), dict[str, Any]) for text in (known, question.digest()))
         other = next(name for name in now if now[name] != before.get(name))
         raise UserError(f"{path} holds a search with other {other}; allowed: the same, or another --out")
     # Trials of a run that was killed are over.

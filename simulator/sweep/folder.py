@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from simulator.results import GROUP, ROW_SCHEMA, budget_columns, with_budget_kind
+from simulator.stored_tables import parse_table, read_table, sealed_parquet
 from simulator.sweep.grid import TraceCells
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -23,6 +23,8 @@ PLAN_NAME = "cells.parquet"
 ROWS: dict[str, Any] = ROW_SCHEMA | {"seed": pl.Int64, "cell": pl.String}
 # What the plan knows of a cell before there is a row.
 _LABELS = ("trace_id", "trace", *GROUP, "seed", "cell")
+# What rows of any version have.
+_NEEDED = {name: ROWS[name] for name in (*_LABELS, "status") if name != "budget_kind"}
 _PART = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.parquet")
 # More parts than that become one when a sweep is done.
 _MANY_PARTS = 64
@@ -103,7 +105,7 @@ class SweepFolder:
             for cell in own.cells
         ]
         schema = {name: ROWS[name] for name in _LABELS}
-        self._write(self.path / PLAN_NAME, _encoded(pl.DataFrame(rows, schema=schema, orient="row")))
+        self._write(self.path / PLAN_NAME, sealed_parquet(pl.DataFrame(rows, schema=schema, orient="row")))
 
     def write_part(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows in one atomic step.
@@ -121,14 +123,13 @@ class SweepFolder:
         """
         frames = [pl.DataFrame(schema=ROWS)]
         for path in self._listed():
-            content = path.read_bytes()
-            if sha256(content).hexdigest()[:16] == _name(path)[2]:
-                frames.append(with_budget_kind(pl.read_parquet(BytesIO(content))))
-                continue
-            fate = "is dropped; its cells are replayed again" if drop_damaged else "is left out"
-            print(f"sim: {path} is damaged and {fate}", file=sys.stderr)
-            if drop_damaged:
-                path.unlink()
+            try:
+                frames.append(self._read_part(path))
+            except UserError as error:
+                fate = "is dropped; its cells are replayed again" if drop_damaged else "is left out"
+                print(f"sim: {error} and {fate}", file=sys.stderr)
+                if drop_damaged:
+                    path.unlink()
         # Rows of earlier versions may lack columns.
         rows = pl.concat(frames, how="diagonal_relaxed")
         ordered = rows.sort(pl.col("status") == "ok", maintain_order=True)
@@ -155,12 +156,18 @@ class SweepFolder:
         UserError
         """
         path = self.path / PLAN_NAME
+        labels = {name: ROWS[name] for name in _LABELS if name != "budget_kind"}
         try:
-            return pl.read_parquet(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; allowed: a folder of sim sweep") from None
-        except pl.exceptions.PolarsError:
-            raise UserError(f"{path} is damaged; run sim sweep again, finished cells are kept") from None
+            return with_budget_kind(read_table(path, str(path), labels)).select(_LABELS)
+        except UserError as error:
+            raise UserError(f"{error}; run sim sweep again, finished cells are kept") from None
+
+    def _read_part(self, path: Path) -> pl.DataFrame:
+        """Read a part that its name vouches for; raises UserError, and FileNotFoundError if it is gone."""
+        content = path.read_bytes()
+        if sha256(content).hexdigest()[:16] != _name(path)[2]:
+            raise UserError(f"{path} is damaged")
+        return with_budget_kind(parse_table(content, ".parquet", str(path), _NEEDED, ROWS, is_whole=True))
 
     def compact(self) -> None:
         """Join many parts to one.
@@ -195,7 +202,7 @@ class SweepFolder:
         if not self._serial:
             self._serial = max((int(_name(path)[1]) for path in self._listed()), default=0)
         self._serial += 1
-        content = _encoded(table)
+        content = sealed_parquet(table)
         digest = sha256(content).hexdigest()[:16]
         self._write(self._parts / f"part-{self._serial:06d}-{digest}.parquet", content)
 
@@ -212,13 +219,6 @@ class SweepFolder:
             raise
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}") from None
-
-
-def _encoded(table: pl.DataFrame) -> bytes:
-    # In memory first: only so does a full disk come as an error of the system.
-    buffer = BytesIO()
-    table.write_parquet(buffer)
-    return buffer.getvalue()
 
 
 def _name(path: Path) -> re.Match[str]:

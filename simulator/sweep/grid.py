@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from simulator.budget import Budget
@@ -15,9 +14,11 @@ from simulator.results import budget_columns
 from simulator.sampling import EVERYTHING, Sampling
 from simulator.sweep.spec import Setting
 from simulator.wave import Wave, read_wave
+from traces.documents import digest
 from traces.errors import TraceError, UserError
 from traces.manifest import Manifest
 from traces.remote import find_remote, is_remote, remote_manifest
+from traces.shape import ModelShape
 from traces.store import find_traces, open_trace
 
 
@@ -33,6 +34,12 @@ class SweepTrace:
         What rows call it.
     trace_id : str
         Empty if it could not be opened.
+    manifest_sha256 : str
+        Of all that is told of it, model and RoPE included, which rows depend on too.
+    model : str
+    shape : ModelShape or None
+    n_steps : int
+        Decode steps.
     n_bytes : int
     error : UserError or None
         Why it cannot be replayed.
@@ -41,6 +48,10 @@ class SweepTrace:
     source: str
     name: str
     trace_id: str = ""
+    manifest_sha256: str = ""
+    model: str = ""
+    shape: ModelShape | None = None
+    n_steps: int = 0
     n_bytes: int = 0
     error: UserError | None = None
 
@@ -125,7 +136,7 @@ def wave_digest(path: str) -> str:
     MissingDataError
         If it is no wave.
     """
-    return _digest(asdict(read_wave(path)))
+    return digest(asdict(read_wave(path)))
 
 
 def read_waves(paths: Sequence[str]) -> dict[str, Wave]:
@@ -137,9 +148,10 @@ def _address(
     trace: SweepTrace, setting: Setting, parameters: str, wave_digests: Sequence[str], sampling: Sampling
 ) -> str:
     # Whatever else a row comes to depend on takes a line here.
-    return _digest(
+    return digest(
         {
             "trace": trace.trace_id or trace.source,
+            "manifest": trace.manifest_sha256,
             "policy": setting.policy.name,
             "parameters": parameters,
             "budget": list(budget_columns(setting.budget).values()),
@@ -149,10 +161,6 @@ def _address(
             "code": code_version(),
         }
     )
-
-
-def _digest(content: object) -> str:
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _local(path: Path) -> SweepTrace:
@@ -179,4 +187,15 @@ def _of_manifest(source: str, name: str, manifest: Manifest) -> SweepTrace:
     if manifest.total_tokens == manifest.prompt_tokens:
         error = UserError(f"trace {source} has no decode step after its prompt; nothing to replay")
     n_bytes = sum(record["size"] for record in manifest.files.values())
-    return SweepTrace(source, name, manifest.trace_id, n_bytes, error)
+    signature = manifest.manifest_sha256 or digest(json.loads(manifest.to_json()), without="manifest_sha256")
+    return SweepTrace(
+        source=source,
+        name=name,
+        trace_id=manifest.trace_id,
+        manifest_sha256=signature,
+        model=manifest.model,
+        shape=manifest.shape,
+        n_steps=manifest.total_tokens - manifest.prompt_tokens,
+        n_bytes=n_bytes,
+        error=error,
+    )

@@ -20,7 +20,7 @@ from simulator.sweep.grid import TraceCells, find_sweep_traces, lay_out, read_wa
 from simulator.sweep.spec import Spec
 from simulator.sweep.tasks import Portions, Task
 from simulator.sweep.worker import Done, replay_task
-from simulator.wave import Wave, known_waves
+from simulator.wave import Wave, known_waves, require_fitting
 from traces.errors import Interrupted
 
 
@@ -63,8 +63,13 @@ def plan_sweep(spec: Spec) -> list[TraceCells]:
     UserError
         If no trace is found for a pattern, or a wave cannot be read.
     """
-    digests = [wave_digest(path) for path in spec.waves]
-    return lay_out(find_sweep_traces(spec.traces), spec.settings, digests, spec.sampling)
+    digests, waves = [wave_digest(path) for path in spec.waves], read_waves(spec.waves)
+    traces = find_sweep_traces(spec.traces)
+    for trace in traces:
+        if trace.shape is not None:
+            require_fitting(waves, trace.model, trace.shape)
+            spec.sampling.require_fits(trace.name, trace.shape, trace.n_steps)
+    return lay_out(traces, spec.settings, digests, spec.sampling)
 
 
 def unfinished(work: list[TraceCells], rows: pl.DataFrame) -> list[TraceCells]:

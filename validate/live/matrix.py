@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,11 +21,14 @@ from simulator.budget import Budget
 from simulator.cells import code_version
 from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
-from simulator.results import with_budget_kind
+from simulator.results import GROUP, budget_columns, with_budget_kind
+from simulator.stored_tables import read_table
 from simulator.user_policies import failure
 from simulator.wave import known_waves
 from traces.atomic import write_file
+from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
+from validate.live.completions import ROW_SCHEMA
 from validate.models import find_folder, weights_digest
 
 FULL = parse_policy("fullkv")
@@ -98,6 +102,7 @@ class Matrix:
 
     def __init__(self, folder: Path, settings: MatrixSettings, n_problems: int) -> None:
         self.folder, self.settings, self.n_problems = folder, settings, n_problems
+        self._counts: dict[Path, int] = {}  # rows of the batches that were found whole
         (folder / "batches").mkdir(parents=True, exist_ok=True)
         self._require_same_settings()
 
@@ -116,11 +121,17 @@ class Matrix:
 
     def is_done(self, batch: Batch) -> bool:
         """Say whether all its rows are there: a limit may have grown since and the last batch with it."""
-        try:
-            n_rows = pl.scan_parquet(self.path(batch)).select(pl.len()).collect().item()
-        except (OSError, pl.exceptions.PolarsError):
-            return False  # missing or damaged: it is decoded again
-        return n_rows >= self._n_rows(batch)
+        path = self.path(batch)
+        if path not in self._counts:
+            if not path.is_file():
+                return False
+            try:
+                self._counts[path] = len(read_batch(path, batch))
+            except UserError as error:
+                print(f"sim: {error}; it is decoded again", file=sys.stderr)
+                path.unlink(missing_ok=True)
+                return False
+        return self._counts[path] >= self._n_rows(batch)
 
     def run(
         self, batches: Sequence[Batch], jobs: int, on_batch: Callable[[Batch, str | None], None]
@@ -225,9 +236,7 @@ class Matrix:
     def table(self, batches: Sequence[Batch]) -> pl.DataFrame:
         """Join the rows of all batches that are done."""
         done = [batch for batch in batches if self.is_done(batch)]
-        rows = [
-            with_budget_kind(pl.read_parquet(self.path(batch)).head(self._n_rows(batch))) for batch in done
-        ]
+        rows = [read_batch(self.path(batch), batch).head(self._n_rows(batch)) for batch in done]
         return pl.concat(rows) if rows else pl.DataFrame()
 
     def _n_rows(self, batch: Batch) -> int:
@@ -246,10 +255,7 @@ class Matrix:
         asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
         asked = json.loads(json.dumps(asked))
         if place.exists():
-            try:
-                found = dict(json.loads(place.read_text()))
-            except (ValueError, TypeError):
-                raise UserError(f"{place} is damaged; allowed: another folder") from None
+            found = read_json(place, str(place), dict[str, Any])
             differing = sorted(name for name in asked if asked[name] != found.get(name))
             if differing:
                 name = differing[0]
@@ -260,6 +266,22 @@ class Matrix:
         else:
             text = json.dumps(asked, indent=1) + "\n"
             write_file(place, lambda temporary: temporary.write_text(text))
+
+
+def read_batch(path: Path, batch: Batch) -> pl.DataFrame:
+    """Read the rows of one batch, columns of ``completions.ROW_SCHEMA``.
+
+    Raises
+    ------
+    UserError
+        If the file is damaged, lacks columns, or holds rows of another batch.
+    """
+    required = {name: kind for name, kind in ROW_SCHEMA.items() if name != "budget_kind"}
+    rows = with_budget_kind(read_table(path, str(path), required)).select(list(ROW_SCHEMA))
+    asked = (batch.policy.name, batch.policy.parameters_json, *budget_columns(batch.budget).values())
+    if any(row != asked for row in rows.select(GROUP).unique().iter_rows()):
+        raise UserError(f"{path} holds rows of another batch")
+    return rows
 
 
 def _digest(path: Path) -> str:
@@ -312,7 +334,7 @@ def _run_batch(folder: Path, batch: Batch) -> None:
     baselines = None
     if batch.budget is not None:
         full = Batch(FULL, None, batch.first, batch.count)
-        baselines = baselines_of(pl.read_parquet(folder / "batches" / full.file_name))
+        baselines = baselines_of(read_batch(folder / "batches" / full.file_name, full))
     try:
         rows = complete(
             _worker["loaded"],
