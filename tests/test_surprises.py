@@ -153,7 +153,7 @@ def test_a_glob_that_matches_nothing_among_several_is_refused(make_trace, run_si
     code, _, err = run_sim(
         "replay", "-t", make_trace().path, "-t", tmp_path / "none-*", "-p", "rkv", "-b", 12
     )
-    assert (code, "none-*: no trace found" in err) == (3, True)
+    assert (code, "none-*: matches no trace" in err) == (3, True)
 
 
 def test_a_seed_that_draws_nothing_is_refused(make_trace, run_sim, tmp_path):
