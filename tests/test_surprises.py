@@ -163,6 +163,12 @@ def test_a_seed_that_draws_nothing_is_refused(make_trace, run_sim, tmp_path):
     assert (code, "--seed is given without --metric" in err) == (2, True)
 
 
+def test_processes_beside_a_cluster_are_refused(make_trace, run_sim, tmp_path):
+    spec = write_spec(tmp_path, traces=[str(make_trace().path)], policies=["rkv"], budgets=[12])
+    code, _, err = run_sim("sweep", spec, "--engine", "ray", "--jobs", 2)
+    assert (code, "--jobs is 2, and --engine ray has its own workers" in err) == (2, True)
+
+
 def test_an_infeasible_budget_has_its_own_exit_code_in_every_verb(make_trace, run_sim, tmp_path):
     trace = make_trace().path
     asked = ["-b", "3", "--buffer", 5]
