@@ -22,6 +22,7 @@ from simulator.policies import (
 )
 from simulator.policies.base import HeadAllocator, LayerAllocator, Scorer, Trigger
 from simulator.user_policies import ROLES, find_part, installed, is_users, require_sound_part, sources
+from traces.documents import shown
 from traces.errors import InfeasibleBudgetError, UserError
 
 REPLAY_FIELDS = ("redistribute",)
@@ -199,6 +200,10 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     if isinstance(text, Policy):
         return text
     text = text.strip()
+    if not text.isprintable():
+        raise UserError(
+            f"policy {shown(text)} has characters that cannot be printed; allowed: one line of text"
+        )
     name = split_name(text)
     given = _parse_parameters(text, text[len(name) + 1 :]) if len(name) < len(text) else {}
     pieces, usual = _expanded(name)

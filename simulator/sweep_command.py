@@ -40,6 +40,8 @@ def sweep(
     from traces.errors import UserError
 
     chosen, workers, asked = parse_engine(engine), worker_count(jobs), read_spec(spec)
+    if jobs and engine != "local":
+        raise UserError(f"--jobs is {jobs}, and --engine {engine} has its own workers; allowed: one of them")
     folder = out or asked.out
     if folder is None:
         raise UserError(f"{spec}: out is missing; allowed: the name of a folder, or --out FOLDER")

@@ -136,6 +136,27 @@ def test_no_decode_step_holds_more_than_a_cap_however_long_the_text(loaded, prom
         assert row["bytes_peak"] == (most // 4) * 4 * shape.bytes_per_entry
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rkv+utility:delta=3,buffer=4",
+        "snapkv+pyramid+adakv:window=4,buffer=3",
+        "rkv+wave-dynamic:layer_delta=5,buffer=4",
+        "h2o:trigger=every-n,interval=5",
+        "rkv:trigger=per-step",
+        "rkv:buffer=4,prompt=wait",
+    ],
+)
+def test_a_cap_holds_under_policies_that_divide_and_wait(loaded, prompts, text):
+    known = {(prompt.id, 0): Baseline([5] * 30, False) for prompt in prompts}
+    rows = run(loaded, prompts, "70%!", policy=parse_policy(text), baselines=known)
+    shape = model_shape(loaded.model.config, loaded.model.dtype)
+    for row in rows.iter_rows(named=True):
+        most = int(parse_budget("70%!").of_cache(shape, row["prompt_tokens"] + 30))
+        assert row["prompt_tokens"] + row["n_tokens"] > most // 4
+        assert 0.6 * most < row["bytes_peak"] / shape.bytes_per_entry <= most
+
+
 def test_rows_of_a_version_with_one_kind_of_budget_are_of_that_kind(folder, tmp_path, loaded, prompts, full):
     own = Matrix(tmp_path, settings_for(folder), 3)
     batches = [Batch(FULL, None, 0, 3), Batch(RKV, parse_budget("20"), 0, 3)]

@@ -119,6 +119,7 @@ def test_comma_lists_keep_parameters_with_their_policy():
     ("text", "named"),
     [
         ("", "allowed"),
+        ("a\0b", r"policy 'a\x00b' has characters that cannot be printed"),
         ("h3o", "'h3o' is unknown; allowed: fullkv"),
         ("rkv+snapkv", "'snapkv' is a second scorer"),
         ("rkv+wave+pyramid", "'pyramid' is a second layers"),

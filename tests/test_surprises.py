@@ -153,7 +153,7 @@ def test_a_glob_that_matches_nothing_among_several_is_refused(make_trace, run_si
     code, _, err = run_sim(
         "replay", "-t", make_trace().path, "-t", tmp_path / "none-*", "-p", "rkv", "-b", 12
     )
-    assert (code, "none-*: no trace found" in err) == (3, True)
+    assert (code, "none-*: matches no trace" in err) == (3, True)
 
 
 def test_a_seed_that_draws_nothing_is_refused(make_trace, run_sim, tmp_path):
@@ -161,6 +161,12 @@ def test_a_seed_that_draws_nothing_is_refused(make_trace, run_sim, tmp_path):
     run_sim("replay", "-t", make_trace().path, "-p", "rkv", "--buffer", 5, "-b", 12, "-o", rows)
     code, _, err = run_sim("results", rows, "--seed", 3)
     assert (code, "--seed is given without --metric" in err) == (2, True)
+
+
+def test_processes_beside_a_cluster_are_refused(make_trace, run_sim, tmp_path):
+    spec = write_spec(tmp_path, traces=[str(make_trace().path)], policies=["rkv"], budgets=[12])
+    code, _, err = run_sim("sweep", spec, "--engine", "ray", "--jobs", 2)
+    assert (code, "--jobs is 2, and --engine ray has its own workers" in err) == (2, True)
 
 
 def test_an_infeasible_budget_has_its_own_exit_code_in_every_verb(make_trace, run_sim, tmp_path):
