@@ -133,6 +133,7 @@ def calibrate(
     use_one_thread()
     from simulator.output import require_place
     from simulator.wave import calibrate as measure
+    from traces.errors import UserError
     from traces.store import find_traces, open_trace
 
     if steps < 1:

@@ -106,7 +106,8 @@ def _guarded(kind: str, name: str) -> Iterator[None]:
 
 
 def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView) -> np.ndarray:
-    found = _as_numbers(given, f"scorer '{scorer.name}' returned {what}").astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        found = _as_numbers(given, f"scorer '{scorer.name}' returned {what}").astype(np.float32, copy=False)
     if found.shape != view.positions.shape:
         raise PolicyError(
             f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {view.positions.shape}"

@@ -324,9 +324,10 @@ def require_sound_rows(table: pl.DataFrame, what: str) -> None:
     for name in ("trace_id", "policy", "policy_params", "budget_asked", "budget_unit", "status"):
         _refuse_rows(table, pl.col(name).is_null(), name, "a value in every row", what)
     _refuse_rows(table, ~pl.col("status").is_in(["ok", "error"]), "status", "ok, error", what)
-    for name in sorted({name for name in table["policy_params"].unique() if name}):
-        parse_json(name, f"{what}: policy_params", dict[str, Any])
+    for parameters in table["policy_params"].unique().sort():
+        parse_json(parameters, f"{what}: policy_params", dict[str, Any])
     done = pl.col("status") == "ok"
+    _refuse_rows(table, done & pl.col("model").is_null(), "model", "a name", what)
     for name, (low, high) in RANGES.items():
         if name not in table.columns:
             continue

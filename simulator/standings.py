@@ -57,8 +57,10 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
                 )
             frames.append(SweepFolder(path).table())
             continue
-        frames.append(read_table(path, str(path), NEEDED, ROW_SCHEMA))
-        require_sound_rows(frames[-1], str(path))
+        frame = read_table(path, str(path), NEEDED, ROW_SCHEMA)
+        require_sound_rows(frame, str(path))
+        missing = [name for name in ROW_SCHEMA if name not in frame.columns]
+        frames.append(frame.with_columns(pl.lit(None, ROW_SCHEMA[name]).alias(name) for name in missing))
     table = pl.concat(map(with_budget_kind, frames), how="diagonal_relaxed")
     _require_one_sample(table)
     # Of many columns the JSON reader loses the order.

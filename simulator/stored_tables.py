@@ -16,9 +16,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 
-from traces.documents import parse_json, read_document
+from traces.documents import convert, parse_json, read_document
 from traces.errors import UserError
 
 FORMATS = (".parquet", ".csv", ".json")
@@ -100,11 +101,13 @@ def parse_table(
                 _require_whole(content, what)
             table = pl.read_parquet(BytesIO(content))
         elif suffix == ".csv":
+            content.decode("utf-8-sig")
             table = pl.read_csv(BytesIO(content), infer_schema_length=None)
         else:
-            table = pl.from_dicts(
-                parse_json(content, what, list[dict[str, Any]], error), infer_schema_length=None
-            )
+            rows = parse_json(content, what, list[dict[str, Any]], error)
+            # Polars would make text of a number in a column of text.
+            convert(rows, what, list[_row_type(required, optional)], error)  # type: ignore[misc]
+            table = pl.from_dicts(rows, infer_schema_length=None)
     except (pl.exceptions.PolarsError, ValueError, TypeError):
         raise error(f"{what} is damaged or no {suffix[1:]} file") from None
     return checked(table, what, required, optional, error)
@@ -174,6 +177,15 @@ def _require_whole(content: bytes, what: str) -> None:
     if subprocess.run(command, input=content, capture_output=True, check=False).returncode:
         raise ValueError("unreadable")
     print(f"sim: {what} has no checksum of sim's; whether it is whole cannot be told", file=sys.stderr)
+
+
+def _row_type(required: Mapping[str, Any], optional: Mapping[str, Any] | None) -> type:
+    """Give the type of one row as JSON has it; what is not known is not looked at."""
+    kinds = {pl.String: str, pl.Boolean: bool, pl.Float64: float, pl.Float32: float}
+    columns = {**required, **(optional or {})}
+    return msgspec.defstruct(
+        "Row", [(name, kinds.get(kind, int) | None, None) for name, kind in columns.items()]
+    )
 
 
 def _converted(column: pl.Series, wanted: Any, what: str, error: type[UserError]) -> pl.Series:

@@ -163,7 +163,7 @@ def _layout(groups: dict[str, list[dict[str, str]]], columns: list[str]) -> Tabl
 
 
 def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
-    models = ", ".join(sorted(set(table["model"])))
+    models = ", ".join(sorted(set(table["model"].drop_nulls())))
     done = table.filter(pl.col("status") == "ok")
     steps = int(done.unique("trace_id")["n_steps"].sum())
     named = f"{done['trace_id'].n_unique()} traces" if several else table["trace"][0]
@@ -226,6 +226,8 @@ def _changed_parameters(row: dict[str, Any]) -> dict[str, Any]:
     from traces.errors import UserError
 
     given = json.loads(row["policy_params"])
+    if "trigger" not in given:  # rows that another program wrote
+        return given
     try:
         usual = parse_policy(row["policy"]).parameters["trigger"]
         defaults = parse_policy(f"{row['policy']}:trigger={given['trigger']}").parameters | {"trigger": usual}

@@ -89,8 +89,8 @@ def fuzz(target: Target, numbers: range, seed: int, journal: Path | None = None)
 def _outcome(target: Target, content: bytes) -> str:
     said, refused = "", None
     for command in target.commands:
-        code, _, errors = run_sim(command)
-        said += errors
+        code, out, errors = run_sim(command)
+        said += out + errors
         if code == 0:
             continue
         lines = errors.splitlines()

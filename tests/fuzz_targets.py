@@ -376,6 +376,7 @@ def _sweep_folder_targets(folder: Path, trace: Path) -> list[Target]:
 
 def _live_target(folder: Path) -> Target:
     from simulator.output import write_parquet
+    from simulator.results import budget_columns
     from validate.live.completions import ROW_SCHEMA
     from validate.live.matrix import FULL, Batch, Matrix, MatrixSettings
 
@@ -388,6 +389,7 @@ def _live_target(folder: Path) -> Target:
         name: [3, 4] if isinstance(kind, pl.List) else samples.get(kind, 1)
         for name, kind in ROW_SCHEMA.items()
     }
+    row |= {"policy": FULL.name, "policy_params": FULL.parameters_json} | budget_columns(None)
     write_parquet(pl.DataFrame([row], schema=ROW_SCHEMA), matrix.path(batch))
 
     def meaning(_: Path) -> Any:

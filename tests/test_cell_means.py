@@ -5,6 +5,7 @@ import pytest
 
 from simulator.cell_means import cell_means, chosen_elsewhere, main
 from simulator.cells import run_replay
+from simulator.output import write_parquet
 from simulator.standings import METRICS
 
 
@@ -23,7 +24,7 @@ def test_means_are_over_traces_of_one_family(make_trace):
 
 def test_command_writes_them_and_refuses_in_one_line(make_trace, tmp_path, capsys):
     rows = run_replay([make_trace()], ["random:buffer=4"], [12]).table
-    rows.write_parquet(tmp_path / "rows.parquet")
+    write_parquet(rows, tmp_path / "rows.parquet")
     assert main([str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "means.csv")]) == 0
     assert pl.read_csv(tmp_path / "means.csv")["n_traces"].to_list() == [1]
     assert main([str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "none" / "means.csv")]) == 2

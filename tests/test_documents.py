@@ -45,7 +45,7 @@ def test_a_document_becomes_its_kind() -> None:
         ('"é"', "[1]", "w.json: pieces[...] is a array; allowed: str"),
         ('"7"', '"x"', "w.json: a key of pieces is a str; allowed: int"),
         ('"n": 3, ', "", "w.json: field 'n' is missing"),
-        ('"n": 3', '"n": 3, "note": {"a": 1}', "w.json: note is an object of 1; allowed: str | null"),
+        ('"n": 3', '"n": 3, "note": {"a": 1}', "w.json: note is {'a': 1}; allowed: str | null"),
     ],
 )
 def test_another_kind_is_one_line(before: str, after: str, message: str) -> None:

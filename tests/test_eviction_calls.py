@@ -382,7 +382,7 @@ def test_passes_that_do_not_end_with_the_prompt_are_refused(models, stock):
         ({"entries": [8, 2.5]}, "entries has 2.5; allowed"),
         ({"entries": float("nan")}, "entries is nan; allowed"),
         ({"entries": None}, "entries is None; allowed"),
-        ({"entries": {8: 1}}, "entries is an object of 1; allowed"),
+        ({"entries": {8: 1}}, "entries is {8: 1}; allowed"),
         ({"entries": np.array([8.0])}, "entries has np.float64(8.0); allowed"),
         ({"seeds": [-1]}, "seeds has -1; allowed: whole numbers, 0 or more"),
         ({"seeds": "01"}, "seeds is '01'; allowed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from tiny_models import tiny_model
 from simulator.budget import parse_budget
 from simulator.output import write_parquet
 from simulator.policy import parse_policy
+from simulator.results import budget_columns
 from traces.errors import InfeasibleBudgetError, MissingDataError, NoDeviceError, UserError
 from validate.eviction.decode import Completion
 from validate.live import completions, matrix
@@ -354,12 +356,10 @@ class Calls:
             raise MissingDataError(f"{batch.policy.name} at {batch.first} lacks a wave")
         problems = range(batch.first, batch.first + batch.count)
         samples = range(self.settings.live["samples"])
-        rows = [
-            {"problem": i, "sample": s, "policy": batch.policy.name, "budget": str(batch.budget)}
-            for i in problems
-            for s in samples
-        ]
-        pl.DataFrame(rows).write_parquet(folder / "batches" / batch.file_name)
+        labels = {"policy": batch.policy.name, "policy_params": batch.policy.parameters_json}
+        labels |= budget_columns(batch.budget)
+        rows = [labels | {"problem": str(i), "sample": s} for i in problems for s in samples]
+        write_parquet(pl.DataFrame(rows, schema=ROW_SCHEMA), folder / "batches" / batch.file_name)
 
 
 @pytest.fixture
@@ -420,7 +420,7 @@ def test_more_problems_only_add_batches_and_fewer_take_rows_away(samples, folder
         assert len(seen.decoded) - n_before == n_decoded
         table = own.table(batches)
         assert len(table) == limit * samples * 4
-        assert set(table["problem"]) == set(range(limit))
+        assert set(table["problem"]) == {str(i) for i in range(limit)}
 
 
 def test_an_error_in_one_batch_is_told_and_the_others_are_written(folder, tmp_path, calls):
@@ -452,7 +452,7 @@ def test_without_a_full_cache_its_policies_are_not_decoded(folder, tmp_path, cal
     assert reasons[batches[0]] == "fullkv at 0 lacks a wave"
     assert reasons[batches[1]] == "its full-cache runs failed: fullkv at 0 lacks a wave"
     assert seen.decoded == [batches[0], *batches[4:]]
-    assert set(own.table(batches)["problem"]) == {2, 3}
+    assert set(own.table(batches)["problem"]) == {"2", "3"}
 
 
 def test_an_interrupt_takes_waiting_batches_with_it(folder, tmp_path, calls):
@@ -529,6 +529,38 @@ def test_a_damaged_batch_is_decoded_again(folder, tmp_path, calls):
     assert not own.is_done(batches[2])
     assert ran(own, batches)[0] == {}
     assert seen.decoded[8:] == [batches[2]]
+
+
+def test_no_flipped_bit_of_a_batch_goes_unnoticed(folder, tmp_path, calls, capsys):
+    asked = settings_for(folder)
+    own = Matrix(tmp_path, asked, 4)
+    calls(asked)
+    batches = own.batches(CELLS)
+    ran(own, batches)
+    path, rng = own.path(batches[2]), random.Random(5)
+    sound, rows = path.read_bytes(), own.table(batches)
+    for _ in range(100):
+        damaged = bytearray(sound)
+        damaged[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        assert not own.is_done(batches[2])
+        assert "damaged or no parquet file; it is decoded again" in capsys.readouterr().err
+    path.write_bytes(sound)
+    assert own.table(batches).equals(rows)
+
+
+def test_a_batch_that_lost_columns_or_is_another_is_decoded_again(folder, tmp_path, calls, capsys):
+    asked = settings_for(folder)
+    own = Matrix(tmp_path, asked, 4)
+    calls(asked)
+    batches = own.batches(CELLS)
+    ran(own, batches)
+    write_parquet(pl.read_parquet(own.path(batches[2])).drop("token_ids"), own.path(batches[2]))
+    shutil.copy(own.path(batches[1]), own.path(batches[3]))
+    assert [own.is_done(batch) for batch in batches[:4]] == [True, True, False, False]
+    err = capsys.readouterr().err
+    assert "has no column 'token_ids'" in err
+    assert "holds rows of another batch" in err
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", '"text"', "[1]"])

@@ -212,7 +212,7 @@ def test_what_may_be_left_out_has_a_default(written):
         ),
         ("accuracy = { rkv = 50.5 }", "", "published 1 accuracy is None; allowed: a table"),
         ('note = "read off a chart"', "source = 3", "published 1 key 'source' is unknown"),
-        ('"a paper"', '"a paper', "no valid TOML"),
+        ('"a paper"', '"a paper', "not valid TOML"),
     ],
 )
 def test_what_is_not_allowed_is_one_line_with_file_and_key(written, old, new, words):

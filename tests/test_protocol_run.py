@@ -435,7 +435,7 @@ def test_a_url_is_read_once_and_kept(tmp_path, monkeypatch):
         ("nothing://p.jsonl", "nothing://p.jsonl cannot be read: ValueError: Protocol not known"),
         ("bad.parquet", "bad.parquet cannot be read: no Parquet"),
         ("bare.jsonl", "bare.jsonl, line 1: no answer"),
-        ("text.jsonl", "text.jsonl, line 1: not JSON"),
+        ("text.jsonl", "text.jsonl, line 1: not valid JSON"),
     ],
 )
 def test_problems_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, source, words):
@@ -491,7 +491,7 @@ def test_a_missing_wave_is_said_with_how_to_make_it_before_anything_is_decoded(s
     one_line(err, "sim record --random-weights tiny", "give it with --wave wave.json\n")
     code, _, err = sim("--wave", "/none.json")
     assert code == 4
-    one_line(err, "wave /none.json: No such file")
+    one_line(err, "wave /none.json: cannot be read: No such file")
 
 
 def test_a_wave_of_another_shape_is_refused_beforehand(config, folder, tmp_path):

@@ -63,7 +63,7 @@ def test_blank_lines_count_but_hold_nothing(tmp_path):
 def test_limit_stops_before_a_broken_row(tmp_path):
     path = write(tmp_path / "p.jsonl", [*ROWS, "{"])
     assert len(read_prompts(path, limit=4)) == 4
-    with pytest.raises(UserError, match="line 5: not JSON"):
+    with pytest.raises(UserError, match="line 5: not valid JSON"):
         read_prompts(path, limit=5)
     with pytest.raises(UserError, match="limit is 0"):
         read_prompts(path, limit=0)
@@ -72,8 +72,8 @@ def test_limit_stops_before_a_broken_row(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{not json", "line 2: not JSON"),
-        ("[1, 2]", "line 2: a list; allowed: a JSON object"),
+        ("{not json", "line 2: not valid JSON"),
+        ("[1, 2]", r"line 2: the whole is \[1, 2\]; allowed: object"),
         ({"text": "x"}, "line 2: no prompt; allowed fields: prompt, problem, question"),
         ({"prompt": None}, "line 2: no prompt"),
         ({"prompt": " "}, "line 2: prompt is empty"),
@@ -108,7 +108,7 @@ def test_file_names_stay_inside_the_folder(tmp_path, name):
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read"):
         read_prompts(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path)

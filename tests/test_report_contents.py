@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
+from simulator.output import write_parquet
 from simulator.report.cells import MOST_CELLS, cell_panels
 from simulator.report.contents import report
 from simulator.report.heads import head_summary
@@ -188,9 +189,9 @@ def test_what_a_sample_cannot_tell_is_left_empty(replayed):
 
 @pytest.fixture
 def files(trace, replayed, tmp_path):
-    replayed.table.write_parquet(tmp_path / "rows.parquet")
-    replayed.trajectory.write_parquet(tmp_path / "over-time.parquet")
-    replayed.retained.write_parquet(tmp_path / "kept.parquet")
+    write_parquet(replayed.table, tmp_path / "rows.parquet")
+    write_parquet(replayed.trajectory, tmp_path / "over-time.parquet")
+    write_parquet(replayed.retained, tmp_path / "kept.parquet")
     (tmp_path / "text.parquet").write_text("no table")
     return {
         "rows": tmp_path / "rows.parquet",

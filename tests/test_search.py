@@ -110,7 +110,7 @@ class TestSpace:
             ("alpha = 0.1", "alpha is 0.1; allowed: a list of values"),
             ("alpha = { low = 2, high = 1 }", "alpha is"),
             ("alpha = { low = 1 }", "alpha is"),
-            ("alpha = [", "no valid TOML"),
+            ("alpha = [", "not valid TOML"),
             ("alpha = { low = 0, high = 1, log = true }", "log = true above 0"),
             ('alpha = { low = 0, high = 1, step = "x" }', "a step of whole numbers"),
             ("alpha = { low = 0, high = 1, step = 0 }", "a step of whole numbers"),

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
+from simulator.output import write_parquet
 from simulator.standings import METRICS, read_rows, standings
 from traces.errors import UserError
 
@@ -61,7 +62,7 @@ def test_memory_is_compared_with_the_median_policy(table):
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
 def test_rows_come_back_from_every_format(suffix, table, tmp_path, run_sim):
     file = tmp_path / f"rows.{suffix}"
-    table.write_parquet(tmp_path / "all.parquet")
+    write_parquet(table, tmp_path / "all.parquet")
     code, _, _ = run_sim("results", str(tmp_path / "all.parquet"), "-o", str(file))
     assert code == 0
     assert standings(read_rows([file]), "mass_mean").equals(standings(table, "mass_mean"))
@@ -69,7 +70,7 @@ def test_rows_come_back_from_every_format(suffix, table, tmp_path, run_sim):
 
 def test_the_command_filters_and_prints(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
-    table.write_parquet(file)
+    write_parquet(table, file)
     code, out, _ = run_sim("results", str(file), "--metric", "lost_lookup_rate", "--family", "odd")
     assert code == 0
     assert "lost_lookup_rate (less is better) over 3 traces, buffer 4" in out
@@ -98,7 +99,7 @@ def test_the_command_filters_and_prints(table, tmp_path, run_sim):
 )
 def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
-    table.write_parquet(file)
+    write_parquet(table, file)
     code, _, errors = run_sim("results", str(file), *arguments)
     assert code == 2
     assert words in errors
@@ -107,7 +108,7 @@ def test_what_cannot_be_compared_is_refused_in_words(arguments, words, table, tm
 
 def test_what_a_sample_cannot_tell_is_not_compared(table, tmp_path, run_sim):
     path = tmp_path / "rows.parquet"
-    table.with_columns(pl.lit(None, pl.Float64).alias("lost_lookup_peak")).write_parquet(path)
+    write_parquet(table.with_columns(pl.lit(None, pl.Float64).alias("lost_lookup_peak")), path)
     code, _, err = run_sim("results", path, "--metric", "lost_lookup_peak")
     assert code == 2
     assert "lost_lookup_peak is missing in 36 of 36 rows, as it is of samples; allowed" in err
@@ -117,20 +118,20 @@ def test_what_a_sample_cannot_tell_is_not_compared(table, tmp_path, run_sim):
 def test_rows_come_back_from_text_as_they_were(table, tmp_path, run_sim):
     for suffix in ("csv", "json", "parquet"):
         path = tmp_path / f"rows.{suffix}"
-        table.write_parquet(path) if suffix == "parquet" else getattr(table, f"write_{suffix}")(path)
+        write_parquet(table, path) if suffix == "parquet" else getattr(table, f"write_{suffix}")(path)
         found = read_rows([path])
         assert found.schema == table.schema
         assert found["mass_mean"].to_list() == pytest.approx(table["mass_mean"].to_list())
         assert run_sim("results", path)[0] == 0
     before = table.drop("mass_error", "sampling", "lost_lookup_peak", "budget_kind")
-    before.write_parquet(tmp_path / "before.parquet")
+    write_parquet(before, tmp_path / "before.parquet")
     assert read_rows([tmp_path / "before.parquet"])["budget_kind"].unique().to_list() == ["kept"]
     assert run_sim("results", tmp_path / "before.parquet")[0] == 0
 
 
 def test_rows_of_different_samples_are_not_mixed(table, tmp_path, run_sim):
-    table.write_parquet(tmp_path / "whole.parquet")
-    table.with_columns(sampling=pl.lit("queries=1/8")).write_parquet(tmp_path / "part.parquet")
+    write_parquet(table, tmp_path / "whole.parquet")
+    write_parquet(table.with_columns(sampling=pl.lit("queries=1/8")), tmp_path / "part.parquet")
     code, _, err = run_sim("results", tmp_path / "whole.parquet", tmp_path / "part.parquet")
     assert code == 2
     assert "measured in more than one way: everything; queries=1/8" in err
@@ -138,7 +139,7 @@ def test_rows_of_different_samples_are_not_mixed(table, tmp_path, run_sim):
 
 def test_one_trace_has_no_spread(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
-    table.filter(pl.col("trace") == "t0.kvtrace").write_parquet(file)
+    write_parquet(table.filter(pl.col("trace") == "t0.kvtrace"), file)
     code, out, _ = run_sim("results", str(file), "--metric", "mass_mean")
     assert code == 0
     assert "over 1 trace, buffer 4, no interval: one trace has no spread" in out
@@ -148,19 +149,19 @@ def test_one_trace_has_no_spread(table, tmp_path, run_sim):
 
 def test_rows_of_an_older_version_are_compared_by_what_they_have(table, tmp_path, run_sim):
     file = tmp_path / "rows.parquet"
-    table.drop("lost_lookup_peak").write_parquet(file)
+    write_parquet(table.drop("lost_lookup_peak"), file)
     assert run_sim("results", str(file), "--metric", "mass_mean")[0] == 0
     code, _, errors = run_sim("results", str(file), "--metric", "lost_lookup_peak")
     assert code == 2
-    assert "has no column 'lost_lookup_peak'" in errors
+    assert "lost_lookup_peak is missing in 36 of 36 rows" in errors
 
 
 def test_files_that_are_no_rows_are_refused(tmp_path):
     for name, content, words in (
-        ("gone.parquet", None, "no such file"),
+        ("gone.parquet", None, "No such file"),
         ("rows.txt", b"", r"suffix is '\.txt'"),
         ("bad.parquet", b"PAR1", "damaged"),
-        ("other.csv", b"a,b\n1,2\n", "no column 'policy'"),
+        ("other.csv", b"a,b\n1,2\n", "no column 'trace_id'"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)

@@ -81,6 +81,22 @@ def test_other_columns_and_types_are_one_line(table: pl.DataFrame, told: str) ->
     assert str(caught.value) == told
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ('[{"policy": 3, "n": 1, "mass": 1}]', "rows: [0].policy is 3; allowed: str | null"),
+        ('[{"policy": "x", "n": true, "mass": 1}]', "rows: [0].n is True; allowed: int | null"),
+        ('[{"policy": "x", "n": 1, "mass": "1"}]', "rows: [0].mass is '1'; allowed: float | null"),
+        ('{"policy": "x"}', "rows: the whole is {'policy': 'x'}; allowed: array"),
+        ('[{"policy": "x", "policy": "y"}]', "rows: 'policy' stands twice in one object; allowed: once"),
+    ],
+)
+def test_json_of_other_types_is_one_line(rows: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_table(rows.encode(), ".json", "rows", SCHEMA)
+    assert str(caught.value) == told
+
+
 def test_other_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.xlsx").touch()
     for path, told in [(tmp_path / "rows.xlsx", "suffix"), (tmp_path / "no.csv", "No such file")]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import polars as pl
 import pytest
 from agreement import make_wave
@@ -107,7 +109,7 @@ def test_a_wave_of_another_model_is_said_to_change_nothing(make_trace, run_sim, 
     trace = make_trace()
     own, other = tmp_path / "own.json", tmp_path / "other.json"
     make_wave(trace, [1.0, 2.0]).write(own)
-    other.write_text(own.read_text().replace('"custom"', '"another"'))
+    replace(make_wave(trace, [1.0, 2.0]), model="another").write(other)
     options = ["replay", "-t", trace.path, "-p", "rkv+wave", "--buffer", 5, "-b", 12, "--wave", own]
     assert run_sim(*options)[2] == ""
     code, _, err = run_sim(*options, "--wave", other)

@@ -120,7 +120,7 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, run_sim):
         f"sim: {tmp_path}: no sweep was started there; allowed: a folder of sim sweep, or files\n",
     )
     (tmp_path / "cells.parquet").write_bytes(b"PAR1")
-    assert "is damaged; run sim sweep again" in run_sim("results", tmp_path)[2]
+    assert "is damaged or no parquet file; run sim sweep again" in run_sim("results", tmp_path)[2]
 
 
 @pytest.fixture
@@ -202,5 +202,5 @@ def test_rows_of_versions_with_other_columns_are_read_over(folder):
 
 
 def test_no_list_of_cells_is_said(tmp_path):
-    with pytest.raises(UserError, match="allowed: a folder of sim sweep"):
+    with pytest.raises(UserError, match="No such file or directory; run sim sweep again"):
         SweepFolder(tmp_path).table()

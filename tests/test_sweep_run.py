@@ -198,7 +198,7 @@ def test_a_bad_trace_costs_its_own_cells_alone(make_trace, tmp_path, run_sim):
     table = SweepFolder(tmp_path / "out").table()
     assert table["status"].to_list() == ["error"] * 4 + ["ok"] * 2 + ["error"] * 2 + ["ok"] * 2
     reasons = table.filter(status="error")["error"].unique(maintain_order=True).to_list()
-    assert "not valid JSON; the file is corrupt" in reasons[0]
+    assert "manifest.json: not valid JSON" in reasons[0]
     assert "sha256" in reasons[1]
     assert "has no decode step after its prompt" in reasons[2]
     assert table["trace"].null_count() == 0

@@ -96,7 +96,7 @@ def test_what_is_no_trace_is_refused(tmp_path, path):
         ),
         ({"trace_id": "0" * 64}, f"trace_id is {'0' * 64}; the content gives"),
         ({"trace_id": "nan"}, "trace_id is 'nan'"),
-        ({"task": {"family": ["a"]}}, "task.family is a list of 1; allowed: text"),
+        ({"task": {"family": ["a"]}}, "task.family is ['a']; allowed: text"),
         ({"task": {"family": 10**18}}, "task.family is 1000000000000000000; allowed: text"),
         ({"task": {"deep": nested(900)}}, "levels of nesting"),
         ({"sampling": nested(900)}, "levels of nesting"),
@@ -196,7 +196,7 @@ def test_missing_and_truncated_files_are_refused(path):
     ("header", "message"),
     [
         (b"not json", "header: not valid JSON"),
-        (b"[1]     ", "header: the whole is a list of 1"),
+        (b"[1]     ", "header: the whole is [1]"),
         (b'{"a":1}', "entry of 'a' is damaged"),
         (b'{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}', "dtype 'I64'; allowed"),
         (b'{"a":{"dtype":"I32","shape":[-5],"data_offsets":[0,20]}}', "is damaged"),

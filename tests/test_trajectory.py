@@ -1,6 +1,7 @@
 """Budgets and mass over time: the spans cover the whole decode, and a figure shows them."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -9,6 +10,7 @@ from agreement import make_wave
 
 from simulator import charts
 from simulator.cells import run_replay
+from simulator.output import write_parquet
 from simulator.results import GROUP, TRAJECTORY_SCHEMA
 from traces.errors import UserError
 
@@ -113,7 +115,7 @@ def test_a_figure_has_a_panel_per_layer_and_a_line_per_head(rows):
 def test_figures_are_written_by_suffix(replayed, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert")
     source = tmp_path / "t.parquet"
-    replayed.trajectory.write_parquet(source)
+    write_parquet(replayed.trajectory, source)
     asked = [source, "--policy", "reasonalloc", "--budget", "30%"]
     for name, word in (("a.svg", b"<svg"), ("a.png", b"PNG"), ("a.html", b"<html")):
         assert drawn(monkeypatch, *asked, "--out", tmp_path / name) == 0
@@ -136,7 +138,7 @@ def test_figures_are_written_by_suffix(replayed, tmp_path, monkeypatch, capsys):
 def test_a_figure_that_cannot_be_drawn_is_one_line(replayed, tmp_path, monkeypatch, capsys, arguments, words):
     pytest.importorskip("vl_convert")
     monkeypatch.chdir(tmp_path)
-    replayed.trajectory.write_parquet("t.parquet")
+    write_parquet(replayed.trajectory, Path("t.parquet"))
     assert drawn(monkeypatch, "t.parquet", "--out", "a.svg", *arguments) == 2
     err = capsys.readouterr().err
     assert words in err
@@ -145,7 +147,7 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(replayed, tmp_path, monkeypat
 
 def test_a_file_that_is_no_trajectory_is_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("no table")
-    pl.DataFrame({"x": [1]}).write_parquet(tmp_path / "other.parquet")
+    write_parquet(pl.DataFrame({"x": [1]}), tmp_path / "other.parquet")
     for name, words in (
         ("gone", "cannot be read"),
         ("text", "no Parquet"),

@@ -17,6 +17,7 @@ from tiny_models import tiny_model
 
 import validate.live
 from simulator.calibration import read_calibrations
+from simulator.output import write_parquet
 from simulator.policy import parse_policy
 from simulator.results import GROUP
 from traces.store import open_trace
@@ -354,7 +355,7 @@ def test_parameters_tell_policies_of_one_name_apart(live, tmp_path):
 
 def test_a_replay_of_several_models_is_refused(live, simulated):
     rows = pl.read_parquet(simulated)
-    pl.concat([rows, rows.with_columns(model=pl.lit("another"))]).write_parquet(simulated)
+    write_parquet(pl.concat([rows, rows.with_columns(model=pl.lit("another"))]), simulated)
     code, _, err = live("-p", "rkv", "-b", "20", "--simulated", simulated)
     assert code == 2
     one_line(err, f"--simulated {simulated} holds rows of another, {NAME}; allowed: one model's")
@@ -537,7 +538,7 @@ def test_options_that_do_not_belong_together_are_refused(run_sim, folder, trace,
         (["--limit", 0], "limit is 0"),
         (["--stretch", 0.9], "--stretch is 0.9; allowed: 1 or more"),
         (["--jobs", -1], "--jobs is -1; allowed: 0"),
-        (["--seed", -1], "--seed is -1; allowed: 0 or more"),
+        (["--seed", -1], "--seed is -1; allowed: a whole number from 0"),
         (["--device", "tpu"], "device is 'tpu'"),
         (["--policy", "none"], "policy 'none'"),
         (["--budget", "0.1"], "bare fraction"),
@@ -559,14 +560,17 @@ def test_mistakes_are_refused_before_anything_is_decoded(live, tmp_path, options
     ("text", "words"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is not JSON"),
-        ('{"policy": "rkv", "budget": "20"}', "holds no list of configurations"),
-        ("[]", "holds no list of configurations"),
-        ('[{"policy": "rkv", "budget": "20"}, {"policy": "rkv"}]', "entry 2: allowed: {"),
-        ('["rkv"]', "entry 1: allowed: {"),
+        ("{", "not valid JSON"),
+        (
+            '{"policy": "rkv", "budget": "20"}',
+            "the whole is {'policy': 'rkv', 'budget': '20'}; allowed: array",
+        ),
+        ("[]", "holds no configuration; allowed: one or more"),
+        ('[{"policy": "rkv", "budget": "20"}, {"policy": "rkv"}]', "[1]: field 'budget' is missing"),
+        ('["rkv"]', "[0] is 'rkv'; allowed: object"),
         ('[{"policy": "none", "budget": "20"}]', "policy 'none'"),
         ('[{"policy": "rkv", "budget": 0.2}]', "bare fraction"),
-        ('[{"policy": "rkv", "budget": null}]', "budget None is not a budget"),
+        ('[{"policy": "rkv", "budget": null}]', "[0].budget is None; allowed: int | float | str"),
     ],
 )
 def test_configurations_that_cannot_be_read_are_refused(live, tmp_path, text, words):
@@ -590,7 +594,7 @@ def test_configurations_stand_instead_of_policies_and_budgets(live, tmp_path, op
 def test_problems_that_cannot_be_read_are_refused(live, tmp_path):
     code, out, err = live(prompts="/none.jsonl")
     assert (code, out) == (2, "")
-    one_line(err, "prompts file /none.jsonl cannot be read")
+    one_line(err, "prompts file /none.jsonl: cannot be read")
     assert not (tmp_path / "run").exists()
 
 
@@ -631,10 +635,10 @@ def test_a_folder_of_other_settings_is_refused(live):
 def test_what_is_no_replay_is_refused_before_anything_is_decoded(live, simulated, tmp_path, table, words):
     path = tmp_path / "other.parquet"
     if isinstance(table, pl.DataFrame):
-        table.write_parquet(path)
+        write_parquet(table, path)
     elif table == "metrics":
         rows = pl.read_parquet(simulated)
-        rows.select(pl.col(pl.String), "budget_asked").write_parquet(path)
+        write_parquet(rows.select(pl.col(pl.String), "budget_asked"), path)
     else:
         path.write_text("trace_id,family\n")
     code, out, err = live("--simulated", path)
@@ -652,7 +656,7 @@ def test_a_replay_of_other_policies_is_refused(live, simulated):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--wave", "/none.json"], 4, "wave /none.json: No such file"),
+        (["--wave", "/none.json"], 4, "wave /none.json: cannot be read: No such file"),
         (["--dtype", "float8"], 2, "dtype is 'float8'"),
     ],
 )

@@ -120,12 +120,11 @@ def digest(content: Mapping[str, Any], without: str = "") -> str:
 
 def shown(value: object) -> str:
     """Write a value in one short line, whatever it holds."""
-    # An integer of thousands of digits cannot even be printed.
-    huge = isinstance(value, int) and not SMALLEST <= value <= LARGEST
-    if isinstance(value, dict | list | tuple):
-        text = f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    else:
-        text = "a huge integer" if huge else ascii(value)
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):
+        # An integer of thousands of digits cannot even be printed, nor can lists in lists without end.
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

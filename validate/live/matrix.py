@@ -102,7 +102,8 @@ class Matrix:
 
     def __init__(self, folder: Path, settings: MatrixSettings, n_problems: int) -> None:
         self.folder, self.settings, self.n_problems = folder, settings, n_problems
-        self._counts: dict[Path, int] = {}  # rows of the batches that were found whole
+        # Rows of the files that were found whole, as they were then.
+        self._counts: dict[tuple[Path, int, int], int] = {}
         (folder / "batches").mkdir(parents=True, exist_ok=True)
         self._require_same_settings()
 
@@ -122,16 +123,19 @@ class Matrix:
     def is_done(self, batch: Batch) -> bool:
         """Say whether all its rows are there: a limit may have grown since and the last batch with it."""
         path = self.path(batch)
-        if path not in self._counts:
-            if not path.is_file():
-                return False
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        version = path, status.st_mtime_ns, status.st_size
+        if version not in self._counts:
             try:
-                self._counts[path] = len(read_batch(path, batch))
+                self._counts[version] = len(read_batch(path, batch))
             except UserError as error:
                 print(f"sim: {error}; it is decoded again", file=sys.stderr)
                 path.unlink(missing_ok=True)
                 return False
-        return self._counts[path] >= self._n_rows(batch)
+        return self._counts[version] >= self._n_rows(batch)
 
     def run(
         self, batches: Sequence[Batch], jobs: int, on_batch: Callable[[Batch, str | None], None]
@@ -255,7 +259,7 @@ class Matrix:
         asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
         asked = json.loads(json.dumps(asked))
         if place.exists():
-            found = read_json(place, str(place), dict[str, Any])
+            found = read_json(place, f"{place} is damaged", dict[str, Any])
             differing = sorted(name for name in asked if asked[name] != found.get(name))
             if differing:
                 name = differing[0]
@@ -269,7 +273,7 @@ class Matrix:
 
 
 def read_batch(path: Path, batch: Batch) -> pl.DataFrame:
-    """Read the rows of one batch, columns of ``completions.ROW_SCHEMA``.
+    """Read the rows of one batch: columns of ``completions.ROW_SCHEMA``, and which code took how long.
 
     Raises
     ------
@@ -277,7 +281,8 @@ def read_batch(path: Path, batch: Batch) -> pl.DataFrame:
         If the file is damaged, lacks columns, or holds rows of another batch.
     """
     required = {name: kind for name, kind in ROW_SCHEMA.items() if name != "budget_kind"}
-    rows = with_budget_kind(read_table(path, str(path), required)).select(list(ROW_SCHEMA))
+    rows = with_budget_kind(read_table(path, str(path), required))
+    rows = rows.select(*ROW_SCHEMA, pl.exclude(list(ROW_SCHEMA)))
     asked = (batch.policy.name, batch.policy.parameters_json, *budget_columns(batch.budget).values())
     if any(row != asked for row in rows.select(GROUP).unique().iter_rows()):
         raise UserError(f"{path} holds rows of another batch")
