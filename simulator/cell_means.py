@@ -12,10 +12,11 @@ from pathlib import Path
 import polars as pl
 from scipy import stats
 
+from simulator.metric_names import METRICS
 from simulator.naming import budget_label
 from simulator.output import require_place
 from simulator.results import BUDGET, GROUP, comparable, with_budget_kind
-from simulator.standings import METRICS, read_rows
+from simulator.standings import read_rows
 from traces.atomic import write_file
 from traces.errors import UserError
 
@@ -70,8 +71,10 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
     joined = chosen_on.select(*key, here=metric).join(judged_on.select(*key, there=metric), on=key)
     rows = []
     for budget, own in joined.group_by(key[1:], maintain_order=True):
-        first = own.sort("here", "policy", descending=[METRICS[metric], False]).row(0, named=True)
-        ranked = own.sort("there", "policy", descending=[METRICS[metric], False])
+        first = own.sort("here", "policy", descending=[METRICS[metric].more_is_better, False]).row(
+            0, named=True
+        )
+        ranked = own.sort("there", "policy", descending=[METRICS[metric].more_is_better, False])
         rows.append(
             {"budget": budget_label(*budget), "winner": first["policy"]}
             | {"here": first["here"], "there": first["there"]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from simulator.metric_names import METRICS
+
 if TYPE_CHECKING:
     import altair as alt
 
@@ -39,17 +41,7 @@ DASHES = (
     [3, 3, 9, 3],
 )
 # What columns of the results are called where people read them.
-METRIC_NAMES = {
-    "mass_mean": "retained mass, mean",
-    "mass_p05": "retained mass, 5th percentile",
-    "mass_min_head": "retained mass, worst head",
-    "miss_rate": "strongest key gone",
-    "low_mass_rate": "less than half the mass retained",
-    "lost_lookup_rate": "lost lookups",
-    "lost_lookup_rms": "lost lookups, at once",
-    "lost_lookup_peak": "lost lookups, worst step",
-    "gap": "gap to the oracle",
-}
+METRIC_NAMES = {metric.column: metric.label for metric in METRICS.values()}
 
 
 def styled(chart: Any) -> Any:

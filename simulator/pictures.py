@@ -17,7 +17,7 @@ from simulator.chart_style import (
     over_plot,
     policy_looks,
 )
-from simulator.standings import METRICS
+from simulator.metric_names import METRICS
 
 if TYPE_CHECKING:
     import altair as alt
@@ -96,7 +96,9 @@ def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
     layers: list[Any] = [
         on_front.mark_line(interpolate="step-after", color="#bdbdbd", strokeWidth=3).encode(y=y)
     ]
-    note = f"{'More' if METRICS[metric] else 'Less'} is better. Grey line and filled: the front"
+    note = (
+        f"{'More' if METRICS[metric].more_is_better else 'Less'} is better. Grey line and filled: the front"
+    )
     if metric == "mass_mean" and found["oracle"].null_count() == 0:
         bound = base.transform_aggregate(
             oracle="mean(oracle)", memory="mean(memory)", groupby=["budget"]

@@ -10,6 +10,7 @@ import polars as pl
 
 from simulator.budget import KEPT, Budget
 from simulator.layer_replay import Retained
+from simulator.metric_names import DEFAULT_METRIC, DEFAULT_OF_SAMPLES, METRICS
 from simulator.metrics import RANGES
 from simulator.trajectory import Span
 from traces.documents import parse_json, shown
@@ -194,20 +195,20 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     -------
     One row per policy, parameters and budget, in the order they were asked: the means of the numeric
     columns, the maximum of the peaks, ``n_traces``, the interval ``mass_low`` to ``mass_high`` of the mean
-    mass, ``is_best`` for the evicting policy of the largest mean mass at its budget, and for the other
-    evicting ones ``memory_to_best`` (relative difference of the mean bytes) and ``behind``,
-    ``behind_low``, ``behind_high``: how far they lie behind the best, trace by trace. An interval that holds
-    0 is noise.
+    mass, ``is_first`` for the evicting policy that `usual_metric` puts first at its budget, and for the other
+    evicting ones ``memory_to_first`` (relative difference of the mean bytes) and ``behind``,
+    ``behind_low``, ``behind_high``: how much worse they are by that number, trace by trace. An interval that
+    holds 0 is noise.
     """
     done = comparable(table)
     if done.is_empty():
         return pl.DataFrame()
     rng = np.random.default_rng(seed)
-    intervals = []
+    intervals, metric = [], usual_metric(done)
     for _, same_budget in done.group_by(GROUP[2:], maintain_order=True):
-        intervals += _intervals(same_budget, rng, resamples)
+        intervals += _intervals(same_budget, metric, rng, resamples)
     # Rows of an earlier version lack a column.
-    peaks = [name for name in ROW_SCHEMA if name.endswith("_peak") and name in done.columns]
+    peaks = [name for name in ("entries_peak", "bytes_peak") if name in done.columns]
     averaged = [
         name
         for name, kind in ROW_SCHEMA.items()
@@ -218,6 +219,14 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
     asked = table.select(GROUP).unique(maintain_order=True)
     joined = asked.join(means, on=GROUP, how="inner", maintain_order="left")
     return joined.join(found, on=GROUP, maintain_order="left")
+
+
+def usual_metric(table: pl.DataFrame) -> str:
+    """Name the number by which policies are told apart where nobody asked for one; rows of success."""
+    for name in (DEFAULT_METRIC, DEFAULT_OF_SAMPLES):
+        if name in table.columns and not table[name].null_count():
+            return name
+    return "mass_mean"
 
 
 def by_model(table: pl.DataFrame) -> list[pl.DataFrame]:
@@ -275,26 +284,30 @@ def _one_row_per_trace(done: pl.DataFrame) -> pl.DataFrame:
     return done.group_by(of_one_trace, maintain_order=True).agg(columns).select(done.columns)
 
 
-def _intervals(same_budget: pl.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict[str, Any]]:
-    """Bootstrap the mean mass of every policy at one budget, and its distance to the best."""
+def _intervals(
+    same_budget: pl.DataFrame, metric: str, rng: np.random.Generator, resamples: int
+) -> list[dict[str, Any]]:
+    """Bootstrap the mean mass of every policy at one budget, and how far it is behind the first."""
     groups = [
         (key, group.sort("trace_id")) for key, group in same_budget.group_by(GROUP, maintain_order=True)
     ]
     masses = [group["mass_mean"].to_numpy() for _, group in groups]
     held = [float(group["bytes_mean"].to_numpy().mean()) for _, group in groups]
     evicting = [i for i, (_, group) in enumerate(groups) if group["n_evictions"].sum() > 0]
-    best = max(evicting, key=lambda i: masses[i].mean(), default=None)
+    sign = 1 if METRICS[metric].more_is_better else -1
+    worth = [sign * group[metric].to_numpy() for _, group in groups]
+    first = max(evicting, key=lambda i: worth[i].mean(), default=None)
     rows = []
     for i, (key, _) in enumerate(groups):
         low, high = bootstrap(masses[i], rng, resamples)
         row = dict(zip(GROUP, key, strict=True)) | {"n_traces": len(masses[i])}
-        row |= {"mass_low": low, "mass_high": high, "is_best": i == best}
-        row |= dict.fromkeys(("memory_to_best", "behind", "behind_low", "behind_high"))
-        if best is not None and i in evicting and i != best:
-            behind = masses[best] - masses[i]
+        row |= {"mass_low": low, "mass_high": high, "is_first": i == first}
+        row |= dict.fromkeys(("memory_to_first", "behind", "behind_low", "behind_high"))
+        if first is not None and i in evicting and i != first:
+            behind = worth[first] - worth[i]
             low, high = bootstrap(behind, rng, resamples)
             row |= {"behind": float(behind.mean()), "behind_low": low, "behind_high": high}
-            row["memory_to_best"] = held[i] / held[best] - 1
+            row["memory_to_first"] = held[i] / held[first] - 1
         rows.append(row)
     return rows
 

@@ -1,4 +1,4 @@
-"""``sim results``: read rows that replays and sweeps wrote, and say who leads."""
+"""``sim results``: read rows that replays and sweeps wrote, and compare policies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from simulator.metric_names import METRICS, asked_metric
+
 
 def results(
     files: Annotated[
         list[Path], typer.Argument(help="Rows of sim replay -o (Parquet, CSV, JSON), folders of sim sweep.")
     ],
     metric: Annotated[
-        str | None, typer.Option(help="Compare policies by this column, budget by budget.")
+        str | None,
+        typer.Option(help=f"Compare policies by this number, budget by budget: {', '.join(METRICS)}."),
     ] = None,
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Only these policies, as their rows call them.")
@@ -42,12 +45,12 @@ def results(
     from simulator.output import choose_format, write_rows
     from simulator.policy import split_list
     from simulator.results import by_model
-    from simulator.standings import METRICS, at_budgets, of_traces, read_rows, standings
+    from simulator.standings import at_budgets, of_traces, read_rows, standings
     from simulator.terminal import print_standings, print_unevicted
     from traces.errors import UserError
 
-    if metric is not None and metric not in METRICS:
-        raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
+    if metric is not None:
+        metric = asked_metric(metric)
     if seed is not None and metric is None:
         raise UserError("--seed is given without --metric; allowed: with --metric, whose intervals it draws")
     as_markdown = format == "markdown"
@@ -93,5 +96,6 @@ def results(
         if len(found) > 1:
             console.print(f"{of_model['model'][0]}:", highlight=False)
         if not own.is_empty():
-            print_standings(own, metric, console, as_markdown=as_markdown)
+            models = of_model["model"].drop_nulls().unique().to_list()
+            print_standings(own, metric, models, console, as_markdown=as_markdown)
         print_unevicted(of_model, console)

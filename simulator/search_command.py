@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.metric_names import DEFAULT_METRIC, METRICS
+
 if TYPE_CHECKING:
     from simulator.search.study import Question, Tried
 
@@ -23,7 +25,9 @@ def search(
     budget: Annotated[
         list[str], typer.Option("--budget", "-b", help="Comma list; several give a front over memory.")
     ],
-    metric: Annotated[str, typer.Option(help="What is to be better.")] = "lost_lookup_rms",
+    metric: Annotated[
+        str, typer.Option(help=f"What is to be better: {', '.join(METRICS)}.")
+    ] = DEFAULT_METRIC,
     minutes: Annotated[float, typer.Option(help="How long this run searches.")] = 15.0,
     trials: Annotated[
         int | None, typer.Option(help="Stop when the study has so many.", show_default="none")

@@ -1,4 +1,4 @@
-"""Who leads at each budget, in one number, and which differences are noise."""
+"""Policies compared at each budget by one number, and which differences are noise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from simulator.budget import Budget
+from simulator.metric_names import METRICS
 from simulator.results import (
     BUDGET,
     GROUP,
@@ -25,19 +26,6 @@ from simulator.results import (
 from simulator.stored_tables import read_table
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
-
-# Numbers of a row that may tell policies apart, and whether more is better.
-METRICS = {
-    "mass_mean": True,
-    "mass_p05": True,
-    "mass_min_head": True,
-    "gap": False,
-    "miss_rate": False,
-    "low_mass_rate": False,
-    "lost_lookup_rate": False,
-    "lost_lookup_rms": False,
-    "lost_lookup_peak": False,
-}
 
 
 def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
@@ -135,7 +123,7 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
     polars.DataFrame
         One row per policy, parameters and budget: ``n_traces``, ``mean`` and its 95% interval ``low`` to
         ``high``; ``memory``, the mean bytes over those of the budget's median policy, less 1; ``is_tied``,
-        whether the paired interval of its distance to the budget's best policy holds 0. Policies that evict
+        whether the paired interval of its distance to the budget's first policy holds 0. Policies that evict
         nothing are left out. Where some cells failed, a budget's rows average the traces that all its
         policies replayed.
 
@@ -162,7 +150,7 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
             key: own.filter(pl.col("trace_id").is_in(shared))[metric].to_numpy()
             for key, own in groups.items()
         }
-        choose = max if METRICS[metric] else min
+        choose = max if METRICS[metric].more_is_better else min
         best = choose(values, key=lambda key: float(values[key].mean()))
         held = {key: float(own["bytes_mean"].to_numpy().mean()) for key, own in groups.items()}
         usual = float(np.median(list(held.values())))

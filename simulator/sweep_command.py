@@ -30,6 +30,7 @@ def sweep(
 
     use_one_thread()
     from simulator.commands import worker_count
+    from simulator.metric_names import DEFAULT_METRIC, DEFAULT_OF_SAMPLES
     from simulator.naming import row_budget
     from simulator.sampling import EVERYTHING
     from simulator.sweep.engines import parse_engine
@@ -68,7 +69,7 @@ def sweep(
             print(f"sim: and {len(failed) - 10} other reasons: sim results {folder}", file=sys.stderr)
     if not quiet:
         # A sample tells no worst step.
-        metric = "lost_lookup_peak" if asked.sampling == EVERYTHING else "lost_lookup_rate"
+        metric = DEFAULT_METRIC if asked.sampling == EVERYTHING else DEFAULT_OF_SAMPLES
         print(f"sim: rows are in {folder}: sim results {folder} --metric {metric}", file=sys.stderr)
     if progress.exit_code:
         raise typer.Exit(progress.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from simulator.metric_names import METRICS, fidelity_note
 from simulator.naming import row_budget
-from simulator.results import GROUP, by_model, summarise
-from simulator.standings import METRICS
+from simulator.results import GROUP, by_model, summarise, usual_metric
 
 # Column name to header, in order.
 _HEADERS = {
@@ -29,9 +30,10 @@ _HEADERS = {
     "worst_head": "worst\nhead",
     "miss_rate": "miss\nrate",
     "lost_lookups": "lost\nlookups",
+    "worst_step": "worst\nstep",
     "oracle": "\noracle",
     "gap": "\ngap",
-    "behind": "behind\nbest",
+    "behind": "behind\nfirst",
 }
 _BETWEEN_TRACES = ("interval", "behind")
 # What a narrow terminal leaves out, first to last.
@@ -81,6 +83,13 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
         note = f"The terminal is too narrow for {names}; --format csv has all columns."
         console.print(note, highlight=False, soft_wrap=True)
     console.print(shown)
+    if several:
+        note = fidelity_note(
+            usual_metric(table.filter(pl.col("status") == "ok")),
+            table["model"].drop_nulls(),
+            table["policy"],
+        )
+        console.print(note, highlight=False, soft_wrap=True)
     print_unevicted(table, console)
 
 
@@ -100,8 +109,10 @@ def print_unevicted(table: pl.DataFrame, console: Console) -> None:
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_markdown: bool = False) -> None:
-    """Print who leads at each budget: one row per policy, best first, one column per budget.
+def print_standings(
+    table: pl.DataFrame, metric: str, models: Sequence[str], console: Console, *, as_markdown: bool = False
+) -> None:
+    """Print how policies compare at each budget: one row per policy, sorted, and one column per budget.
 
     Parameters
     ----------
@@ -109,6 +120,8 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
         Of ``standings.standings``.
     metric : str
         What it compares.
+    models : sequence of str
+        Of the traces.
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)
@@ -116,7 +129,7 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_policy.setdefault((row["policy"], row["policy_params"]), {})[row_budget(row)] = row
-    sign = -1 if METRICS[metric] else 1
+    sign = -1 if METRICS[metric].more_is_better else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
     shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
     shown.add_column("policy", no_wrap=True)
@@ -131,18 +144,21 @@ def print_standings(table: pl.DataFrame, metric: str, console: Console, *, as_ma
     told = "".join(f", {name} {value}" for name, value in shared.items())
     least, most = min(row["n_traces"] for row in rows), max(row["n_traces"] for row in rows)
     counted = f"{most}" if least == most else f"{least} to {most}"
-    better = "more" if METRICS[metric] else "less"
+    better = "more" if METRICS[metric].more_is_better else "less"
     if most == 1:
         intervals, marks = "no interval: one trace has no spread", ""
     else:
         intervals = "±95% bootstrapped over traces"
-        marks = "= not told apart from the best at this budget; "
+        marks = "= not told apart from the first at this budget; "
+    name = f"{METRICS[metric].label} ({metric}, {better} is better)"
     caption = (
-        f"{metric} ({better} is better) over {counted} trace{'s' * (most > 1)}{told}, {intervals}.\n"
+        f"{name} over {counted} trace{'s' * (most > 1)}{told}, {intervals}.\n"
         f"{marks}memory: against the median policy, where it differs."
     )
     console.print(caption, highlight=False, soft_wrap=True)
     console.print(shown)
+    note = fidelity_note(metric, models, (row["policy"] for row in rows))
+    console.print(note, highlight=False, soft_wrap=True)
 
 
 def _standing(row: dict[str, Any]) -> str:
@@ -179,7 +195,11 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
         interval = "" if several else "; ±95% is what that leaves open of the mass"
         lines.append(f"Only a sample was measured: {' or '.join(sorted(sampled))}{interval}.")
     if several:
-        lines.append("Intervals are bootstrapped over traces; noise: the paired interval holds 0.")
+        metric = usual_metric(done)
+        lines.append(
+            f"First is who {METRICS[metric].leads} ({metric}); the others' distance to it is noise where the "
+            "paired interval over traces holds 0."
+        )
         if len(done) < len(table):
             lines.append(
                 "Some cells failed: a budget's rows average the traces that all its policies replayed."
@@ -201,6 +221,7 @@ def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
         "worst_head": _four_digits(row["mass_min_head"]),
         "miss_rate": _four_digits(row["miss_rate"]),
         "lost_lookups": _four_digits(row["lost_lookup_rate"]),
+        "worst_step": _four_digits(row["lost_lookup_peak"]),
         "oracle": _four_digits(row["oracle_mass"]),
         # A full cache may come out a rounding error above its bound.
         "gap": _four_digits(None if row["gap"] is None else max(0.0, row["gap"])),
@@ -214,9 +235,9 @@ def _four_digits(value: float | None) -> str:
 
 def _behind(row: dict[str, Any]) -> str:
     if row["behind"] is None:
-        return "best" if row["is_best"] else ""
+        return "first" if row["is_first"] else ""
     # Policies are compared at equal memory: say where that does not hold.
-    memory = f" {row['memory_to_best']:+.0%} mem" if abs(row["memory_to_best"]) > 0.01 else ""
+    memory = f" {row['memory_to_first']:+.0%} mem" if abs(row["memory_to_first"]) > 0.01 else ""
     noise = " noise" if row["behind_low"] <= 0 <= row["behind_high"] else ""
     return f"{row['behind']:.4f}{noise}{memory}"
 

@@ -5,8 +5,8 @@ import pytest
 
 from simulator.cell_means import cell_means, chosen_elsewhere, main
 from simulator.cells import run_replay
+from simulator.metric_names import METRICS
 from simulator.output import write_parquet
-from simulator.standings import METRICS
 
 
 def test_means_are_over_traces_of_one_family(make_trace):

@@ -213,7 +213,9 @@ def test_of_several_samples_the_share_is_taken():
     assert cells.solved.tolist() == [[0.5, 1, 0]]
 
 
-@pytest.mark.parametrize(("metric", "more_is_better"), METRICS.items())
+@pytest.mark.parametrize(
+    ("metric", "more_is_better"), [(own.column, own.more_is_better) for own in METRICS.values()]
+)
 def test_of_every_metric_more_predicts_better(metric, more_is_better):
     simulated = simulated_rows({label("rkv", 10): [0.25, 0.5]}, metric=metric)
     (cells,) = matched_cells(simulated, live_rows({label("rkv", 10): [1]})).values()
@@ -421,7 +423,7 @@ def slow_quantile(values, share):
     st.sampled_from(["mass_mean", "miss_rate"]),
 )
 def test_a_calibration_is_the_best_monotone_curve(points, metric):
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if METRICS[metric].more_is_better else -1
     labels = [label(policy, i) for i, (_, _, policy) in enumerate(points)]
     x, y = [sign * a / 7 for a, _, _ in points], [b / 4 for _, b, _ in points]
     cells = Cells(labels, {metric: np.array(x)[:, None]}, np.array(y)[:, None])

@@ -10,9 +10,9 @@ from agreement import make_wave
 from browser import open_page
 
 from simulator.cells import run_replay
+from simulator.metric_names import METRICS
 from simulator.report.contents import report
 from simulator.report.sources import chosen
-from simulator.standings import METRICS
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -146,7 +146,7 @@ def test_what_is_not_given_is_told_not_drawn(replayed, tmp_path):
     result, _ = replayed
     bare = report(chosen(result.table, None, None, [], []))
     assert {figure.name for figure in bare.figures} == {
-        f"{kind}-{metric}" for kind in ("pareto", "budget") for metric in ("lost_lookup_rate", "mass_mean")
+        f"{kind}-{metric}" for kind in ("pareto", "budget") for metric in ("lost_lookup_peak",)
     }
     for option in ("--trajectory", "--retained", "--fidelity"):
         assert option in bare.text.partition("Not in this page")[2].partition("<script")[0]

@@ -275,7 +275,7 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (("--metric", "gap"), "--metric is 'gap'; allowed: mass_mean"),
+            (("--metric", "gap"), "--metric is 'gap'; allowed: lost_lookup_peak"),
             (("--minutes", "-1"), "--minutes is -1.0; allowed: 0 or more"),
             (("--scorers", "rvk"), "'rvk' is unknown"),
             (("--layers", "utility"), "--layers: 'utility' is another kind of part"),

@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
+from simulator.metric_names import METRICS
 from simulator.output import write_parquet
-from simulator.standings import METRICS, read_rows, standings
+from simulator.standings import read_rows, standings
 from traces.errors import UserError
 
 POLICIES = ["fullkv", "streamingllm:sinks=0,buffer=4", "streamingllm:buffer=4", "rkv:buffer=4"]
@@ -37,7 +38,7 @@ def test_standings_are_means_and_paired_differences_over_traces(metric, table):
             key: group.sort("trace_id")[metric].to_numpy()
             for key, group in rows.group_by("policy", "policy_params")
         }
-        pick = max if METRICS[metric] else min
+        pick = max if METRICS[metric].more_is_better else min
         best = pick(values, key=lambda key: values[key].mean())
         for row in own.iter_rows(named=True):
             key = row["policy"], row["policy_params"]
@@ -73,7 +74,7 @@ def test_the_command_filters_and_prints(table, tmp_path, run_sim):
     write_parquet(table, file)
     code, out, _ = run_sim("results", str(file), "--metric", "lost_lookup_rate", "--family", "odd")
     assert code == 0
-    assert "lost_lookup_rate (less is better) over 3 traces, buffer 4" in out
+    assert "lost lookups (lost_lookup_rate, less is better) over 3 traces, buffer 4" in out
     assert "streamingllm:sinks=0" in out
     code, out, _ = run_sim(
         "results", str(file), "--metric", "mass_mean", "--policy", "rkv", "--format", "markdown"
@@ -90,7 +91,7 @@ def test_the_command_filters_and_prints(table, tmp_path, run_sim):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--metric", "speed"], "--metric is 'speed'; allowed: mass_mean"),
+        (["--metric", "speed"], "--metric is 'speed'; allowed: lost_lookup_peak"),
         (["--policy", "h2o"], "--policy is 'h2o'; the rows have: fullkv, rkv, streamingllm"),
         (["--family", "none"], "--family is 'none'; the rows have: even, odd"),
         (["--format", "markdown"], "--format markdown is for a terminal, with --metric"),

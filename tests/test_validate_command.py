@@ -629,7 +629,7 @@ def test_a_folder_of_other_settings_is_refused(live):
     [
         ("text", "is no table of sim replay"),
         (pl.DataFrame({"a": [1]}), "column trace_id is missing"),
-        ("metrics", "column mass_mean is missing"),
+        ("metrics", "column lost_lookup_peak is missing"),
     ],
 )
 def test_what_is_no_replay_is_refused_before_anything_is_decoded(live, simulated, tmp_path, table, words):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulator.metric_names import DEFAULT_METRIC
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -36,9 +38,7 @@ def report(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            help="What counts as quality, a comma list.", show_default="lost_lookup_rate and mass_mean"
-        ),
+        typer.Option(help="What counts as quality, a comma list.", show_default=DEFAULT_METRIC),
     ] = None,
     policy: Annotated[
         list[str] | None,

@@ -1,1 +1,1 @@
-"""One self-contained page of a replay: who leads, at what memory, in which heads, and which tokens stay."""
+"""One self-contained page of a replay: how policies compare, in which heads, and which tokens stay."""

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from simulator.metric_names import asked_metric, fidelity_note
 from simulator.report.cells import Cells, cell_panels
 from simulator.report.figure import Figure
 from simulator.report.page import Section, page, paragraph
 from simulator.report.quality import has_intervals, quality_figures, quality_rows
 from simulator.report.sources import Sources
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
-from simulator.standings import METRICS
+from simulator.results import usual_metric
 from traces.errors import UserError
 from traces.trace import Trace
 
 TITLE = "KV budgets: what was kept and what it cost"
-# What predicts accuracy best, and what papers report.
-DEFAULT_METRICS = ("lost_lookup_rate", "mass_mean")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +49,7 @@ def report(
     ----------
     sources : Sources
     metrics : sequence of str
-        Columns that count as quality; by default those of ``DEFAULT_METRICS`` that the rows have.
+        Columns that count as quality; `usual_metric` by default.
     traces : sequence of Trace
         Whose text is shown; needed for retained rows.
     fidelity : Section, optional
@@ -77,16 +76,15 @@ def report(
 
 
 def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
-    """Give the metrics that were asked, once each; without any, those of ``DEFAULT_METRICS`` in the rows.
+    """Give the metrics that were asked, once each; without any, `usual_metric`.
 
     Raises
     ------
     UserError
         For an unknown metric, or one that rows lack.
     """
+    asked = [asked_metric(name) for name in asked]
     for metric in asked:
-        if metric not in METRICS:
-            raise UserError(f"--metric is '{metric}'; allowed: {', '.join(METRICS)}")
         if metric not in rows.columns:
             raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
         empty = rows.filter((pl.col("status") == "ok") & pl.col(metric).is_null())
@@ -95,24 +93,24 @@ def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
                 f"{metric} is empty in {len(empty)} rows, of which only a sample was measured; "
                 "allowed: a metric that all rows have"
             )
-    found = list(dict.fromkeys(asked)) or [name for name in DEFAULT_METRICS if name in rows.columns]
-    if not found:
-        raise UserError(f"the rows have none of {', '.join(DEFAULT_METRICS)}; needed: --metric NAME")
-    return found
+    return list(dict.fromkeys(asked)) or [usual_metric(rows.filter(pl.col("status") == "ok"))]
 
 
 def _summary(sources: Sources, found: dict[str, pl.DataFrame]) -> Section:
     words = [paragraph(what_was_replayed(sources.rows))]
-    words += [paragraph(verdict(own, metric)) for metric, own in found.items()]
+    models, policies = sources.rows["model"].drop_nulls(), sources.rows["policy"]
+    for metric, own in found.items():
+        words.append(paragraph(verdict(own, metric)))
+        words.append(paragraph(fidelity_note(metric, models, policies), "note"))
     tables = "".join(standings_table(own, metric) for metric, own in found.items())
     several = any(map(has_intervals, found.values()))
-    marks = "Bold leads at its budget" + (
+    marks = "Bold is first at its budget" + (
         "; = is not told apart from it: the 95% interval of the paired difference over traces holds 0."
         if several
         else "."
     )
     return Section(
-        "What was replayed, and who leads",
+        "What was replayed, and how policies compare",
         [],
         "".join(words) + f'<div class="grid tables">{tables}</div>' + paragraph(marks, "note"),
     )

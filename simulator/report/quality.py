@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from simulator.chart_style import METRIC_NAMES, ordered_policies, policy_looks
+from simulator.metric_names import METRICS
 from simulator.naming import with_budget_label
 from simulator.report.figure import Figure
 from simulator.results import GROUP, comparable
-from simulator.standings import METRICS, standings
+from simulator.standings import standings
 
 if TYPE_CHECKING:
     import altair as alt
@@ -47,7 +48,7 @@ def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame
     )
     found = found.join(memory, on=GROUP, how="left", maintain_order="left")
     found = found.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if METRICS[metric].more_is_better else -1
     places = [(row["bytes"], sign * row["mean"]) for row in found.iter_rows(named=True)]
     return with_budget_label(found).with_columns(
         is_front=pl.Series([not any(_beats(other, own) for other in places) for own in places]),
@@ -66,7 +67,7 @@ def _beats(other: tuple[float, float], own: tuple[float, float]) -> bool:
 def quality_figures(found: pl.DataFrame, metric: str) -> list[Figure]:
     """Draw the Pareto front and quality against budget; rows of `quality_rows`."""
     name = METRIC_NAMES[metric]
-    better = "More" if METRICS[metric] else "Less"
+    better = "More" if METRICS[metric].more_is_better else "Less"
     intervals = " Thin bars: 95% intervals over traces." if has_intervals(found) else ""
     bound = f" Black and dashed: {_ORACLE}." if _has_bound(found, metric) else ""
     return [

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import polars as pl
 
 from simulator.chart_style import METRIC_NAMES
+from simulator.metric_names import METRICS
 from simulator.naming import budget_label, row_budget
 from simulator.report.quality import has_intervals
 from simulator.results import BUDGET, GROUP, comparable
-from simulator.standings import METRICS
 from simulator.terminal import format_bytes
 
 # Columns of the table of means, and what they are called; bytes are written with a unit, the rest in percent.
@@ -59,30 +59,34 @@ def what_was_replayed(rows: pl.DataFrame) -> str:
 
 
 def verdict(found: pl.DataFrame, metric: str) -> str:
-    """Say who leads at each budget, and which differences are noise; rows of `quality_rows`."""
-    sign = -1 if METRICS[metric] else 1
+    """Say at each budget who is first, who is not told apart from it, who is worse, and whom to decode next.
+
+    ``found`` has rows of `quality_rows`.
+    """
+    sign = -1 if METRICS[metric].more_is_better else 1
     several = has_intervals(found)
-    led: dict[str, list[str]] = {}
-    ties = []
+    sentences: dict[str, list[str]] = {}
+    next_ones: dict[str, None] = {}
     for (budget,), own in found.group_by("budget", maintain_order=True):
         ranked = sorted(own.iter_rows(named=True), key=lambda row: sign * row["mean"])
-        led.setdefault(ranked[0]["policy"], []).append(str(budget))
-        tied = [row["policy"] for row in ranked[1:] if row["is_tied"]]
-        if tied:
-            ties.append(f"{_listed(tied)} at {budget}")
-    everywhere = len(led) == 1 and found["budget"].n_unique() > 1
-    leaders = [
-        f"{policy} leads at {'every budget' if everywhere else _listed(budgets, most=9)}"
-        for policy, budgets in led.items()
+        names = [row["policy"] for row in ranked]
+        told = f"{names[0]} {METRICS[metric].leads}"
+        tied = [row["policy"] for row in ranked[1:] if several and row["is_tied"]]
+        next_ones |= dict.fromkeys([names[0], *tied])
+        if several and len(names) > 1:
+            worse = [name for name in names[1:] if name not in tied]
+            told += f"; not told apart from it: {_listed(tied) if tied else 'none'}"
+            told += f"; worse: {_listed(worse) if worse else 'none'}"
+        sentences.setdefault(told, []).append(str(budget))
+    everywhere = len(sentences) == 1 and found["budget"].n_unique() > 1
+    lines = [
+        f"At {'every budget' if everywhere else _listed(budgets, most=9)} {told}."
+        for told, budgets in sentences.items()
     ]
-    told = f"{METRIC_NAMES[metric]}: {'; '.join(leaders)}."
     if not several:
-        told += " One trace tells nothing of noise: differences may be chance."
-    elif ties:
-        told += f" Not told apart from the leader: {'; '.join(ties)}."
-    elif found["policy"].n_unique() > 1:
-        told += " Every other policy is told apart from the leader."
-    return told[0].upper() + told[1:]
+        lines.append("One trace tells nothing of noise: differences may be chance.")
+    lines.append(f"Decode next: {_listed(list(next_ones), most=9)}.")
+    return " ".join(lines)
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
@@ -92,8 +96,8 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def standings_table(found: pl.DataFrame, metric: str) -> str:
-    """Tabulate a policy per row and a budget per column, the leaders in bold, those tied with them marked."""
-    sign = -1 if METRICS[metric] else 1
+    """Tabulate a policy per row and a budget per column, the first in bold, those tied with them marked."""
+    sign = -1 if METRICS[metric].more_is_better else 1
     several = has_intervals(found)
     means = found.group_by("policy").agg(pl.col("mean").mean()).sort(sign * pl.col("mean"), "policy")
     budgets = found["budget"].unique(maintain_order=True).to_list()

@@ -11,9 +11,9 @@ import numpy as np
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
+from simulator.metric_names import METRICS
 from simulator.policy import Policy
 from simulator.sampling import EVERYTHING, Sampling
-from simulator.standings import METRICS
 from simulator.wave import Wave
 from traces.errors import UserError
 from traces.trace import Trace
@@ -79,7 +79,7 @@ class Judge:
     @property
     def sign(self) -> int:
         """1 if less of the metric is better, else -1."""
-        return -1 if METRICS[self._metric] else 1
+        return -1 if METRICS[self._metric].more_is_better else 1
 
     def worth(self, policy: Policy, budget: str, rung: int) -> Worth:
         """Estimate a policy's worth from the traces and steps of a rung, -1 for the highest.

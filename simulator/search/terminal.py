@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from simulator.metric_names import METRICS
 from simulator.search.study import Question
-from simulator.standings import METRICS
 from simulator.terminal import format_bytes
 
 # Of the front; a search of minutes finds dozens.
@@ -27,7 +27,7 @@ def print_search(
 ) -> None:
     """Print the front on the search's own traces, and the verdict of the held-out ones."""
     console = console or Console(width=None if sys.stdout.isatty() else 160)
-    better = "more" if METRICS[question.metric] else "less"
+    better = "more" if METRICS[question.metric].more_is_better else "less"
     fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
     console.print(
         f"{counts['judged']} policies judged by {question.metric} ({better} is better), {counts['whole']} of "

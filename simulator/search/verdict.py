@@ -12,11 +12,11 @@ import polars as pl
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
+from simulator.metric_names import METRICS
 from simulator.policy import split_name
 from simulator.results import bootstrap, result_table
 from simulator.search.judge import Worth
 from simulator.search.study import Question, Tried
-from simulator.standings import METRICS
 from traces.atomic import write_file
 from traces.errors import UserError
 from traces.trace import Trace
@@ -142,7 +142,7 @@ def judge_held_out(
         If the base failed on some trace.
     """
     rng = np.random.default_rng(seed)
-    better = 1 if METRICS[metric] else -1
+    better = 1 if METRICS[metric].more_is_better else -1
     found = []
     for role, own in chosen:
         mine, bases = (_of(rows, text, own.budget) for text in (own.policy, base))

@@ -93,7 +93,7 @@ def scatter_chart(
 
 def scatter_panel(cells: Cells, metric: str, policies: list[str], leftmost: bool = True) -> alt.LayerChart:
     """Draw one family's live accuracy against one metric; only the leftmost panel labels its axis."""
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if METRICS[metric].more_is_better else -1
     values = [
         {"policy": label[0], "budget": label[2], "metric": float(sign * x), "accuracy": float(100 * y)}
         for label, x, y in zip(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import polars as pl
 from scipy import optimize, stats
 
 from simulator.calibration import Calibration
-from simulator.standings import METRICS
+from simulator.metric_names import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
 
@@ -45,7 +45,7 @@ class Cells:
 
 
 def matched_cells(
-    simulated: pl.DataFrame, live: pl.DataFrame, metrics: dict[str, bool] = METRICS
+    simulated: pl.DataFrame, live: pl.DataFrame, metrics: Mapping[str, bool] | None = None
 ) -> dict[str, Cells]:
     """Bring a replay's rows and a live run's rows together, per family.
 
@@ -63,6 +63,7 @@ def matched_cells(
     UserError
         If no family, policy and budget is in both.
     """
+    metrics = {own.column: own.more_is_better for own in METRICS.values()} if metrics is None else metrics
     # Problems without a family have an empty one in a live run, and none in a trace.
     done = simulated.filter(pl.col("status") == "ok").with_columns(pl.col("family").fill_null(""))
     found = {}
@@ -242,7 +243,7 @@ def fit_calibration(cells: Cells, metric: str, *, model: str, family: str) -> Ca
 
     The error is measured on policies left out of the fit, one after the other.
     """
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if METRICS[metric].more_is_better else -1
     x, y = cells.simulated[metric].mean(1), cells.solved.mean(1)
     policies = np.array([label[0] for label in cells.labels])
     residuals = []

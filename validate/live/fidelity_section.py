@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 
 from simulator.chart_style import ordered_policies
+from simulator.metric_names import METRICS
 from simulator.report.figure import Figure
 from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
 from simulator.results import with_budget_kind
-from simulator.standings import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.charts import METRIC_NAMES, scatter_panel
@@ -123,7 +123,8 @@ def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -
     found = {}
     for (own_family,), own in matched.group_by("family", maintain_order=True):
         simulated = {
-            metric: np.array(own[metric])[:, None] * (1 if METRICS[metric] else -1) for metric in metrics
+            metric: np.array(own[metric])[:, None] * (1 if METRICS[metric].more_is_better else -1)
+            for metric in metrics
         }
         found[str(own_family)] = Cells(own.select(CELL).rows(), simulated, np.array(own["accuracy"])[:, None])
     return found

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from simulator.metric_names import METRICS
 from simulator.naming import with_budget_label
 from simulator.results import with_budget_kind
-from simulator.standings import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.fidelity import Cells
@@ -76,8 +76,8 @@ def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
     found = {}
     for (family,), own in judged.group_by("family", maintain_order=True):
         simulated = {
-            metric: own[metric].to_numpy()[:, None] * (1 if more_is_better else -1)
-            for metric, more_is_better in METRICS.items()
+            name: own[name].to_numpy()[:, None] * (1 if metric.more_is_better else -1)
+            for name, metric in METRICS.items()
         }
         found[str(family)] = Cells(own.select(CELL).rows(), simulated, own["accuracy"].to_numpy()[:, None])
     return dict(sorted(found.items()))
@@ -131,7 +131,7 @@ def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
     """
     if metric not in METRICS:
         raise UserError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if METRICS[metric].more_is_better else -1
     rows = []
     for (family, budget), own in judged.group_by("family", "budget", maintain_order=True):
         values, accuracy = sign * own[metric].to_numpy(), own["accuracy"].to_numpy()

@@ -1,0 +1,77 @@
+"""How far each number of a replay can be trusted, from the stored tables: ``simulator/fidelity.json``."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import typer
+from scipy.stats import rankdata
+
+from simulator.metric_names import METRICS
+from traces.atomic import write_file
+from validate.reasoner.tables import judged_rows, result_table
+
+MODEL, PARAMETERS = "kvbudget-reasoner-v2", "2.3 M"
+# Found in a search over the other policies, whose figure is then no test of it.
+_FOUND_ON_OTHERS = ("lost_lookup_peak",)
+# A policy is misjudged if a number ranks it so many places too high, on average over families and budgets.
+_PLACES = 3
+
+
+def measured_fidelity() -> dict[str, Any]:
+    """Gather what is known of every number.
+
+    Returns
+    -------
+    dict
+        The model; per metric ``chosen`` and ``others``, the lowest and highest Spearman correlation with
+        accuracy within a budget over the families of problems, on the policies that numbers were chosen on
+        and on others; and ``misjudged``, the policies that it ranks too high.
+    """
+    tables = {"chosen": result_table("fidelity"), "others": result_table("fidelity-others")}
+    found: dict[str, Any] = {}
+    wrong = misjudged()
+    for metric in METRICS:
+        own = {
+            name: table.filter(pl.col("metric") == metric)["spearman_within"].to_list()
+            for name, table in tables.items()
+        }
+        found[metric] = {name: [round(min(each), 2), round(max(each), 2)] for name, each in own.items()}
+        found[metric] |= {"found_on_others": metric in _FOUND_ON_OTHERS, "misjudged": wrong[metric]}
+    return {"model": MODEL, "parameters": PARAMETERS, "metrics": found}
+
+
+def misjudged() -> dict[str, list[str]]:
+    """Find, for every metric, the policies that it ranks too high, the worst first.
+
+    All policies that were decoded are ranked together, at the budgets and families that both tables have.
+    """
+    rows = [judged_rows(others) for others in (False, True)]
+    shared = set(rows[0]["budget"]) & set(rows[1]["budget"])
+    both = pl.concat(rows, how="diagonal").filter(pl.col("budget").is_in(list(shared)))
+    found = {}
+    for metric, own in METRICS.items():
+        places: dict[str, list[float]] = defaultdict(list)
+        for _, cells in both.group_by("family", "budget", maintain_order=True):
+            by_number = rankdata(cells[metric].to_numpy() * (-1 if own.more_is_better else 1))
+            by_accuracy = rankdata(-cells["accuracy"].to_numpy())
+            for policy, too_high in zip(cells["policy"], by_accuracy - by_number, strict=True):
+                places[policy].append(too_high)
+        means = {policy: float(np.mean(each)) for policy, each in places.items()}
+        found[metric] = sorted((p for p in means if means[p] >= _PLACES), key=lambda p: -means[p])
+    return found
+
+
+def main(out: Path = Path("simulator/fidelity.json")) -> None:
+    """Write what is known of every number."""
+    text = json.dumps(measured_fidelity(), indent=1) + "\n"
+    write_file(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
