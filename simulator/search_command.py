@@ -62,6 +62,9 @@ def search(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
+
+    tell_compiling()
     try:
         import optuna  # noqa: F401
     except ImportError:

@@ -13,6 +13,7 @@ from naive_traces import reseal
 
 from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
 from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
+from traces.version import package_version
 
 
 @pytest.fixture
@@ -324,3 +325,136 @@ def test_a_closed_pipe_is_no_traceback(trace_path):
         check=False,
     )
     assert "Traceback" not in ended.stderr
+
+
+def test_versions_are_told(run_sim):
+    code, out, _ = run_sim("--version")
+    assert code == 0
+    assert out.splitlines()[:2] == [f"kvbudget {package_version()}", "trace format 1.1"]
+    assert any(line.startswith("numba ") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *(
+            [],
+            ["record"],
+            ["calibrate"],
+            ["replay"],
+            ["sweep"],
+            ["search"],
+            ["results"],
+            ["report"],
+            ["bench"],
+        ),
+        *(
+            ["validate"],
+            ["validate", "bench"],
+            ["trace"],
+            ["trace", "info"],
+            ["policies"],
+            ["policies", "show"],
+        ),
+    ],
+)
+def test_every_verb_has_short_help_and_those_with_options_an_example(run_sim, verb):
+    code, out, _ = run_sim(*verb, "-h")
+    assert code == 0
+    assert "-h, --help" in out
+    if verb and verb[0] not in ("trace", "policies"):
+        assert f"Example: sim {' '.join(verb)} " in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "rvk"], "'rvk' is unknown; did you mean 'rkv'? see sim policies list"),
+        (["-p", "xyzzy"], "'xyzzy' is unknown; allowed: streamingllm"),
+        (
+            ["-p", "rkv:aplha=1"],
+            "parameter 'aplha' is unknown; did you mean 'alpha'?; allowed: alpha, buffer",
+        ),
+        (["-p", "rkv:trigger=pre-step"], "trigger is 'pre-step'; did you mean 'per-step'?; allowed"),
+        (
+            ["-p", "rkv", "a.kvtrace", "b.kvtrace"],
+            "unexpected extra argument(s) (a.kvtrace b.kvtrace); an option",
+        ),
+    ],
+)
+def test_a_slip_is_told_with_what_may_have_been_meant(run_sim, arguments, words):
+    code, _, err = run_sim("replay", "-t", "sample", "-b", "20%", *arguments)
+    assert code == 2
+    one_line(err, words)
+
+
+@pytest.mark.parametrize("module", ["torch", "altair", "optuna"])
+def test_what_an_extra_brings_is_asked_for_in_one_line(module, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "walk", "answer": "ka"}\n')
+    verbs = {
+        "torch": [
+            ["record", "--model", "reference", "--prompts", prompts, "--out", tmp_path / "out"],
+            ["validate", "--prompts", prompts, "--out", tmp_path / "live"],
+            ["validate", "--level", "shadow", "--trace", "sample", "-p", "rkv", "-b", "20%"],
+            ["validate", "--level", "forced", "--trace", "sample", "-p", "rkv", "-b", "20%"],
+            ["validate", "bench"],
+        ],
+        "altair": [
+            ["report", "--trace", "sample", "-p", "rkv", "-b", "20%", "--out", tmp_path / "page.html"]
+        ],
+        "optuna": [
+            *[
+                [
+                    "search",
+                    "--trace",
+                    "sample",
+                    "--held-out",
+                    "sample",
+                    "-b",
+                    "20%",
+                    "--out",
+                    tmp_path / "search",
+                ]
+            ]
+        ],
+    }
+    extra = {"torch": "validate", "altair": "plots", "optuna": "search"}[module]
+    script = (
+        "import sys\n"
+        f"sys.modules['{module}'] = None\n"
+        "from validate.cli import main\n"
+        "sys.argv = ['sim', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    for verb in verbs[module]:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, verb)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        one_line(done.stderr, f"is not installed; pip install 'kvbudget[{extra}]'")
+
+
+def test_what_is_written_is_said(run_sim, trace_path, tmp_path):
+    rows, kept = tmp_path / "rows.parquet", tmp_path / "kept.parquet"
+    asked = [
+        "replay",
+        "-t",
+        trace_path,
+        "-p",
+        "rkv",
+        "-b",
+        "20",
+        "--buffer",
+        "5",
+        "-o",
+        rows,
+        "--retained",
+        kept,
+    ]
+    _, out, err = run_sim(*asked)
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == f"sim: wrote {rows}: 1 row"
+    assert lines[1].startswith(f"sim: wrote {kept}: ")
+    assert run_sim(*asked, "-q")[2] == ""
