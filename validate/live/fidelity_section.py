@@ -72,7 +72,8 @@ def fidelity_section(
             f"--accuracy {accuracy_path}: no family, policy and budget of it is in the rows; "
             "allowed: the table of a run with the same policies, parameters and budgets"
         )
-    policies = ordered_policies([label[0] for own in cells.values() for label in own.labels])
+    # Those of the whole page, so that a policy looks the same in all its charts.
+    policies = ordered_policies(rows["policy"].to_list())
     figures = []
     for metric in metrics:
         for family, own in cells.items():
