@@ -95,7 +95,9 @@ def test_policies_of_one_name_are_told_apart_in_all_tables(trace, replayed):
     names = {"rkv:alpha=0.1", "rkv:alpha=0.5", "random"}
     assert set(sources.rows["policy"]) == {*names, "fullkv"}
     panels = cell_panels(sources.trajectory, sources.retained, [trace]).panels
-    assert {panel.title for panel in panels} == {f"{name} at {at}" for name in names for at in ("14", "40%")}
+    assert {panel.title for panel in panels} == {
+        f"{name} at {at}, {trace.path.stem}" for name in names for at in ("14", "40%")
+    }
     assert all(len(panel.figures) == 3 and panel.kept for panel in panels)
 
 
@@ -105,7 +107,9 @@ def test_what_does_not_fit_is_counted(trace):
     cells = cell_panels(result.trajectory, None, [])
     assert (len(cells.panels), cells.n_left_out) == (MOST_CELLS, MOST_CELLS)
     # Policies at one budget are kept together.
-    assert [panel.title for panel in cells.panels[:2]] == ["rkv at 12", "random at 12"]
+    assert [panel.title for panel in cells.panels[:2]] == [
+        f"{name} at 12, {trace.path.stem}" for name in ("rkv", "random")
+    ]
 
 
 def test_a_trace_with_text_comes_first(make_trace):
@@ -335,7 +339,20 @@ def test_a_searchs_folder_makes_a_page(make_trace, run_sim, tmp_path):
     first, second, third, fourth = (make_trace().path for _ in range(4))
     out, page = tmp_path / "search", tmp_path / "page.html"
     asked = ["--trace", first, "--trace", second, "--held-out", third, "--held-out", fourth]
-    asked += ["--against", "rkv", "--budget", "20", "--buffer", "5", "--trials", "6", "--minutes", "1", "--scorers", "rkv"]
+    asked += [
+        "--against",
+        "rkv",
+        "--budget",
+        "20",
+        "--buffer",
+        "5",
+        "--trials",
+        "6",
+        "--minutes",
+        "1",
+        "--scorers",
+        "rkv",
+    ]
     code, _, err = run_sim(
         "search", *asked, "--layers", "uniform", "--heads", "uniform", "--out", out, "--jobs", "1"
     )

@@ -19,5 +19,5 @@ def how_to_install(module: str | None) -> str | None:
     extra = next((extra for extra, modules in _EXTRAS.items() if root in modules), None)
     if extra is None:
         return None
-    cpu = " (without a GPU, first: pip install torch --index-url URL of PyTorch's CPU builds)"
+    cpu = " (without a GPU, PyTorch's CPU build first)"
     return f"{root} is not installed; pip install 'kvbudget[{extra}]'{cpu if root == 'torch' else ''}"
