@@ -62,14 +62,9 @@ def search(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        from traces.errors import UserError
+    from traces.extras import require_extra
 
-        raise UserError(
-            "a search needs optuna, which is not installed; pip install 'kvbudget[search]'"
-        ) from None
+    require_extra("a search", "optuna")
     import time
 
     from simulator.budget import parse_budgets

@@ -15,6 +15,7 @@ from simulator.search_command import search
 from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
+from traces.extras import explained
 from validate.bench_command import bench as device_bench
 from validate.record_command import record
 from validate.report_command import report
@@ -58,6 +59,11 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         sys.exit(_say(f"{error.filename or 'file'}: {error.strerror}", 2))
+    except ImportError as error:
+        told = explained(error)
+        if told is None:
+            raise
+        sys.exit(_say(str(told), told.exit_code))
     except Exception as error:
         # Usage errors come from whichever click typer was built with; they all know their message.
         if not hasattr(error, "format_message"):

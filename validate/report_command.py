@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,14 +60,10 @@ def report(
     from simulator.policy import split_list
     from traces.atomic import write_file
     from traces.errors import UserError
+    from traces.extras import require_extra
     from traces.store import find_traces, open_trace
 
-    for needed in ("altair", "vl_convert"):
-        if find_spec(needed) is None:
-            raise UserError(
-                "a report is drawn by altair and vl-convert, which are not installed; "
-                "allowed: pip install 'kvbudget[plots]'"
-            )
+    require_extra("a report", "altair", "vl_convert")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")

@@ -9,6 +9,7 @@ import typer
 
 from traces.documents import read_json
 from traces.errors import UserError
+from traces.extras import require_extra
 from traces.seeds import require_seed
 from validate.random_shapes import asked_model, meaningless
 
@@ -126,6 +127,8 @@ def validate(
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     require_places({"-o": output, "--report": report, "--calibration": calibration, "--steps": steps})
+    if report is not None:
+        require_extra("--report", "altair", "vl_convert")
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,

@@ -1,0 +1,16 @@
+"""Where the command ``sim`` begins: Ctrl-C is one line from the first moment on, before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run one verb of ``sim`` and exit with its code."""
+    try:
+        from validate.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("sim: interrupted: run the same command again", file=sys.stderr)
+        sys.exit(130)
