@@ -1,4 +1,4 @@
-"""Where the command ``sim`` begins: Ctrl-C is one line from the first moment on, before anything is loaded."""
+"""Where the command ``sim`` begins: Ctrl-C is one line even while its modules are still loading."""
 
 from __future__ import annotations
 
