@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from traces.wording import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -67,10 +69,20 @@ def replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
+
+    tell_compiling()
     from simulator.budget import parse_budgets
     from simulator.cells import run_replay
     from simulator.naming import row_budget
-    from simulator.output import choose_format, require_parquet, require_places, write_parquet, write_rows
+    from simulator.output import (
+        choose_format,
+        require_parquet,
+        require_places,
+        tell_written,
+        write_parquet,
+        write_rows,
+    )
     from simulator.policy import parse_policies
     from simulator.sampling import parse_sampling
     from simulator.wave import tell_unused
@@ -104,19 +116,23 @@ def replay(
         )
     tell_unused(wave or [], result.table["model"])
     write_rows(result.table, output, chosen)
-    if retained is not None:
-        write_parquet(result.retained, retained)
-    if trajectory is not None:
-        write_parquet(result.trajectory, trajectory)
+    tell_written(output, len(result.table), quiet)
+    for path, own in ((retained, result.retained), (trajectory, result.trajectory)):
+        if path is not None:
+            write_parquet(own, path)
+            tell_written(path, len(own), quiet)
     if verbose:
         seconds = result.table["seconds"].sum()
         version = result.table["code_version"][0]
-        print(f"sim: {len(result.table)} cells, {seconds:.1f} s in all, code {version}", file=sys.stderr)
+        print(
+            f"sim: {counted(len(result.table), 'cell')}, {seconds:.1f} s in all, code {version}",
+            file=sys.stderr,
+        )
     failed = result.table.filter(result.table["status"] != "ok")
     for row in failed.unique("error", keep="first", maintain_order=True).iter_rows(named=True):
         print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
     if result.exit_code:
-        print(f"sim: {len(failed)} of {len(result.table)} cells failed", file=sys.stderr)
+        print(f"sim: {len(failed)} of {counted(len(result.table), 'cell')} failed", file=sys.stderr)
         raise typer.Exit(result.exit_code)
 
 
@@ -131,6 +147,10 @@ def calibrate(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
+
+    tell_compiling()
+
     from simulator.output import require_place
     from simulator.wave import calibrate as measure
     from traces.errors import UserError
@@ -142,7 +162,10 @@ def calibrate(
     warn(n_workers=1)
     wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps, check=check)
     wave.write(out)
-    print(f"wave of {wave.model} from {len(wave.trace_ids)} traces, {wave.n_steps} decode steps")
+    print(
+        f"wave of {wave.model} from {counted(len(wave.trace_ids), 'trace')}, "
+        f"{counted(wave.n_steps, 'decode step')}"
+    )
     print(f"entries per KV head that hold {rho:g} of the attention:")
     widest = max(wave.demand)
     for layer, demand in enumerate(wave.demand):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 
 # Functions of these are compiled into those of other files, of which Numba itself looks at one alone: loops
 # over tiles of an earlier size would go past the ends of arrays.
@@ -25,6 +27,28 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return made
 
     return decorate
+
+
+class _Told(event.Listener):
+    """Says once that something is compiled, which a first run on a machine waits for."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def on_start(self, event: event.Event) -> None:
+        """Say it when the first function is compiled rather than read from disk."""
+        if not self._is_told and sys.stderr.isatty():
+            self._is_told = True
+            print("sim: compiling for this machine, once: some 20 seconds", file=sys.stderr, flush=True)
+
+    def on_end(self, event: event.Event) -> None:
+        """Say nothing."""
+
+
+@cache
+def tell_compiling() -> None:
+    """Let this process say on a terminal, once, when it has to compile."""
+    event.register("numba:compile", _Told())
 
 
 @cache

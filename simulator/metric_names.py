@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 from traces.errors import UserError
+from traces.wording import near
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def asked_metric(name: str | None) -> str:
         return DEFAULT_METRIC
     found = next((own.column for own in METRICS.values() if name in (own.column, own.label)), None)
     if found is None:
-        raise UserError(f"--metric is '{name}'; allowed: {', '.join(METRICS)}")
+        raise UserError(f"--metric is '{name}'{near(name, METRICS)}; allowed: {', '.join(METRICS)}")
     return found
 
 

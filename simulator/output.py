@@ -15,6 +15,7 @@ from simulator.stored_tables import sealed_parquet
 from simulator.terminal import print_results
 from traces.atomic import write_file
 from traces.errors import UserError
+from traces.wording import counted
 
 FORMATS = ("table", "csv", "json", "parquet")
 _SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
@@ -108,6 +109,12 @@ def write_rows(table: pl.DataFrame, path: Path | None, chosen: str) -> None:
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
     """Write a table as sealed Parquet; a reader never sees half a file."""
     write_file(path, lambda temporary: temporary.write_bytes(sealed_parquet(table)))
+
+
+def tell_written(path: Path | None, n_rows: int, quiet: bool = False) -> None:
+    """Say on standard error what was written where; nothing if it went to standard output."""
+    if path is not None and not quiet:
+        print(f"sim: wrote {path}: {counted(n_rows, 'row')}", file=sys.stderr)
 
 
 def _rendered(table: pl.DataFrame) -> str:

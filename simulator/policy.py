@@ -24,6 +24,7 @@ from simulator.policies.base import HeadAllocator, LayerAllocator, Scorer, Trigg
 from simulator.user_policies import ROLES, find_part, installed, is_users, require_sound_part, sources
 from traces.documents import shown
 from traces.errors import InfeasibleBudgetError, UserError
+from traces.wording import near
 
 REPLAY_FIELDS = ("redistribute",)
 TABLES: dict[str, dict[str, Any]] = {
@@ -217,8 +218,8 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     for parameter in given:
         if parameter not in known | of_one_part | {"trigger"}:
             raise UserError(
-                f"policy '{text}': parameter '{parameter}' is unknown; allowed: "
-                f"{', '.join(sorted(known | {'trigger'}))}"
+                f"policy '{text}': parameter '{parameter}' is unknown{near(parameter, known | {'trigger'})}; "
+                f"allowed: {', '.join(sorted(known | {'trigger'}))}"
             )
     values = usual | {key: value for key, value in overrides.items() if key in known} | given
     built: dict[str, Any] = {}
@@ -279,7 +280,9 @@ def _users_part(name: str, piece: str) -> tuple[str, type]:
             raise UserError(f"policy '{name}': '{piece}' names a file and no class; allowed: {piece}:CLASS")
         names = [*SCORERS, *ALIASES, *LAYER_ALLOCATORS, *HEAD_ALLOCATORS, *installed()]
         listed = ", ".join(dict.fromkeys(names))
-        raise UserError(f"policy '{name}': '{piece}' is unknown; allowed: {listed}, FILE.py:CLASS")
+        meant = near(piece, names)
+        allowed = "see sim policies list" if meant else f"allowed: {listed}, FILE.py:CLASS"
+        raise UserError(f"policy '{name}': '{piece}' is unknown{meant or ';'} {allowed}")
     if found[0] == "trigger":
         raise UserError(f"policy '{name}': '{piece}' is a trigger; allowed: as a parameter, trigger={piece}")
     return found
@@ -291,7 +294,10 @@ def _named_trigger(text: str, trigger: Any, is_full: bool) -> Any:
         return TRIGGERS[trigger]
     found = None if is_full or trigger in TRIGGERS else find_part(str(trigger))
     if found is None:
-        raise UserError(f"policy '{text}': trigger is '{trigger}'; allowed: {', '.join(allowed)}")
+        raise UserError(
+            f"policy '{text}': trigger is '{trigger}'{near(str(trigger), allowed)}; "
+            f"allowed: {', '.join(allowed)}"
+        )
     role, part = found
     if role != "trigger":
         raise UserError(f"policy '{text}': trigger '{trigger}' is a {ROLES[role][0]}; allowed: a trigger")

@@ -20,7 +20,8 @@ def results(
         typer.Option(help=f"Compare policies by this number, budget by budget: {', '.join(METRICS)}."),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Only these policies, as their rows call them.")
+        list[str] | None,
+        typer.Option("--policy", "-p", help="Only these policies, as rows or tables call them; globs too."),
     ] = None,
     family: Annotated[list[str] | None, typer.Option(help="Only traces of these families; repeats.")] = None,
     budget: Annotated[
@@ -42,10 +43,10 @@ def results(
     from rich.console import Console
 
     from simulator.budget import parse_budgets
-    from simulator.output import choose_format, write_rows
+    from simulator.output import choose_format, tell_written, write_rows
     from simulator.policy import split_list
     from simulator.results import by_model
-    from simulator.standings import at_budgets, of_traces, read_rows, standings
+    from simulator.standings import at_budgets, of_policies, of_traces, read_rows, standings
     from simulator.terminal import print_standings, print_unevicted
     from traces.errors import UserError
 
@@ -62,22 +63,21 @@ def results(
     if metric is not None and output is not None and chosen == "table":
         raise UserError(f"-o {output}: standings go to a terminal, or as rows; allowed: csv, json, parquet")
     table = read_rows(files)
-    for name, option, asked in (
-        ("policy", "--policy", [p for text in policy or [] for p in split_list(text)]),
-        ("family", "--family", list(family or [])),
-    ):
-        unknown = sorted(set(asked) - set(table[name].drop_nulls()))
+    if family:
+        unknown = sorted(set(family) - set(table["family"].drop_nulls()))
         if unknown:
-            known = ", ".join(sorted(set(table[name].drop_nulls())))
-            raise UserError(f"{option} is '{unknown[0]}'; the rows have: {known}")
-        if asked:
-            table = table.filter(pl.col(name).is_in(asked))
+            known = ", ".join(sorted(set(table["family"].drop_nulls())))
+            raise UserError(f"--family is '{unknown[0]}'; the rows have: {known}")
+        table = table.filter(pl.col("family").is_in(family))
+    if policy:
+        table = of_policies(table, [name for text in policy for name in split_list(text)])
     if budget:
         table = at_budgets(table, parse_budgets(budget))
     if trace:
         table = of_traces(table, trace)
     if metric is None:
         write_rows(table, output, chosen)
+        tell_written(output, len(table))
         return
     if metric not in table.columns:
         raise UserError(f"{files[0]} has no column '{metric}'; allowed: rows of a version that writes it")

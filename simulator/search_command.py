@@ -62,8 +62,10 @@ def search(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
     from traces.extras import require_extra
 
+    tell_compiling()
     require_extra("a search", "optuna")
     import time
 

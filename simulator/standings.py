@@ -12,6 +12,7 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.metric_names import METRICS
+from simulator.naming import told_apart
 from simulator.results import (
     BUDGET,
     GROUP,
@@ -26,6 +27,7 @@ from simulator.results import (
 from simulator.stored_tables import read_table
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
+from traces.wording import near
 
 
 def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
@@ -104,6 +106,31 @@ def of_traces(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
             raise UserError(f"--trace is '{name}'; the rows have: {', '.join(known[:8])}")
         wanted |= found
     return table.filter(pl.col("trace").is_in(list(wanted)))
+
+
+def of_policies(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """Keep the rows of policies by name, by name and the parameters that tell variants apart, or by glob.
+
+    Raises
+    ------
+    UserError
+        If the rows have none for one.
+    """
+    plain, told = table["policy"].to_list(), told_apart(table)[0]["policy"].to_list()
+    wanted = set()
+    for name in names:
+        found = {
+            row
+            for row, own in enumerate(zip(plain, told, strict=True))
+            if any(fnmatchcase(each, name) for each in own)
+        }
+        if not found:
+            known = list(dict.fromkeys([*plain, *told]))
+            raise UserError(
+                f"--policy is '{name}'{near(name, known)}; the rows have: {', '.join(sorted(known))}"
+            )
+        wanted |= found
+    return table[sorted(wanted)]
 
 
 def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:

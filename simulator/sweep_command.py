@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from traces.wording import counted
+
 if TYPE_CHECKING:
     from simulator.sweep.run import Progress
 
@@ -29,6 +31,9 @@ def sweep(
     from simulator.blas import use_one_thread
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
+
+    tell_compiling()
     from simulator.commands import worker_count
     from simulator.metric_names import DEFAULT_METRIC, DEFAULT_OF_SAMPLES
     from simulator.naming import row_budget
@@ -52,7 +57,8 @@ def sweep(
         work = plan_sweep(asked)
         n_cells = sum(len(own.cells) for own in work)
         n_left = sum(len(own.cells) for own in unfinished(work, SweepFolder(folder).read_rows()))
-        print(f"{n_cells} cells of {len(work)} traces: {n_cells - n_left} done, {n_left} to replay")
+        all_of = f"{counted(n_cells, 'cell')} of {counted(len(work), 'trace')}"
+        print(f"{all_of}: {n_cells - n_left} done, {n_left} to replay")
         return
     with _shown(quiet) as on_progress:
         progress = run_sweep(asked, folder, engine=chosen, jobs=workers, check=check, on_progress=on_progress)
@@ -76,10 +82,12 @@ def sweep(
 
 
 def _summary(progress: Progress) -> str:
+
     rate = progress.n_replayed / progress.seconds if progress.seconds else 0.0
     return (
-        f"{progress.n_cells} cells: {progress.n_before} done before, {progress.n_replayed} replayed in "
-        f"{progress.seconds:.1f} s ({rate:.1f} cells/s), {progress.n_failed} failed"
+        f"{counted(progress.n_cells, 'cell')}: {progress.n_before} done before, "
+        f"{progress.n_replayed} replayed in {progress.seconds:.1f} s ({rate:.1f} cells/s), "
+        f"{progress.n_failed} failed"
     )
 
 

@@ -13,6 +13,7 @@ from naive_traces import reseal
 
 from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
 from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
+from traces.version import package_version
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_some_failed_cells_exit_1_and_keep_the_others(run_sim, trace_path):
         (["-b", "0.1"], 2, ["0.1", "10%"]),
         (["-b", "-4"], 2, ["-4", "allowed"]),
         (["-b", "64QiB"], 2, ["QiB", "allowed"]),
-        (["-p", "rkvv"], 2, ["rkvv", "snapkv"]),
+        (["-p", "rkvv"], 2, ["rkvv", "did you mean 'rkv'?", "sim policies list"]),
         (["-p", "rkv+snapkv"], 2, ["second scorer"]),
         (["-p", "rkv:windw=3"], 2, ["windw", "window"]),
         (["-p", "rkv:window=many"], 2, ["many", "whole number"]),
@@ -324,3 +325,89 @@ def test_a_closed_pipe_is_no_traceback(trace_path):
         check=False,
     )
     assert "Traceback" not in ended.stderr
+
+
+def test_versions_are_told(run_sim):
+    code, out, _ = run_sim("--version")
+    assert code == 0
+    assert out.splitlines()[:2] == [f"kvbudget {package_version()}", "trace format 1.1"]
+    assert any(line.startswith("numba ") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *(
+            [],
+            ["record"],
+            ["calibrate"],
+            ["replay"],
+            ["sweep"],
+            ["search"],
+            ["results"],
+            ["report"],
+            ["bench"],
+        ),
+        *(
+            ["validate"],
+            ["validate", "bench"],
+            ["trace"],
+            ["trace", "info"],
+            ["policies"],
+            ["policies", "show"],
+        ),
+    ],
+)
+def test_every_verb_has_short_help_and_those_with_options_an_example(run_sim, verb):
+    code, out, _ = run_sim(*verb, "-h")
+    assert code == 0
+    assert "-h, --help" in out
+    if verb and verb[0] not in ("trace", "policies"):
+        assert f"Example: sim {' '.join(verb)} " in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "rvk"], "'rvk' is unknown; did you mean 'rkv'? see sim policies list"),
+        (["-p", "xyzzy"], "'xyzzy' is unknown; allowed: streamingllm"),
+        (
+            ["-p", "rkv:aplha=1"],
+            "parameter 'aplha' is unknown; did you mean 'alpha'?; allowed: alpha, buffer",
+        ),
+        (["-p", "rkv:trigger=pre-step"], "trigger is 'pre-step'; did you mean 'per-step'?; allowed"),
+        (
+            ["-p", "rkv", "a.kvtrace", "b.kvtrace"],
+            "unexpected extra argument(s) (a.kvtrace b.kvtrace); an option",
+        ),
+    ],
+)
+def test_a_slip_is_told_with_what_may_have_been_meant(run_sim, arguments, words):
+    code, _, err = run_sim("replay", "-t", "sample", "-b", "20%", *arguments)
+    assert code == 2
+    one_line(err, words)
+
+
+def test_what_is_written_is_said(run_sim, trace_path, tmp_path):
+    rows, kept = tmp_path / "rows.parquet", tmp_path / "kept.parquet"
+    asked = [
+        "replay",
+        "-t",
+        trace_path,
+        "-p",
+        "rkv",
+        "-b",
+        "20",
+        "--buffer",
+        "5",
+        "-o",
+        rows,
+        "--retained",
+        kept,
+    ]
+    _, out, err = run_sim(*asked)
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == f"sim: wrote {rows}: 1 row"
+    assert lines[1].startswith(f"sim: wrote {kept}: ")
+    assert run_sim(*asked, "-q")[2] == ""

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from numba.core import event
+
+from simulator.compiled import _Told, compiled
+
 ROOT = Path(__file__).parent.parent
 ASK = """
 import numpy as np
@@ -39,3 +43,31 @@ def test_code_on_disk_is_used_until_a_file_changes(tmp_path):
     tiles = tmp_path / "simulator/tiles.py"
     tiles.write_text(tiles.read_text().replace("return ", "return  "))
     assert ask() == ["True", "0"]
+
+
+def test_a_terminal_is_told_once_that_something_is_compiled(monkeypatch, capsys):
+    told = _Told()
+    told.on_start(None)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    told.on_start(None)
+    told.on_start(None)
+    assert capsys.readouterr().err == "sim: compiling for this machine, once: some 20 seconds\n"
+
+
+def test_machine_code_from_disk_is_not_told():
+    starts = []
+
+    class Noted(_Told):
+        def on_start(self, event):
+            starts.append(event)
+
+    noted = Noted()
+    event.register("numba:compile", noted)
+    try:
+        run = compiled()(lambda x: x + 1)
+        run(1)
+        run(2)
+    finally:
+        event.unregister("numba:compile", noted)
+    assert len(starts) == 1

@@ -19,6 +19,10 @@ EXTRAS = {
     "distributed": "cluster",
     "ray": "cluster",
 }
+# From the package index, pip picks a build of torch with gigabytes of CUDA wherever it runs.
+_BEFORE = {
+    "torch": " (without a GPU, before it: pip install torch --index-url https://download.pytorch.org/whl/cpu)"
+}
 _DISTRIBUTIONS = {"vl_convert": "vl-convert-python", "math_verify": "math-verify"}
 
 
@@ -46,7 +50,8 @@ def lacking(what: str, package: str) -> UserError:
     """Say that ``what`` needs a package, and how to get it."""
     name = _DISTRIBUTIONS.get(package, package)
     return UserError(
-        f"{what} needs {name}, which is not installed; allowed: pip install 'kvbudget[{EXTRAS[package]}]'"
+        f"{what} needs {name}, which is not installed; allowed: pip install "
+        f"'kvbudget[{EXTRAS[package]}]'{_BEFORE.get(package, '')}"
     )
 
 

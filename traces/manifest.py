@@ -14,9 +14,9 @@ from traces.container import FileRecord
 from traces.documents import convert, digest, parse_json, read_document, shown
 from traces.errors import TraceError
 from traces.shape import ModelShape
+from traces.version import MINOR, VERSION
 
 FORMAT = "kvtrace"
-VERSION, MINOR = 1, 1
 MANIFEST_NAME = "manifest.json"
 TOKENS_NAME = "tokens.safetensors"
 ORIGINS = ("decoded", "rescored", "synthetic")

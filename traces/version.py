@@ -1,6 +1,9 @@
-"""Which release of this software is running."""
+"""Which release of this software is running, and which traces it writes."""
 
 from importlib.metadata import PackageNotFoundError, version
+
+# Of the trace format; a reader refuses another version, and passes over what a minor one added.
+VERSION, MINOR = 1, 1
 
 
 def package_version() -> str:

@@ -91,8 +91,11 @@ def bench(
             raise UserError(f"--{name} is {value}; allowed: 1 or more")
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes:g}; allowed: above 0")
-    if out is not None and not out.is_dir():
-        raise UserError(f"--out {out}: there is no such folder; allowed: an existing folder")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made: {error.strerror}; allowed: a folder") from None
     from validate.gpu.bench.run import BenchPlan, require_measurable, run_bench
 
     plan = BenchPlan(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Annotated
 
 import typer
 
@@ -16,6 +21,7 @@ from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from traces.extras import explained
+from traces.version import MINOR, VERSION, package_version
 from validate.bench_command import bench as device_bench
 from validate.record_command import record
 from validate.report_command import report
@@ -25,23 +31,59 @@ app = typer.Typer(
     name="sim",
     help="How to divide a limited KV cache over layers, heads and tokens while a model decodes.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(record)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """How to divide a limited KV cache over layers, heads and tokens while a model decodes."""
+    if version:
+        print(versions())
+        raise typer.Exit
+
+
+app.command(epilog="Example: sim record --model reference --prompts problems.jsonl --out runs/mine")(record)
 app.add_typer(trace_app, name="trace")
-app.command()(calibrate)
+app.command(epilog="Example: sim calibrate --trace runs/calibration --out wave.json")(calibrate)
 app.add_typer(policies_app, name="policies")
-app.command()(replay)
-app.command()(sweep)
-app.command()(search)
-app.command()(results)
-app.command()(report)
-app.command()(bench)
-validate_app = typer.Typer(invoke_without_command=True)
+app.command(
+    epilog="Example: sim replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32"
+)(replay)
+app.command(epilog="Example: sim sweep sweep.toml --dry-run")(sweep)
+app.command(
+    epilog="Example: sim search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search"
+)(search)
+app.command(epilog="Example: sim results rows.parquet --metric lost_lookup_peak --budget 20%")(results)
+app.command(
+    epilog="Example: sim report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html"
+)(report)
+app.command(epilog="Example: sim bench --quick")(bench)
+validate_app = typer.Typer(
+    invoke_without_command=True,
+    epilog="Example: sim validate --level shadow --trace sample --policy rkv --budget 20% --buffer 32",
+)
 validate_app.callback()(validate)
-validate_app.command("bench")(device_bench)
+validate_app.command("bench", epilog="Example: sim validate bench --out runs/bench")(device_bench)
 app.add_typer(validate_app, name="validate")
+
+
+def versions() -> str:
+    """Tell the versions of the package, of Python, of the trace format and of the libraries that are here."""
+    lines = [
+        f"kvbudget {package_version()}",
+        f"trace format {VERSION}.{MINOR}",
+        f"python {platform.python_version()}",
+    ]
+    for name in ("numpy", "numba", "polars", "torch", "transformers", "triton", "altair"):
+        with suppress(PackageNotFoundError):
+            lines.append(f"{name} {installed_version(name)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -69,9 +111,16 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
+            with suppress(BrokenPipeError):
+                print(error.format_message(), flush=True)
             sys.exit(2)
-        sys.exit(_say(error.format_message(), getattr(error, "exit_code", 2)))
+        message = error.format_message()
+        if message.startswith("Got unexpected extra argument"):
+            # As many as a glob matched, where it was not quoted.
+            message = (
+                f"{message[:120]}; an option takes one value each time: repeat it, or put a glob in quotes"
+            )
+        sys.exit(_say(message, getattr(error, "exit_code", 2)))
     if code == Interrupted.exit_code:
         _say("interrupted: run the same command again", code)
     sys.exit(code or 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from traces.errors import Interrupted, UserError
+from traces.wording import counted
 from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def record(
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted with {len(results)} rows done: the same command again goes on with the others"
+            f"interrupted with {counted(len(results), 'row')} done: the same command again goes on with the "
+            "others"
         ) from None
     typer.echo("\n".join([*table_lines(results), *filter(None, [meaningless(name)])]))
     if any(row.status == "failed" for row in results):

@@ -98,6 +98,12 @@ def observed_shape(model: PreTrainedModel) -> tuple[ModelShape, float, int | Non
     calls = probe_attention(model)
     shape, scale = model_shape(model.config, calls[0].queries.dtype), calls[0].scale
     expected = (shape.n_query_heads, shape.n_kv_heads, shape.head_dim, scale)
+    n_kv_heads = {call.keys.shape[0] for call in calls}
+    if n_kv_heads == {shape.n_query_heads} != {shape.n_kv_heads}:
+        raise UserError(
+            f"num_key_value_heads of the configuration is {shape.n_kv_heads}, and attention has a KV head "
+            f"for each of its {shape.n_query_heads} query heads; allowed: that number, or no such field"
+        )
     for call in calls:
         found = (call.queries.shape[0], call.keys.shape[0], call.queries.shape[2], call.scale)
         if found != expected:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simulator.metric_names import DEFAULT_METRIC
+from traces.wording import counted
 
 if TYPE_CHECKING:
     import polars as pl
@@ -111,7 +112,7 @@ def report(
         section = fidelity_section(sources.rows, fidelity, accuracy, metrics)
     page = made(sources, metrics, traces, section, seed)
     write_file(out, lambda temporary: temporary.write_text(page.text, encoding="utf-8"))
-    print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {len(page.figures)} charts)")
+    print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {counted(len(page.figures), 'chart')})")
     if charts is not None:
         charts.mkdir(parents=True, exist_ok=True)
         n_written = sum(len(figure.export(charts)) for figure in page.figures)
@@ -137,6 +138,9 @@ def _replay(
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
+    from simulator.compiled import tell_compiling
+
+    tell_compiling()
     import polars as pl
 
     from simulator.budget import parse_budgets

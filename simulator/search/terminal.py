@@ -12,6 +12,7 @@ from rich.table import Table
 from simulator.metric_names import METRICS
 from simulator.search.study import Question
 from simulator.terminal import format_bytes
+from traces.wording import counted
 
 # Of the front; a search of minutes finds dozens.
 _MOST_ROWS = 12
@@ -31,7 +32,7 @@ def print_search(
     fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
     console.print(
         f"{counts['judged']} policies judged by {question.metric} ({better} is better), {counts['whole']} of "
-        f"them on all {n_traces} traces{fixed}; {counts['failed']} failed or were cut off.\n"
+        f"them on all {counted(n_traces, 'trace')}{fixed}; {counts['failed']} failed or were cut off.\n"
         f"The front: no other policy of the search is better in both metric and memory{_thinned(front)}.",
         highlight=False,
         soft_wrap=True,

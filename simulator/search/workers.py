@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from simulator.blas import use_one_thread
+from simulator.interrupts import held_back
 from simulator.search.study import Question, search
 from traces.errors import UserError
 
@@ -50,7 +51,8 @@ def search_together(
             ours, theirs = context.Pipe(duplex=False)
             arguments = path, question, worker, deadline, n_trials
             process = context.Process(target=_search, args=(theirs, arguments), daemon=True)
-            process.start()
+            with held_back():
+                process.start()
             theirs.close()
             processes.append(process)
             ends.append(ours)

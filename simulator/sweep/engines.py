@@ -19,6 +19,7 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config, register_parallel_backend
 from joblib.externals.loky import reusable_executor
 
+from simulator.interrupts import held_back
 from traces.errors import UserError
 from traces.extras import require_extra
 
@@ -122,11 +123,8 @@ def _joblib(n_workers: int, end: Callable[[], object], **config: Any) -> Workers
         came: SimpleQueue[tuple[str, Any]] = SimpleQueue()
 
         def work() -> None:
-            # Processes inherit it, so that Ctrl-C in a terminal finds none of them half started.
-            if hasattr(signal, "pthread_sigmask"):  # not on Windows
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                with parallel_config(**config):
+                with held_back(), parallel_config(**config):
                     parallel = Parallel(n_jobs=n_workers, return_as="generator_unordered", batch_size=1)
                     for result in parallel(delayed(function)(content) for content in contents):
                         came.put(("result", result))

@@ -22,6 +22,7 @@ from simulator.sweep.tasks import Portions, Task
 from simulator.sweep.worker import Done, replay_task
 from simulator.wave import Wave, known_waves, require_fitting
 from traces.errors import Interrupted
+from traces.wording import counted
 
 
 @dataclass
@@ -189,4 +190,4 @@ def _again(out: Path, progress: Progress) -> str:
 
 
 def _kept(out: Path, progress: Progress) -> str:
-    return f"{progress.n_done} of {progress.n_cells} cells are done in {out}"
+    return f"{progress.n_done} of {counted(progress.n_cells, 'cell')} are done in {out}"

@@ -19,6 +19,7 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.cells import code_version
+from simulator.interrupts import held_back
 from simulator.output import write_parquet
 from simulator.policy import Policy, parse_policy
 from simulator.results import GROUP, budget_columns, with_budget_kind
@@ -173,7 +174,8 @@ class Matrix:
             try:
                 for batch in self._ready(waiting, running, errors, on_batch):
                     if batch is not None:
-                        running[pool.submit(_run_batch, self.folder, batch)] = batch
+                        with held_back():  # a process may be started
+                            running[pool.submit(_run_batch, self.folder, batch)] = batch
                     if batch is None or len(running) >= 2 * jobs:
                         done, _ = wait(running, return_when=FIRST_COMPLETED)
                         for future in done:

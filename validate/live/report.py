@@ -15,6 +15,7 @@ from simulator.results import BUDGET
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 from traces.extras import require_extra
+from traces.wording import counted
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
 from validate.live.terminal import published_text
@@ -112,7 +113,7 @@ def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> str:
         f"{row['accuracy']:.1%} in {row['family'] or 'all'}" for row in full.iter_rows(named=True)
     )
     return (
-        f"{rows['problem'].n_unique()} problems{each}, {evicting['policy'].n_unique()} policies, "
+        f"{counted(rows['problem'].n_unique(), 'problem')}{each}, {evicting['policy'].n_unique()} policies, "
         f"{evicting.select(BUDGET).n_unique()} budgets: {len(rows):,} texts decoded "
         f"with entries really evicted. The full cache answers {base} right."
     )

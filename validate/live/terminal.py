@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ from simulator.naming import row_budget, told_apart, with_budget_label
 from simulator.results import GROUP
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
+from traces.wording import counted
 
 # Layers that fit into a line.
 _WIDEST = 12
+# A policy's name in a table; longer ones are told below it.
+_LONGEST_NAME = 36
 
 
 def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str = "") -> None:
     """Print accuracy per family and budget, one row per policy, and a note, or write them as text."""
-    tables = []
+    tables: list[Table | Text] = []
+    names, legend = short_names(accuracy["policy"])
     for (family,), rows in accuracy.group_by("family", maintain_order=True):
-        table = _table(f"{family or 'problems'}: {rows['n_problems'].max()} problems")
+        table = _table(f"{family or 'problems'}: {counted(rows['n_problems'].max(), 'problem')}")
         for name in (
             "budget",
             "policy",
@@ -45,7 +49,7 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
             diverged = row["diverged_at"]
             table.add_row(
                 "" if budget == last else budget,
-                row["policy"],
+                names[row["policy"]],
                 f"{row['accuracy']:.3f}",
                 f"{row['low']:.3f} to {row['high']:.3f}",
                 f"{row['answered']:.3f}",
@@ -56,27 +60,40 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
             )
             last = budget
         tables.append(table)
-    _show([*tables, Text(note)] if note else tables, output)
+    told = [*legend, note] if note else legend
+    _show([*tables, Text("\n".join(told))] if told else tables, output)
+
+
+def short_names(policies: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Shorten names that would take the room of numbers; give a name for each, and lines that tell them."""
+    names, legend = {}, []
+    for name in dict.fromkeys(policies):
+        names[name] = name
+        if len(name) > _LONGEST_NAME:
+            names[name] = f"{name.partition(':')[0][: _LONGEST_NAME - 5]} [{len(legend) + 1}]"
+            legend.append(f"[{len(legend) + 1}] {name}")
+    return names, legend
 
 
 def print_published(table: pl.DataFrame, source: str, note: str, output: Path | None = None) -> None:
     """Print accuracy beside published numbers, in percent, or write it; rows of `beside_published`."""
     shown: list[Table | Text] = []
     marks: dict[str, str] = {}
+    names, legend = short_names(table["policy"])
     for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
         first = rows.row(0, named=True)
         each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
-        problems = f"{first['n_problems']} problems, {each} each"
+        problems = f"{counted(first['n_problems'], 'problem')}, {each} each"
         lines = _table(f"{benchmark}, {model}: {problems}, pass@1 in percent")
         for name in ("budget", "policy", "ours", "95%", "published", "ours - published", "95%"):
             lines.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
         last = None
         for row in rows.iter_rows(named=True):
             budget = row_budget(row)
-            lines.add_row("" if budget == last else budget, row["policy"], *published_text(row, marks))
+            lines.add_row("" if budget == last else budget, names[row["policy"]], *published_text(row, marks))
             last = budget
         shown.append(lines)
-    told = [f"{mark} {text}" for text, mark in marks.items()]
+    told = legend + [f"{mark} {text}" for text, mark in marks.items()]
     told += [f"published: {source}"] if source and table["published"].count() else []
     told += [note] if note else []
     _show([*shown, Text("\n".join(told))] if told else shown, output)
@@ -105,8 +122,8 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
     for (family,), rows in fidelity.group_by("family", maintain_order=True):
         first = rows.row(0, named=True)
         table = _table(
-            f"{family or 'problems'}: what predicts accuracy, {first['n_cells']} cells of "
-            f"{first['n_problems']} problems, {first['n_traces']} traces"
+            f"{family or 'problems'}: what predicts accuracy, {counted(first['n_cells'], 'cell')} of "
+            f"{counted(first['n_problems'], 'problem')}, {counted(first['n_traces'], 'trace')}"
         )
         for name in ("metric", "Spearman", "95%", "within a budget", "95%", "regret", "at most"):
             table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)

@@ -1,0 +1,23 @@
+"""Ctrl-C is the main process's business: what it starts does not see it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold Ctrl-C back from this thread and, for good, from the processes that are started meanwhile.
+
+    A process that ignores it only once its own code runs would answer one in its imports with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
