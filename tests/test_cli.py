@@ -370,7 +370,7 @@ def test_every_verb_has_short_help_and_those_with_options_an_example(run_sim, ve
     ("arguments", "words"),
     [
         (["-p", "rvk"], "'rvk' is unknown; did you mean 'rkv'? see sim policies list"),
-        (["-p", "xyzzy"], "'xyzzy' is unknown; allowed: streamingllm"),
+        (["-p", "xyzzy"], "'xyzzy' is unknown; allowed: fullkv, streamingllm"),
         (
             ["-p", "rkv:aplha=1"],
             "parameter 'aplha' is unknown; did you mean 'alpha'?; allowed: alpha, buffer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -14,3 +15,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("sim: interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # All is done and said; Python's own end would answer in its own words.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
