@@ -84,7 +84,7 @@ def test_an_interrupt_at_any_moment_is_one_line(verb, tmp_path, make_trace):
     (tmp_path / "s.toml").write_text(
         f'traces = ["{one}"]\npolicies = ["rkv", "h2o", "tova"]\nbudgets = [20, 24, 28, 32]\n'
     )
-    search = f"search --trace {one} --held-out {other} --budget 20 --against rkv --also snapkv --minutes 1 --jobs 2"
+    search = f"search --trace {one} --held-out {other} --budget 20 --against rkv --also snapkv --jobs 2"
     commands = {
         "help": (["policies", "list"], 0.3),
         "sweep": (["sweep", "s.toml", "--jobs", "2"], 3.0),
