@@ -27,6 +27,7 @@ help: ## list the targets
 
 demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torch, no network after the install)
 	$(BIN)/sim replay --trace sample --buffer 32
+	@echo "sim is in $(BIN): . $(BIN)/activate puts it on the path"
 
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -66,7 +67,7 @@ grid: traces ## replay 24 variants of R-KV on ten held-out walks, for a notebook
 search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 others, decode the winners (1 hour, resumes)
 	$(BIN)/python -m validate.reasoner.tasks --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim search --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --held-out 'runs/heldout/*-s2-00[3-7]?.kvtrace' \
-	  --budget 20%,30% --buffer 32 --minutes 15 --out runs/search
+	  --budget 20%,30% --buffer 32 --minutes 15 --metric lost_lookup_rms --out runs/search
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --configs runs/search/winners.json --out runs/live-winners
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json

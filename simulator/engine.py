@@ -1,4 +1,4 @@
-"""The loop: pop, handle, schedule what follows. The only file that advances time.
+"""The loop: pop, handle, schedule what follows.
 
 Between two events decoding only appends, so the span is measured in one batched computation when the next
 event of that layer is handled.

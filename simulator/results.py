@@ -1,4 +1,4 @@
-"""The result tables: columns, types and summaries. The only file that builds a DataFrame."""
+"""The result tables: columns, types, summaries, and what their rows may hold."""
 
 from __future__ import annotations
 

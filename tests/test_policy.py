@@ -120,7 +120,7 @@ def test_comma_lists_keep_parameters_with_their_policy():
     [
         ("", "allowed"),
         ("a\0b", r"policy 'a\x00b' has characters that cannot be printed"),
-        ("h3o", "'h3o' is unknown; allowed: fullkv"),
+        ("h3o", "'h3o' is unknown; did you mean 'h2o'? see sim policies list"),
         ("rkv+snapkv", "'snapkv' is a second scorer"),
         ("rkv+wave+pyramid", "'pyramid' is a second layers"),
         ("reasonalloc+utility", "'utility' is a second heads"),

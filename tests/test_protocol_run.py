@@ -317,7 +317,7 @@ def test_batches_that_fail_leave_the_others(sim, tmp_path, monkeypatch):
 def test_random_weights_take_the_place_of_a_model(sim, tmp_path):
     code, out, err = sim("--random-weights", "tiny", "-p", "rkv", "-b", 30, "--limit", 1)
     assert (code, err) == (0, "")
-    assert "first, random:tiny: 1 problems" in out
+    assert "first, random:tiny: 1 problem," in out
     assert out.splitlines()[-1].startswith(
         "random:tiny: random weights of the shape tiny; its texts and answers"
     )
@@ -465,7 +465,7 @@ def test_prompts_on_the_command_line_win(sim, tmp_path, folder, config):
     path = config(f'prompts = "{folder / "problems.jsonl"}"\nmax_new_tokens = 8', "max_new_tokens = 8")
     code, out, _ = sim("--prompts", f"first={tmp_path / 'one.jsonl'}", "-p", "rkv", "-b", "30", path=path)
     assert code == 0
-    assert "first, small: 1 problems" in out
+    assert "first, small: 1 problem," in out
     code, _, err = sim("-b", 30, path=path)
     assert code == 2
     one_line(err, "benchmark 'first' has no prompts; allowed: --prompts first=FILE")

@@ -167,7 +167,7 @@ def test_an_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
         return decode(model, tokenizer, prompt_ids, path, **settings | {"on_tokens": interrupt})
 
     monkeypatch.setattr(validate.record_rows, "record_decode", interrupt_second)
-    with pytest.raises(Interrupted, match="interrupted with 1 rows done: the same command again") as caught:
+    with pytest.raises(Interrupted, match="interrupted with 1 row done: the same command again") as caught:
         run()
     assert caught.value.exit_code == 130
     assert list(traces_in(tmp_path / "out")) == ["walk-1.kvtrace"]

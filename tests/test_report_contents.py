@@ -8,11 +8,12 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
+from simulator.chart_style import ordered_policies
 from simulator.output import write_parquet
 from simulator.report.cells import MOST_CELLS, cell_panels
 from simulator.report.contents import report
 from simulator.report.heads import head_summary
-from simulator.report.quality import quality_rows
+from simulator.report.quality import quality_figures, quality_rows
 from simulator.report.sources import chosen
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
 from simulator.report.tokens import KeptTokens, kept_tokens
@@ -95,7 +96,9 @@ def test_policies_of_one_name_are_told_apart_in_all_tables(trace, replayed):
     names = {"rkv:alpha=0.1", "rkv:alpha=0.5", "random"}
     assert set(sources.rows["policy"]) == {*names, "fullkv"}
     panels = cell_panels(sources.trajectory, sources.retained, [trace]).panels
-    assert {panel.title for panel in panels} == {f"{name} at {at}" for name in names for at in ("14", "40%")}
+    assert {panel.title for panel in panels} == {
+        f"{name} at {at}, {trace.path.stem}" for name in names for at in ("14", "40%")
+    }
     assert all(len(panel.figures) == 3 and panel.kept for panel in panels)
 
 
@@ -105,7 +108,9 @@ def test_what_does_not_fit_is_counted(trace):
     cells = cell_panels(result.trajectory, None, [])
     assert (len(cells.panels), cells.n_left_out) == (MOST_CELLS, MOST_CELLS)
     # Policies at one budget are kept together.
-    assert [panel.title for panel in cells.panels[:2]] == ["rkv at 12", "random at 12"]
+    assert [panel.title for panel in cells.panels[:2]] == [
+        f"{name} at 12, {trace.path.stem}" for name in ("rkv", "random")
+    ]
 
 
 def test_a_trace_with_text_comes_first(make_trace):
@@ -292,3 +297,71 @@ def test_accuracies_of_other_cells_are_refused(replayed, tmp_path):
     other.with_columns(family=pl.lit("maths"), accuracy=0.5).write_csv(tmp_path / "a.csv")
     with pytest.raises(UserError, match="no family, policy and budget of it is in the rows"):
         fidelity_section(replayed.table, tmp_path / "f.csv", tmp_path / "a.csv", ["mass_mean"])
+
+
+def test_a_policy_looks_the_same_in_every_chart_of_a_page(replayed):
+    everyone = ordered_policies(replayed.table["policy"].to_list())
+    few = quality_rows(replayed.table.filter(pl.col("policy") != everyone[0]), "mass_mean")
+    specifications = [
+        str(figure.specification())
+        for figures in (
+            quality_figures(quality_rows(replayed.table, "mass_mean"), "mass_mean", everyone),
+            quality_figures(few, "mass_mean", everyone),
+        )
+        for figure in figures
+    ]
+    domains = {
+        text[text.index("'domain': [") : text.index("]", text.index("'domain': ["))]
+        for text in specifications
+    }
+    assert len(domains) == 1
+
+
+def test_of_a_crowd_the_leading_stand_out_at_first():
+    crowd = quality_rows(rows({f"p{i:02}": (10, [i / 40, i / 30]) for i in range(20)}), "mass_mean")
+    text = str(quality_figures(crowd, "mass_mean")[0].specification())
+    assert "{'policy': 'p19'}" in text
+    assert "{'policy': 'p03'}" not in text
+    assert "{'policy': 'p01'}" not in str(
+        quality_figures(quality_rows(rows({"p01": (10, [0.1, 0.2])}), "mass_mean"), "mass_mean")[
+            0
+        ].specification()
+    )
+
+
+def test_a_page_says_what_made_it(replayed):
+    text = report(chosen(replayed.table, None, None, [], []), made_by="sim report rows.parquet").text
+    footer = text.partition("<footer>")[2].partition("</footer>")[0]
+    assert "Command: sim report rows.parquet" in footer
+    assert replayed.table["code_version"][0] in footer
+
+
+def test_a_searchs_folder_makes_a_page(make_trace, run_sim, tmp_path):
+    first, second, third, fourth = (make_trace().path for _ in range(4))
+    out, page = tmp_path / "search", tmp_path / "page.html"
+    asked = ["--trace", first, "--trace", second, "--held-out", third, "--held-out", fourth]
+    asked += [
+        "--against",
+        "rkv",
+        "--budget",
+        "20",
+        "--buffer",
+        "5",
+        "--trials",
+        "6",
+        "--minutes",
+        "1",
+        "--scorers",
+        "rkv",
+    ]
+    code, _, err = run_sim(
+        "search", *asked, "--layers", "uniform", "--heads", "uniform", "--out", out, "--jobs", "1"
+    )
+    assert code == 0, err
+    assert run_sim("report", out, "--out", page)[0] == 0
+    text = page.read_text()
+    assert "What the search found" in text
+    assert "Judged on traces that had no part in the choice" in text
+    (out / "verdicts.parquet").write_bytes(b"PAR1")
+    code, _, err = run_sim("report", out, "--out", page)
+    assert (code, err.count("\n")) == (2, 1)

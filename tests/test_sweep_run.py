@@ -64,7 +64,7 @@ def test_a_sample_is_measured_alike_in_a_sweep_and_a_replay(make_trace, tmp_path
     )
     assert table.select(expected.columns).equals(expected)
     write_spec(tmp_path, **content)
-    assert "1 cells: 0 done before, 1 replayed" in run_sim("sweep", spec, "--jobs", 1)[2]
+    assert "1 cell: 0 done before, 1 replayed" in run_sim("sweep", spec, "--jobs", 1)[2]
 
 
 def test_a_cap_and_a_budget_of_one_amount_are_cells_of_their_own(asked, tmp_path, run_sim):

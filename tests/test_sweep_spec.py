@@ -48,7 +48,7 @@ WRONG = [
     ),
     (
         {"grid": [{"policy": "rkv", "parameters": {"alpa": [1]}}]},
-        "parameter 'alpa' is unknown; allowed:",
+        "parameter 'alpa' is unknown; did you mean 'alpha'?; allowed:",
     ),
     ({"grid": [{"policy": "rkv:alpha=1", "parameters": {"alpha": [1]}}]}, "'alpha' is given twice"),
     ({"grid": [{"policy": "rkv", "parameters": {"alpha": ["1,2"]}}]}, "allowed: text without a comma"),

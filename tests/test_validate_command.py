@@ -468,7 +468,7 @@ def test_one_policy_alone_is_reported_though_nothing_is_compared(live, answering
     options = ["-p", "rkv", "-b", "20", "--simulated", simulated, "--report", tmp_path / "report.html"]
     code, out, err = live(*options)
     assert (code, err) == (0, "")
-    assert "1 cells of 3 problems" in out
+    assert "1 cell of 3 problems" in out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 3
 
 

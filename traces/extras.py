@@ -19,10 +19,8 @@ EXTRAS = {
     "distributed": "cluster",
     "ray": "cluster",
 }
-# From the package index, pip picks a build of torch with gigabytes of CUDA wherever it runs.
-_BEFORE = {
-    "torch": " (without a GPU, before it: pip install torch --index-url https://download.pytorch.org/whl/cpu)"
-}
+# From its index pip picks a build of torch with gigabytes of CUDA, wherever it runs.
+_BEFORE = {"torch": "; without a GPU, PyTorch's CPU build first"}
 _DISTRIBUTIONS = {"vl_convert": "vl-convert-python", "math_verify": "math-verify"}
 
 

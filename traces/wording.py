@@ -16,3 +16,14 @@ def near(name: str, known: Iterable[str]) -> str:
     """Give ``; did you mean 'rkv'?`` where a name is close to a known one, else nothing."""
     found = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def number(value: float | None, digits: int) -> str:
+    """Write a number with so many decimals, and ``-`` for one that is not there or not a number."""
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def span(low: float | None, high: float | None, digits: int) -> str:
+    """Write an interval, ``0.25 to 0.75``, and ``-`` for one that is not there."""
+    ends = number(low, digits), number(high, digits)
+    return "-" if "-" in ends else " to ".join(ends)

@@ -1,6 +1,6 @@
 """Replace a model's attention: the tap through which a recording sees every call, and the place to evict.
 
-The only file that knows how transformers calls attention.
+Whatever hangs on how transformers calls attention is here or in ``eviction/``.
 """
 
 from __future__ import annotations

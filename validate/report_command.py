@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 def report(
     out: Annotated[Path, typer.Option(help="Where to write the page (FILE.html).")],
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Rows of sim replay -o. Without them, --trace is replayed.")
+        list[Path] | None,
+        typer.Argument(
+            help="Rows of sim replay -o, folders of sim sweep, or of one sim search. "
+            "Without them, --trace is replayed."
+        ),
     ] = None,
     trajectory: Annotated[
         Path | None, typer.Option(help="File of sim replay --trajectory: maps and budgets of heads.")
@@ -87,6 +93,7 @@ def report(
 
     from simulator.report.contents import known_metrics
     from simulator.report.contents import report as made
+    from simulator.report.search_section import held_out_rows, is_search, search_section
     from simulator.report.sources import chosen, read_parquet
     from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
     from simulator.standings import read_rows
@@ -94,8 +101,11 @@ def report(
     asked_policies = [name for text in policy or [] for name in split_list(text)]
     asked_budgets = [item for text in budget or [] for item in text.split(",")]
     traces = [open_trace(path) for path in find_traces(trace or [])]
+    searches = [path for path in results or [] if is_search(path)]
+    if len(searches) > 1:
+        raise UserError(f"{searches[1]} is a second search; allowed: one on a page")
     if results:
-        rows = read_rows(results)
+        rows = read_rows([held_out_rows(path) if path in searches else path for path in results])
         over_time = (
             None if trajectory is None else read_parquet(trajectory, TRAJECTORY_SCHEMA, "--trajectory")
         )
@@ -110,7 +120,9 @@ def report(
         from validate.live.fidelity_section import fidelity_section
 
         section = fidelity_section(sources.rows, fidelity, accuracy, metrics)
-    page = made(sources, metrics, traces, section, seed)
+    searched = search_section(searches[0]) if searches else None
+    command = shlex.join(["sim", *sys.argv[1:]])
+    page = made(sources, metrics, traces, section, seed, searched, command)
     write_file(out, lambda temporary: temporary.write_text(page.text, encoding="utf-8"))
     print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {counted(len(page.figures), 'chart')})")
     if charts is not None:

@@ -101,8 +101,7 @@ def cell_panels(
     panels = []
     for number, key in enumerate(shown):
         trace_id, policy, budget = key
-        where = f", {names.get(trace_id, trace_id[:12])}" if len(traces_met) > 1 else ""
-        title = f"{policy} at {budget}{where}"
+        title = f"{policy} at {budget}, {names.get(trace_id, trace_id[:12])}"
         name = f"cell-{number}"
         figures = head_figures(name, title, summaries[key], *ranges) if key in summaries else []
         kept = None

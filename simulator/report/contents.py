@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import polars as pl
 
+from simulator.chart_style import ordered_policies
 from simulator.metric_names import asked_metric, fidelity_note
 from simulator.report.cells import Cells, cell_panels
 from simulator.report.figure import Figure
 from simulator.report.page import Section, page, paragraph
-from simulator.report.quality import has_intervals, quality_figures, quality_rows
+from simulator.report.quality import crowded, has_intervals, quality_figures, quality_rows
 from simulator.report.sources import Sources
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
 from simulator.results import usual_metric
 from traces.errors import UserError
 from traces.trace import Trace
+from traces.version import package_version
 
 TITLE = "KV budgets: what was kept and what it cost"
 
@@ -42,6 +45,8 @@ def report(
     traces: Sequence[Trace] = (),
     fidelity: Section | None = None,
     seed: int = 0,
+    searched: Section | None = None,
+    made_by: str = "",
 ) -> Report:
     """Make the page of a replay.
 
@@ -56,6 +61,10 @@ def report(
         How well the numbers predict accuracy.
     seed : int
         Of the bootstrap over traces.
+    searched : Section, optional
+        What a search found.
+    made_by : str
+        The command, told at the end of the page with the date and the code of the rows.
 
     Raises
     ------
@@ -67,10 +76,11 @@ def report(
     if any(own.is_empty() for own in found.values()):
         raise UserError("no row is of a policy that evicted; nothing to compare")
     cells = cell_panels(sources.trajectory, sources.retained, traces)
-    sections = [_summary(sources, found), _quality(found)]
-    if fidelity is not None:
-        sections.append(fidelity)
-    text = page(TITLE, sections, cells, _absent(sources, cells, fidelity), means_table(rows))
+    everyone = ordered_policies(rows["policy"].to_list())
+    sections = [_summary(sources, found), _quality(found, everyone)]
+    sections += [section for section in (searched, fidelity) if section is not None]
+    absent = _absent(sources, cells, fidelity)
+    text = page(TITLE, sections, cells, absent, means_table(rows), _origin(rows, made_by))
     figures = [figure for section in sections for figure in section.figures]
     return Report(text, [*figures, *(figure for panel in cells.panels for figure in panel.figures)])
 
@@ -116,11 +126,26 @@ def _summary(sources: Sources, found: dict[str, pl.DataFrame]) -> Section:
     )
 
 
-def _quality(found: dict[str, pl.DataFrame]) -> Section:
-    figures = [quality_figures(own, metric) for metric, own in found.items()]
+def _origin(rows: pl.DataFrame, made_by: str) -> str:
+    """Say what made the page, when, and which code the rows are of."""
+    codes = (
+        rows["code_version"].drop_nulls().unique().sort().to_list() if "code_version" in rows.columns else []
+    )
+    told = [f"Made on {datetime.now(UTC):%Y-%m-%d} by kvbudget {package_version()}"]
+    told += [f"from rows of code {', '.join(codes)}"] if codes else []
+    return f"{' '.join(told)}." + (f" Command: {made_by}" if made_by else "")
+
+
+def _quality(found: dict[str, pl.DataFrame], policies: list[str]) -> Section:
+    figures = [quality_figures(own, metric, policies) for metric, own in found.items()]
     # Row by row: all metrics against memory, then all against budget.
     ordered = [own[i] for i in range(2) for own in figures]
-    hint = "Click or tap a policy in a legend to single it out; double click brings all back."
+    hint = (
+        "Point at a mark to see its policy alone; click or tap one in a legend to keep it so, with Shift "
+        "several, and double click brings all back."
+    )
+    if any(map(crowded, found.values())):
+        hint += " Of so many policies only the leading ones stand out at first."
     return Section("What memory buys", ordered, paragraph(hint, "note"))
 
 

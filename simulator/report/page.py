@@ -47,7 +47,12 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def page(
-    title: str, sections: Sequence[Section], cells: Cells, absent: Sequence[str], rows_table: str
+    title: str,
+    sections: Sequence[Section],
+    cells: Cells,
+    absent: Sequence[str],
+    rows_table: str,
+    origin: str = "",
 ) -> str:
     """Write the page.
 
@@ -62,6 +67,8 @@ def page(
         What the page could show and by which option.
     rows_table : str
         HTML of all means.
+    origin : str
+        What made the page; its last line.
     """
     figures = [figure for section in sections for figure in section.figures]
     figures += [figure for panel in cells.panels for figure in panel.figures]
@@ -74,6 +81,8 @@ def page(
     )
     if absent:
         body += ["<h2>Not in this page</h2>", *(paragraph(text, "note") for text in absent)]
+    if origin:
+        body.append(f"<footer>{paragraph(origin, 'note')}</footer>")
     data = {
         "figures": {figure.name: figure.specification() for figure in figures},
         "kept": {panel.name: panel.kept for panel in cells.panels if panel.kept},

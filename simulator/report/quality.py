@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -64,8 +65,16 @@ def _beats(other: tuple[float, float], own: tuple[float, float]) -> bool:
     return other != own and other[0] <= own[0] and other[1] >= own[1]
 
 
-def quality_figures(found: pl.DataFrame, metric: str) -> list[Figure]:
-    """Draw the Pareto front and quality against budget; rows of `quality_rows`."""
+# More policies than that are grey at first, but for the leading ones.
+_MOST_AT_ONCE, _LEADING = 12, 8
+
+
+def quality_figures(found: pl.DataFrame, metric: str, policies: Sequence[str] = ()) -> list[Figure]:
+    """Draw the Pareto front and quality against budget; rows of `quality_rows`.
+
+    ``policies`` are those of the whole page, whose looks are the same in all its charts.
+    """
+    policies = policies or ordered_policies(found["policy"].to_list())
     name = METRIC_NAMES[metric]
     better = "More" if METRICS[metric].more_is_better else "Less"
     intervals = " Thin bars: 95% intervals over traces." if has_intervals(found) else ""
@@ -73,14 +82,14 @@ def quality_figures(found: pl.DataFrame, metric: str) -> list[Figure]:
     return [
         Figure(
             f"pareto-{metric}",
-            _pareto(found, metric),
+            _pareto(found, metric, policies),
             f"{_capital(name)} against memory",
             f"{better} is better. Grey line: the front, what no other policy betters with as little memory."
             f"{bound}{intervals}",
         ),
         Figure(
             f"budget-{metric}",
-            _against_budget(found, metric),
+            _against_budget(found, metric, policies),
             f"{_capital(name)} against budget",
             f"{better} is better. Points of one budget stand side by side.{intervals}",
         ),
@@ -110,8 +119,24 @@ def _unit(largest: float) -> tuple[str, float]:
     return "bytes", 1.0
 
 
-def _looks(found: pl.DataFrame) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, alt.Parameter, alt.When]:
-    """Give looks, and what fades all policies but the one chosen in the legend."""
+def crowded(found: pl.DataFrame) -> bool:
+    """Say whether there are more policies than a chart can show at once."""
+    return found["policy"].n_unique() > _MOST_AT_ONCE
+
+
+def _leading(found: pl.DataFrame, metric: str) -> list[str]:
+    means = found.group_by("policy").agg(pl.col("mean").mean())
+    return (
+        means.sort("mean", "policy", descending=[METRICS[metric].more_is_better, False])["policy"]
+        .head(_LEADING)
+        .to_list()
+    )
+
+
+def _looks(
+    found: pl.DataFrame, metric: str, policies: Sequence[str]
+) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, list[alt.Parameter], alt.When]:
+    """Give looks, and what fades all policies but the one pointed at or chosen in the legend."""
     import altair as alt
 
     legend = alt.Legend(
@@ -122,10 +147,14 @@ def _looks(found: pl.DataFrame) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, a
         symbolStrokeWidth=0,
         symbolOpacity=1,
         symbolLimit=0,
+        values=ordered_policies(found["policy"].to_list()),
     )
-    colour, shape, dash = policy_looks(ordered_policies(found["policy"].to_list()), legend)
-    chosen = alt.selection_point(fields=["policy"], bind="legend")
-    return colour, shape, dash, chosen, alt.when(chosen)
+    colour, shape, dash = policy_looks(list(policies), legend)
+    # Of a crowd a few stand out at first; the others are grey until they are asked for.
+    leading = [{"policy": name} for name in _leading(found, metric)] if crowded(found) else alt.Undefined
+    chosen = alt.selection_point(fields=["policy"], bind="legend", value=leading)
+    pointed = alt.selection_point(fields=["policy"], on="pointerover", clear="pointerout")
+    return colour, shape, dash, [chosen, pointed], alt.when(chosen & pointed)
 
 
 def _quality_axis(metric: str) -> alt.Y:
@@ -148,11 +177,11 @@ def _tooltip(metric: str, memory: str) -> list[alt.Tooltip]:
     ]
 
 
-def _pareto(found: pl.DataFrame, metric: str) -> Any:
+def _pareto(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
     import altair as alt
 
     memory, unit = _unit(float(found["bytes"].to_numpy().max()))
-    colour, shape, _, chosen, when = _looks(found)
+    colour, shape, _, chosen, when = _looks(found, metric, policies)
     values = _values(found, unit)
     x = alt.X(
         "memory:Q",
@@ -190,7 +219,7 @@ def _pareto(found: pl.DataFrame, metric: str) -> Any:
             shape=shape,
             opacity=when.then(alt.value(1)).otherwise(alt.value(0.08)),
             tooltip=_tooltip(metric, memory),
-        ).add_params(chosen)
+        ).add_params(*chosen)
     )
     return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
 
@@ -207,15 +236,15 @@ def _intervals(base: Any, found: pl.DataFrame, colour: alt.Color, when: alt.When
     ]
 
 
-def _against_budget(found: pl.DataFrame, metric: str) -> Any:
+def _against_budget(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
     import altair as alt
 
     memory, unit = _unit(float(found["bytes"].to_numpy().max()))
-    colour, shape, dash, chosen, when = _looks(found)
-    policies = ordered_policies(found["policy"].to_list())
+    colour, shape, dash, chosen, when = _looks(found, metric, policies)
+    own = ordered_policies(found["policy"].to_list())
     budgets = found["budget"].unique(maintain_order=True).to_list()
     x = alt.X("budget:N", sort=budgets, title="budget, per KV head", axis=alt.Axis(labelAngle=0))
-    offset = alt.XOffset("policy:N", scale=alt.Scale(domain=policies, padding=0.8))
+    offset = alt.XOffset("policy:N", scale=alt.Scale(domain=own, padding=0.8))
     base = alt.Chart(alt.Data(values=_values(found, unit))).encode(x=x, xOffset=offset)
     layers = _intervals(base, found, colour, when)
     if len(budgets) > 1:
@@ -236,6 +265,6 @@ def _against_budget(found: pl.DataFrame, metric: str) -> Any:
             opacity=when.then(alt.value(1)).otherwise(alt.value(0.08)),
             tooltip=_tooltip(metric, memory),
         )
-        .add_params(chosen)
+        .add_params(*chosen)
     )
     return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)

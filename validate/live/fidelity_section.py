@@ -17,6 +17,7 @@ from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
 from simulator.results import with_budget_kind
 from traces.errors import UserError
+from traces.wording import number, span
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.charts import METRIC_NAMES, scatter_panel
 from validate.live.fidelity import Cells
@@ -71,7 +72,8 @@ def fidelity_section(
             f"--accuracy {accuracy_path}: no family, policy and budget of it is in the rows; "
             "allowed: the table of a run with the same policies, parameters and budgets"
         )
-    policies = ordered_policies([label[0] for own in cells.values() for label in own.labels])
+    # Those of the whole page, so that a policy looks the same in all its charts.
+    policies = ordered_policies(rows["policy"].to_list())
     figures = []
     for metric in metrics:
         for family, own in cells.items():
@@ -102,7 +104,7 @@ def _correlations(told: pl.DataFrame) -> str:
     if told.is_empty():
         return ""
     row = told.row(0, named=True)
-    return f"Spearman {row['spearman']:.2f}, within a budget {row['spearman_within']:.2f}"
+    return f"Spearman {number(row['spearman'], 2)}, within a budget {number(row['spearman_within'], 2)}"
 
 
 def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -> dict[str, Cells]:
@@ -149,7 +151,7 @@ def _table(fidelity: pl.DataFrame) -> str:
 def _cell(row: dict[str, Any] | None) -> tuple[str, str, str]:
     if row is None:
         return "", "", ""
-    within = f"{row['spearman_within']:.2f}"
+    within = number(row["spearman_within"], 2)
     if row.get("spearman_within_low") is not None:
-        within += f" ({row['spearman_within_low']:.2f} to {row['spearman_within_high']:.2f})"
-    return within, f"{row['spearman']:.2f}", f"{100 * row['regret']:.1f}"
+        within += f" ({span(row['spearman_within_low'], row['spearman_within_high'], 2)})"
+    return within, number(row["spearman"], 2), f"{100 * row['regret']:.1f}"

@@ -15,7 +15,7 @@ from simulator.results import BUDGET
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
 from traces.extras import require_extra
-from traces.wording import counted
+from traces.wording import counted, number, span
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
 from validate.live.terminal import published_text
@@ -124,8 +124,8 @@ def _fidelity_parts(named: str, fidelity: pl.DataFrame, figures: dict[str, str])
     lines = []
     for row in fidelity.filter(pl.col("metric") == best).iter_rows(named=True):
         lines.append(
-            f"{row['family'] or 'problems'}: {row['spearman_within']:.2f} within a budget and "
-            f"{row['spearman']:.2f} over all cells; its winner is {100 * row['regret']:.1f} points "
+            f"{row['family'] or 'problems'}: {number(row['spearman_within'], 2)} within a budget and "
+            f"{number(row['spearman'], 2)} over all cells; its winner is {100 * row['regret']:.1f} points "
             "below the best on average, "
             f"{100 * row['regret_most']:.1f} at most"
         )
@@ -229,7 +229,8 @@ def _accuracy_table(accuracy: pl.DataFrame) -> str:
 
 def _fidelity_table(fidelity: pl.DataFrame) -> str:
     def interval(row: dict[str, Any], name: str) -> str:
-        return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
+        interval = span(row[f"{name}_low"], row[f"{name}_high"], 2)
+        return number(row[name], 2) + (f" ({interval})" if interval != "-" else "")
 
     rows = fidelity.sort("family", "spearman_within", descending=[False, True])
     return _table(
@@ -248,9 +249,9 @@ def _fidelity_table(fidelity: pl.DataFrame) -> str:
                 row["family"],
                 row["metric"],
                 interval(row, "spearman_within"),
-                f"{row['kendall_within']:.2f}",
+                number(row["kendall_within"], 2),
                 interval(row, "spearman"),
-                f"{row['kendall']:.2f}",
+                number(row["kendall"], 2),
                 f"{100 * row['regret']:.1f}",
                 f"{100 * row['regret_most']:.1f}",
             )

@@ -17,7 +17,7 @@ from simulator.naming import row_budget, told_apart, with_budget_label
 from simulator.results import GROUP
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
-from traces.wording import counted
+from traces.wording import counted, number, span
 
 # Layers that fit into a line.
 _WIDEST = 12
@@ -130,12 +130,12 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
         for row in rows.sort("spearman_within", descending=True).iter_rows(named=True):
             table.add_row(
                 row["metric"],
-                f"{row['spearman']:.3f}",
-                f"{row['spearman_low']:.3f} to {row['spearman_high']:.3f}",
-                f"{row['spearman_within']:.3f}",
-                f"{row['spearman_within_low']:.3f} to {row['spearman_within_high']:.3f}",
-                f"{row['regret']:.3f}",
-                f"{row['regret_most']:.3f}",
+                number(row["spearman"], 3),
+                span(row["spearman_low"], row["spearman_high"], 3),
+                number(row["spearman_within"], 3),
+                span(row["spearman_within_low"], row["spearman_within_high"], 3),
+                number(row["regret"], 3),
+                number(row["regret_most"], 3),
             )
         tables.append(table)
     _show(tables, None)
