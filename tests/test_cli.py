@@ -411,3 +411,11 @@ def test_what_is_written_is_said(run_sim, trace_path, tmp_path):
     assert lines[0] == f"sim: wrote {rows}: 1 row"
     assert lines[1].startswith(f"sim: wrote {kept}: ")
     assert run_sim(*asked, "-q")[2] == ""
+
+
+def test_a_line_stays_short_whatever_was_given(run_sim):
+    code, _, err = run_sim("replay", "-t", "sample", "-p", "y" * 70_000, "-b", "20%")
+    assert code == 2
+    assert len(err) < 1300
+    one_line(err, "policy 'yyy")
+    assert err.rstrip().endswith("FILE.py:CLASS")

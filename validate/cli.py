@@ -27,6 +27,8 @@ from validate.record_command import record
 from validate.report_command import report
 from validate.validate_command import validate
 
+_LONGEST_LINE = 1200
+
 app = typer.Typer(
     name="sim",
     help="How to divide a limited KV cache over layers, heads and tokens while a model decodes.",
@@ -127,7 +129,11 @@ def main() -> None:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"sim: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:
+        # What is wrong stands in front and what is allowed behind; between may be all that a user gave.
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    print(f"sim: {line}", file=sys.stderr)
     return code
 
 
