@@ -1,13 +1,17 @@
 """Every command that a page shows can be typed: its options exist, and its values are read."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from simulator.budget import parse_budgets
+from simulator.completion import metrics, policies
 from simulator.metric_names import asked_metric
 from simulator.policy import parse_policies
 from validate.cli import app
@@ -67,6 +71,63 @@ def test_a_command_of_a_page_can_be_typed(command):
         asked_metric(metric)
     if values.get("config"):
         assert (ROOT / values["config"]).is_file()
+
+
+def verbs(command=None, path=()):
+    """Give the words and the command of every verb, and of those below them."""
+    for name, inner in (command or get_command(app)).commands.items():
+        yield " ".join((*path, name)), inner
+        if hasattr(inner, "commands"):
+            yield from verbs(inner, (*path, name))
+
+
+VERBS = dict(verbs())
+
+
+@pytest.mark.parametrize("path", [path for path in VERBS if not path.startswith(("trace", "policies"))])
+def test_an_example_of_help_can_be_typed(path):
+    typed = shlex.split(VERBS[path].epilog)
+    assert typed[: 1 + len(path.split())] == ["sim", *path.split()]
+    parsed(typed[1:])
+
+
+@pytest.mark.parametrize("path", ["", *VERBS])
+def test_help_is_whole_at_80_columns(path, run_sim, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run_sim(*path.split(), "--help")
+    assert code == 0
+    lines, _, example = out.partition("\nExample:\n")
+    assert max(map(len, lines.splitlines())) <= 80
+    commands = lines.partition("\nCommands:\n")[2]
+    assert "..." not in commands
+    assert example.count("\n") <= 1
+
+
+def test_many_options_are_shown_in_groups(run_sim):
+    _, out, _ = run_sim("validate", "--help")
+    names = ("What is run", "Model", "Decoding", "Output", "Options")
+    places = [out.index(f"\n{name}:\n") for name in names]
+    assert places == sorted(places)
+    assert places[1] < out.index(" --device ") < places[2] < out.index(" --top-p ") < places[3]
+
+
+def test_policies_and_metrics_are_completed():
+    assert policies("rkv+utility,stream") == ["rkv+utility,streamingllm"]
+    assert policies("rkv+wa") == ["rkv+wave", "rkv+wave-dynamic"]
+    assert policies("reason") == ["reasonalloc"]
+    assert metrics("gap,mass_m") == ["gap,mass_mean", "gap,mass_min_head"]
+
+
+def test_a_shell_completes():
+    words = {"COMP_WORDS": "sim replay --policy rea", "COMP_CWORD": "3", "_SIM_COMPLETE": "complete_bash"}
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'sim'; from validate.entry import main; main()"],
+        env=os.environ | words,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.stdout.split(), ran.stderr) == (["reasonalloc"], "")
 
 
 def test_commands_are_found_in_the_pages():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.metric_names import DEFAULT_METRIC
+from simulator.completion import metrics, policies
+from simulator.metric_names import DEFAULT_METRIC, METRICS
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -44,11 +45,21 @@ def report(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="What counts as quality, a comma list.", show_default=DEFAULT_METRIC),
+        typer.Option(
+            help=f"What counts as quality, a comma list of {', '.join(METRICS)}.",
+            show_default=DEFAULT_METRIC,
+            autocompletion=metrics,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", "-p", help="Policies to replay; of rows, only these.", show_default="all"),
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Policies to replay; of rows, only these.",
+            show_default="all",
+            autocompletion=policies,
+        ),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -62,7 +73,10 @@ def report(
     jobs: Annotated[int, typer.Option(help="Threads of a replay; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Write rows of a replay, or a replay made for it, as one self-contained page."""
+    """Write rows, or a replay made for it, as one page.
+
+    It opens anywhere, without a network.
+    """
     from simulator.output import require_place
     from simulator.policy import split_list
     from traces.atomic import write_file

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
+from simulator.completion import policies
 from traces.documents import read_json
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -57,10 +58,18 @@ def validate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Comma list.", show_default=DEFAULT_POLICIES)
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Comma list.",
+            show_default=DEFAULT_POLICIES.replace(",", ", "),
+            autocompletion=policies,
+        ),
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", "-b", help="Comma list.", show_default=DEFAULT_BUDGETS)
+        list[str] | None,
+        typer.Option("--budget", "-b", help="Comma list.", show_default=DEFAULT_BUDGETS.replace(",", ", ")),
     ] = None,
     configs: Annotated[
         Path | None,
@@ -109,7 +118,9 @@ def validate(
     jobs: Annotated[int, typer.Option(help="Processes; 0 uses all cores (one on a GPU).")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Decode with real eviction: answers (live), or drift from the simulator (forced) and equality (shadow).
+    """Decode with real eviction, live or beside a replay.
+
+    Live runs grade answers, forced ones tell drift from the simulator, shadow ones that decisions are equal.
 
     A live run decodes every problem with the full cache first; shares of a budget are shares of that run.
     """
