@@ -198,7 +198,10 @@ def show_policy(
     name: Annotated[str, typer.Argument(help="A policy, one of its parts, or FILE.py:CLASS.")],
     format: FormatOption = "text",
 ) -> None:
-    """Show parts, parameters with defaults and meanings, source, known deviations, and what is needed."""
+    """Show parts, parameters, source and needs of a policy.
+
+    Parameters come with defaults and meanings, the source with known deviations.
+    """
     from simulator.catalogue import cards, described, show_text
 
     _print(format, lambda: show_text(name, _width()), lambda: described(cards(name)))
