@@ -89,7 +89,10 @@ def search(
 
     if metric not in SEARCHABLE:
         raise UserError(f"--metric is '{metric}'; allowed: {', '.join(SEARCHABLE)}")
-    for name, value, least in (("--minutes", minutes, 0), ("--keep", keep, 1), ("--seed", seed, 0)):
+    from traces.seeds import require_seed
+
+    require_seed(seed, "--seed")
+    for name, value, least in (("--minutes", minutes, 0), ("--keep", keep, 1)):
         if value < least:
             raise UserError(f"{name} is {value}; allowed: {least} or more")
     workers = worker_count(jobs)

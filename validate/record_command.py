@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from traces.errors import Interrupted, UserError
+from traces.seeds import require_seed
 from traces.wording import counted
 from validate.random_shapes import asked_model, meaningless
 
@@ -70,6 +71,7 @@ def record(
     """
     if rescore and max_new_tokens is not None:
         raise UserError(f"--max-new-tokens {max_new_tokens} contradicts --rescore, which decodes nothing")
+    require_seed(seed or 0, "--seed")
     if seed is not None and temperature is None:
         raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
     do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)

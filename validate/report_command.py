@@ -82,14 +82,14 @@ def report(
     from traces.atomic import write_file
     from traces.errors import UserError
     from traces.extras import require_extra
+    from traces.seeds import require_seed
     from traces.store import find_traces, open_trace
 
     require_extra("a report", "altair", "vl_convert")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; allowed: 0 or more")
+    require_seed(seed, "--seed")
     if (fidelity is None) != (accuracy is None):
         alone, other = ("--fidelity", "--accuracy") if accuracy is None else ("--accuracy", "--fidelity")
         raise UserError(f"{alone} is given without {other}; needed: both, of one sim validate")

@@ -133,6 +133,7 @@ def validate(
     from validate.models import know_model
     from validate.validate_output import read_simulated, report_failed, tell
 
+    require_seed(seed, "--seed")
     if level not in LEVELS:
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
     source = asked_model(model, random_weights, "reference")
@@ -277,7 +278,6 @@ def _matrix_settings(
             raise UserError(f"--{name} is {value}; allowed: 1 or more")
     if stretch is not None and not stretch >= 1:
         raise UserError(f"--stretch is {stretch}; allowed: 1 or more")
-    require_seed(seed, "--seed")
     if temperature is None and (top_p is not None or samples > 1):
         what = "--top-p" if top_p is not None else f"--samples {samples}"
         raise UserError(f"{what} is given without --temperature: greedy texts are all the same")

@@ -10,6 +10,7 @@ from pathlib import Path
 from simulator.budget import Budget, parse_budget
 from simulator.policy import Policy, parse_policy, split_list
 from traces.errors import UserError
+from traces.seeds import require_seed
 from validate.protocol.file import Benchmark, Protocol
 from validate.random_shapes import PREFIX
 
@@ -137,8 +138,7 @@ def _require_counts(protocol: Protocol, asked: Asked) -> None:
     ):
         if value is not None and value < 1:
             raise UserError(f"--{option} is {value}; allowed: 1 or more")
-    if asked.seed < 0:
-        raise UserError(f"--seed is {asked.seed}; allowed: 0 or more")
+    require_seed(asked.seed, "--seed")
     if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
         raise UserError(
             f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
