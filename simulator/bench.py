@@ -23,6 +23,7 @@ from simulator.bench_trace import PROMPT_TOKENS, eight_billion, write_bench_trac
 from simulator.blas import blas_name, use_one_thread
 from simulator.engine import Engine
 from simulator.full_cache import FullCache
+from simulator.interrupts import held_back
 from simulator.machine import PeakMemory, copy_rate, exp_time, n_cores, sgemm_rate
 from simulator.policy import parse_policy
 from simulator.request import Outcome, Request
@@ -306,7 +307,8 @@ def _in_own_process(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(measure, theirs), daemon=True)
-    process.start()
+    with held_back():
+        process.start()
     theirs.close()
     try:
         answer = ours.recv()

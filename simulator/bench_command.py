@@ -27,7 +27,10 @@ def bench(
     jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Time standard replays and state each as a fraction of the machine's rate of matrix products."""
+    """Time standard replays against what this machine can do.
+
+    Each is stated as a fraction of the rate of matrix products.
+    """
     from simulator.blas import use_one_thread, warn
     from simulator.commands import progress, worker_count
     from traces.errors import UserError

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from simulator.output import require_place
 from simulator.results import GROUP, TRAJECTORY_SCHEMA
 from traces.atomic import write_file
 from traces.errors import UserError
+from traces.extras import require_extra
 
 if TYPE_CHECKING:
     import altair as alt
@@ -187,9 +187,7 @@ def _read(path: Path) -> pl.DataFrame:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    for needed in ("altair", "vl_convert"):
-        if find_spec(needed) is None:
-            raise UserError(f'figures need {needed}, which is not installed; pip install "kvbudget[plots]"')
+    require_extra("a figure", "altair", "vl_convert")
     if options.out.suffix not in SUFFIXES:
         raise UserError(f"--out {options.out}: suffix tells no format; allowed: {', '.join(SUFFIXES)}")
     require_place(options.out, "--out")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.completion import policies
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def replay(
             "--policy",
             "-p",
             help="Comma list such as rkv+wave,reasonalloc:delta=64 or FILE.py:CLASS.",
-            show_default=DEFAULT_POLICIES,
+            show_default=DEFAULT_POLICIES.replace(",", ", "),
+            autocompletion=policies,
         ),
     ] = None,
     budget: Annotated[
@@ -39,7 +41,7 @@ def replay(
             "--budget",
             "-b",
             help="Comma list: 128 entries, 5% of the full cache, 64MiB; with ! (64MiB!) a cap on the peak.",
-            show_default=DEFAULT_BUDGETS,
+            show_default=DEFAULT_BUDGETS.replace(",", ", "),
         ),
     ] = None,
     buffer: Annotated[
@@ -65,7 +67,7 @@ def replay(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what it took.")] = False,
 ) -> None:
-    """Replay policies x budgets over recorded traces and print one table."""
+    """Replay policies x budgets over traces and print one table."""
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
@@ -143,7 +145,10 @@ def calibrate(
     steps: Annotated[int, typer.Option(help="Decode steps sampled per trace.")] = 64,
     check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
 ) -> None:
-    """Measure a model's Reasoning Wave: the entries each layer needs, for the wave allocator."""
+    """Measure the Reasoning Wave: how many entries each layer needs.
+
+    The wave allocator divides a budget by it.
+    """
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
@@ -193,7 +198,10 @@ def show_policy(
     name: Annotated[str, typer.Argument(help="A policy, one of its parts, or FILE.py:CLASS.")],
     format: FormatOption = "text",
 ) -> None:
-    """Show parts, parameters with defaults and meanings, source, known deviations, and what is needed."""
+    """Show parts, parameters, source and needs of a policy.
+
+    Parameters come with defaults and meanings, the source with known deviations.
+    """
     from simulator.catalogue import cards, described, show_text
 
     _print(format, lambda: show_text(name, _width()), lambda: described(cards(name)))

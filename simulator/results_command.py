@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from simulator.completion import metrics
 from simulator.metric_names import METRICS, asked_metric
 
 
@@ -17,7 +18,10 @@ def results(
     ],
     metric: Annotated[
         str | None,
-        typer.Option(help=f"Compare policies by this number, budget by budget: {', '.join(METRICS)}."),
+        typer.Option(
+            help=f"Compare policies by this number, budget by budget: {', '.join(METRICS)}.",
+            autocompletion=metrics,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -38,7 +42,7 @@ def results(
         int | None, typer.Option(help="With --metric: of the bootstrap over traces.", show_default="0")
     ] = None,
 ) -> None:
-    """Read, filter and compare rows that sim replay and sim sweep wrote."""
+    """Read, filter and compare rows of replays and sweeps."""
     import polars as pl
     from rich.console import Console
 

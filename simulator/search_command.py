@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.completion import metrics, policies
 from simulator.metric_names import DEFAULT_METRIC, METRICS
 
 if TYPE_CHECKING:
@@ -26,13 +27,16 @@ def search(
         list[str], typer.Option("--budget", "-b", help="Comma list; several give a front over memory.")
     ],
     metric: Annotated[
-        str, typer.Option(help=f"What is to be better: {', '.join(METRICS)}.")
+        str,
+        typer.Option(help=f"What is to be better: {', '.join(METRICS)}.", autocompletion=metrics),
     ] = DEFAULT_METRIC,
     minutes: Annotated[float, typer.Option(help="How long this run searches.")] = 15.0,
     trials: Annotated[
         int | None, typer.Option(help="Stop when the study has so many.", show_default="none")
     ] = None,
-    against: Annotated[str, typer.Option(help="The policy to beat.")] = "reasonalloc",
+    against: Annotated[
+        str, typer.Option(help="The policy to beat.", autocompletion=policies)
+    ] = "reasonalloc",
     also: Annotated[str, typer.Option(help="Policies to start from and to compare with.")] = "rkv,snapkv",
     scorers: Annotated[
         str | None, typer.Option(help="Comma list of scorers.", show_default="rkv,snapkv,snapkv-paper")
@@ -58,21 +62,15 @@ def search(
     jobs: Annotated[int, typer.Option(help="Processes; 0 uses all cores. One repeats exactly.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Search policies and their parameters on some traces; confirm the best on others."""
+    """Search for policies on some traces; judge the best on others."""
     from simulator.blas import use_one_thread, warn
 
     use_one_thread()
     from simulator.compiled import tell_compiling
+    from traces.extras import require_extra
 
     tell_compiling()
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        from traces.errors import UserError
-
-        raise UserError(
-            "a search needs optuna, which is not installed; pip install 'kvbudget[search]'"
-        ) from None
+    require_extra("a search", "optuna")
     import time
 
     from simulator.budget import parse_budgets

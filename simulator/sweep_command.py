@@ -27,7 +27,10 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Replay traces x policies x parameters x budgets; a killed run goes on where it was."""
+    """Replay many cells in parallel; a killed run goes on.
+
+    The file names traces, policies, parameters and budgets, and all of their products are replayed.
+    """
     from simulator.blas import use_one_thread
 
     use_one_thread()

@@ -117,7 +117,7 @@ def test_some_failed_cells_exit_1_and_keep_the_others(run_sim, trace_path):
         (["-b", "0.1"], 2, ["0.1", "10%"]),
         (["-b", "-4"], 2, ["-4", "allowed"]),
         (["-b", "64QiB"], 2, ["QiB", "allowed"]),
-        (["-p", "rkvv"], 2, ["rkvv", "did you mean"]),
+        (["-p", "rkvv"], 2, ["rkvv", "did you mean 'rkv'?", "sim policies list"]),
         (["-p", "rkv+snapkv"], 2, ["second scorer"]),
         (["-p", "rkv:windw=3"], 2, ["windw", "window"]),
         (["-p", "rkv:window=many"], 2, ["many", "whole number"]),
@@ -386,53 +386,6 @@ def test_a_slip_is_told_with_what_may_have_been_meant(run_sim, arguments, words)
     code, _, err = run_sim("replay", "-t", "sample", "-b", "20%", *arguments)
     assert code == 2
     one_line(err, words)
-
-
-@pytest.mark.parametrize("module", ["torch", "altair", "optuna"])
-def test_what_an_extra_brings_is_asked_for_in_one_line(module, tmp_path):
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text('{"prompt": "walk", "answer": "ka"}\n')
-    verbs = {
-        "torch": [
-            ["record", "--model", "reference", "--prompts", prompts, "--out", tmp_path / "out"],
-            ["validate", "--prompts", prompts, "--out", tmp_path / "live"],
-            ["validate", "--level", "shadow", "--trace", "sample", "-p", "rkv", "-b", "20%"],
-            ["validate", "--level", "forced", "--trace", "sample", "-p", "rkv", "-b", "20%"],
-            ["validate", "bench"],
-        ],
-        "altair": [
-            ["report", "--trace", "sample", "-p", "rkv", "-b", "20%", "--out", tmp_path / "page.html"]
-        ],
-        "optuna": [
-            *[
-                [
-                    "search",
-                    "--trace",
-                    "sample",
-                    "--held-out",
-                    "sample",
-                    "-b",
-                    "20%",
-                    "--out",
-                    tmp_path / "search",
-                ]
-            ]
-        ],
-    }
-    extra = {"torch": "validate", "altair": "plots", "optuna": "search"}[module]
-    script = (
-        "import sys\n"
-        f"sys.modules['{module}'] = None\n"
-        "from validate.cli import main\n"
-        "sys.argv = ['sim', *sys.argv[1:]]\n"
-        "main()\n"
-    )
-    for verb in verbs[module]:
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, verb)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        one_line(done.stderr, f"pip install 'kvbudget[{extra}]'")
 
 
 def test_what_is_written_is_said(run_sim, trace_path, tmp_path):

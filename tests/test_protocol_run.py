@@ -423,7 +423,7 @@ def test_a_url_is_read_once_and_kept(tmp_path, monkeypatch):
     assert [(own.id, own.text, own.answer) for own in read_prompts(prepared(url, tmp_path))] == expected
     monkeypatch.setitem(sys.modules, "fsspec", None)
     assert [(own.id, own.text, own.answer) for own in read_prompts(prepared(url, tmp_path))] == expected
-    with pytest.raises(UserError, match=r"fsspec is not installed: pip install 'kvbudget\[remote\]'"):
+    with pytest.raises(UserError, match=r"needs fsspec, .* pip install 'kvbudget\[remote\]'"):
         prepared("memory://aime/other.parquet", tmp_path)
 
 

@@ -1,6 +1,7 @@
 """What a report says: tokens held, heads summarised, leaders named, files refused, pictures written."""
 
 import base64
+import sys
 
 import numpy as np
 import polars as pl
@@ -280,7 +281,7 @@ def test_a_report_that_cannot_be_made_is_one_line(run_sim, files, arguments, wor
 
 
 def test_a_report_without_its_packages_is_refused(run_sim, files, monkeypatch):
-    monkeypatch.setattr("validate.report_command.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "altair", None)
     code, _, err = run_sim("report", files["rows"], "--out", files["out"])
     assert code == 2
     assert "pip install 'kvbudget[plots]'" in err

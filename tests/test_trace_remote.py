@@ -138,7 +138,7 @@ def test_what_is_not_there_is_one_line(url, kind, message):
 
 def test_a_missing_fsspec_is_said_with_the_remedy(monkeypatch, run_sim):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(UserError, match=r"fsspec is not installed; pip install 'kvbudget\[remote\]'"):
+    with pytest.raises(UserError, match=r"needs fsspec, .* pip install 'kvbudget\[remote\]'"):
         find_traces(["memory://x/y.kvtrace"])
     code, _, err = run_sim("replay", "--trace", "memory://x/y.kvtrace")
     assert (code, err.count("\n")) == (2, 1)

@@ -105,7 +105,10 @@ def head(
         int, typer.Option("-n", "--tokens", min=0, help="How many decoded tokens to show.")
     ] = 128,
 ) -> None:
-    """Show the prompt and the first decoded tokens; each line begins with a position."""
+    """Show the prompt and the first decoded tokens as text.
+
+    Each line begins with a position.
+    """
     from traces.store import open_trace
 
     trace = open_trace(path)
@@ -136,7 +139,10 @@ def make(
     values: Annotated[bool, typer.Option("--values", help="Add values (noise).")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trace.")] = False,
 ) -> None:
-    """Make a synthetic trace whose attention is known: sinks, heavy hitters, a needle."""
+    """Make a synthetic trace whose attention is known.
+
+    It has sinks, heavy hitters and a needle.
+    """
     from traces.shape import ModelShape
     from traces.synthetic import make_synthetic
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from traces.atomic import write_file
 from traces.errors import TraceError, UserError
+from traces.extras import require_extra
 from traces.lock import locked
 from traces.manifest import MANIFEST_NAME, Manifest, file_names, parse_manifest
 
@@ -149,10 +150,8 @@ def _traces_at(files: Any, place: str) -> list[str]:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    try:
-        fsspec = import_module("fsspec")
-    except ImportError:
-        raise UserError(f"{url}: fsspec is not installed; pip install 'kvbudget[remote]'") from None
+    require_extra(url, "fsspec")
+    fsspec = import_module("fsspec")
     files, path = fsspec.core.url_to_fs(url)
     return files, path
 

@@ -66,8 +66,9 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Measure kernels, decode steps, compressions and memory of this device, with random weights.
+    """Measure what eviction costs and gains on this device.
 
+    That is kernels, decode steps, compressions and memory, with random weights.
     Compares the full cache, SnapKV, R-KV and ReasonAlloc at one budget, at batch 1 and at the largest that
     fits. On a GPU this takes under ten minutes.
     """

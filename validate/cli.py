@@ -20,12 +20,13 @@ from simulator.search_command import search
 from simulator.sweep_command import sweep
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
+from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
 from validate.bench_command import bench as device_bench
-from validate.extras import how_to_install
 from validate.record_command import record
 from validate.report_command import report
 from validate.validate_command import validate
+from validate.verbs import Verb, Verbs
 
 _LONGEST_LINE = 1200
 
@@ -50,28 +51,29 @@ def about(
         raise typer.Exit
 
 
-app.command(epilog="Example: sim record --model reference --prompts problems.jsonl --out runs/mine")(record)
+app.command(cls=Verb, epilog="sim record --model reference --prompts problems.jsonl --out runs/mine")(record)
 app.add_typer(trace_app, name="trace")
-app.command(epilog="Example: sim calibrate --trace runs/calibration --out wave.json")(calibrate)
+app.command(cls=Verb, epilog="sim calibrate --trace runs/calibration --out wave.json")(calibrate)
 app.add_typer(policies_app, name="policies")
 app.command(
-    epilog="Example: sim replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32"
+    cls=Verb, epilog="sim replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32"
 )(replay)
-app.command(epilog="Example: sim sweep sweep.toml --dry-run")(sweep)
+app.command(cls=Verb, epilog="sim sweep sweep.toml --dry-run")(sweep)
 app.command(
-    epilog="Example: sim search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search"
+    cls=Verb, epilog="sim search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search"
 )(search)
-app.command(epilog="Example: sim results rows.parquet --metric lost_lookup_peak --budget 20%")(results)
+app.command(cls=Verb, epilog="sim results rows.parquet --metric lost_lookup_peak --budget 20%")(results)
 app.command(
-    epilog="Example: sim report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html"
+    cls=Verb, epilog="sim report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html"
 )(report)
-app.command(epilog="Example: sim bench --quick")(bench)
+app.command(cls=Verb, epilog="sim bench --quick")(bench)
 validate_app = typer.Typer(
+    cls=Verbs,
     invoke_without_command=True,
-    epilog="Example: sim validate --level shadow --trace sample --policy rkv --budget 20% --buffer 32",
+    epilog="sim validate --level shadow --trace sample --policy rkv --budget 20% --buffer 32",
 )
 validate_app.callback()(validate)
-validate_app.command("bench", epilog="Example: sim validate bench --out runs/bench")(device_bench)
+validate_app.command("bench", cls=Verb, epilog="sim validate bench --out runs/bench")(device_bench)
 app.add_typer(validate_app, name="validate")
 
 
@@ -101,13 +103,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        how = how_to_install(error.name)
-        if how is None:
-            raise
-        sys.exit(_say(how, UserError.exit_code))
     except OSError as error:
         sys.exit(_say(f"{error.filename or 'file'}: {error.strerror}", 2))
+    except ImportError as error:
+        told = explained(error)
+        if told is None:
+            raise
+        sys.exit(_say(str(told), told.exit_code))
     except Exception as error:
         # Usage errors come from whichever click typer was built with; they all know their message.
         if not hasattr(error, "format_message"):

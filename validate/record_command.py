@@ -63,7 +63,9 @@ def record(
         bool, typer.Option("--quiet", "-q", help="No progress; errors and the table only.")
     ] = False,
 ) -> None:
-    """Decode prompts with the full cache and write queries, keys and log-sum-exp as traces.
+    """Decode prompts with the full cache and write traces.
+
+    A trace holds queries, keys and log-sum-exp of attention.
 
     Started again, it goes on with the rows that have no trace yet.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.metric_names import DEFAULT_METRIC
+from simulator.completion import metrics, policies
+from simulator.metric_names import DEFAULT_METRIC, METRICS
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -45,11 +45,21 @@ def report(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="What counts as quality, a comma list.", show_default=DEFAULT_METRIC),
+        typer.Option(
+            help=f"What counts as quality, a comma list of {', '.join(METRICS)}.",
+            show_default=DEFAULT_METRIC,
+            autocompletion=metrics,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", "-p", help="Policies to replay; of rows, only these.", show_default="all"),
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Policies to replay; of rows, only these.",
+            show_default="all",
+            autocompletion=policies,
+        ),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -63,20 +73,19 @@ def report(
     jobs: Annotated[int, typer.Option(help="Threads of a replay; 0 uses all cores.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Write rows of a replay, or a replay made for it, as one self-contained page."""
+    """Write rows, or a replay made for it, as one page.
+
+    It opens anywhere, without a network.
+    """
     from simulator.output import require_place
     from simulator.policy import split_list
     from traces.atomic import write_file
     from traces.errors import UserError
+    from traces.extras import require_extra
     from traces.seeds import require_seed
     from traces.store import find_traces, open_trace
 
-    for needed in ("altair", "vl_convert"):
-        if find_spec(needed) is None:
-            raise UserError(
-                "a report is drawn by altair and vl-convert, which are not installed; "
-                "allowed: pip install 'kvbudget[plots]'"
-            )
+    require_extra("a report", "altair", "vl_convert")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
+from simulator.completion import policies
 from traces.documents import read_json
 from traces.errors import UserError
+from traces.extras import require_extra
 from traces.seeds import require_seed
 from validate.random_shapes import asked_model, meaningless
 
@@ -56,10 +58,18 @@ def validate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="Comma list.", show_default=DEFAULT_POLICIES)
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            help="Comma list.",
+            show_default=DEFAULT_POLICIES.replace(",", ", "),
+            autocompletion=policies,
+        ),
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", "-b", help="Comma list.", show_default=DEFAULT_BUDGETS)
+        list[str] | None,
+        typer.Option("--budget", "-b", help="Comma list.", show_default=DEFAULT_BUDGETS.replace(",", ", ")),
     ] = None,
     configs: Annotated[
         Path | None,
@@ -108,7 +118,9 @@ def validate(
     jobs: Annotated[int, typer.Option(help="Processes; 0 uses all cores (one on a GPU).")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Decode with real eviction: answers (live), or drift from the simulator (forced) and equality (shadow).
+    """Decode with real eviction, live or beside a replay.
+
+    Live runs grade answers, forced ones tell drift from the simulator, shadow ones that decisions are equal.
 
     A live run decodes every problem with the full cache first; shares of a budget are shares of that run.
     """
@@ -127,6 +139,8 @@ def validate(
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     require_places({"-o": output, "--report": report, "--calibration": calibration, "--steps": steps})
+    if report is not None:
+        require_extra("--report", "altair", "vl_convert")
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,

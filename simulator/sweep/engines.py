@@ -21,6 +21,7 @@ from joblib.externals.loky import reusable_executor
 
 from simulator.interrupts import held_back
 from traces.errors import UserError
+from traces.extras import require_extra
 
 _ALLOWED = "local, dask://HOST:PORT, ray (running on this machine) or ray://HOST:PORT"
 _ADDRESS = re.compile(r"(dask|ray)://([^/\s]+)")
@@ -211,12 +212,8 @@ def _leave_alone() -> None:
 
 
 def _required(package: str, engine: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError:
-        raise UserError(
-            f"--engine {engine}: {package} is not installed; pip install 'kvbudget[cluster]'"
-        ) from None
+    require_extra(f"--engine {engine}", package)
+    return import_module(package)
 
 
 def _live_with(parent: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from traces.errors import UserError
+from traces.extras import require_extra
 from validate.reasoner.tasks import FAMILIES, answer_of
 
 # A cycle that a text ends in counts as a loop if it came round so often and fills so many tokens.
@@ -71,13 +71,9 @@ def _grade_mathematics(text: str, expected: str) -> Grade:
 
 
 def _math_verify() -> tuple[Any, Any]:
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise UserError(
-            "answers in mathematics are compared by math-verify, which is not installed; "
-            "allowed: pip install 'kvbudget[math]'"
-        ) from None
+    require_extra("comparing answers in mathematics", "math_verify")
+    from math_verify import parse, verify
+
     # It logs every comparison that takes too long; such an answer is wrong, and that is all.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return parse, verify

@@ -14,7 +14,7 @@ from simulator.naming import row_budget
 from simulator.results import BUDGET
 from simulator.terminal import format_bytes
 from traces.atomic import write_file
-from traces.errors import UserError
+from traces.extras import require_extra
 from traces.wording import counted, number, span
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
@@ -66,13 +66,9 @@ def write_report(
     UserError
         If the packages that draw charts are not installed.
     """
-    try:
-        from validate.live import charts
-    except ImportError:
-        raise UserError(
-            "a report is drawn by altair and vl-convert, which are not installed; "
-            "allowed: pip install 'kvbudget[plots]'"
-        ) from None
+    require_extra("a report", "altair", "vl_convert")
+    from validate.live import charts
+
     policies = ordered_policies(rows["policy"].to_list())
     figures = {"accuracy": _svg(charts.accuracy_chart(accuracy, policies))}
     if cells is not None and fidelity is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from traces.atomic import write_file
 from traces.errors import UserError
+from traces.extras import require_extra
 from traces.remote import is_remote
 from validate.prompts import parse_prompts, require_answers
 from validate.protocol.file import PROBLEM
@@ -78,10 +79,8 @@ def _read(name: str, source: str, folder: Path) -> bytes:
 
 
 def _fetch(name: str, url: str) -> bytes:
-    try:
-        fsspec = import_module("fsspec")
-    except ImportError:
-        raise _unreadable(name, url, "fsspec is not installed: pip install 'kvbudget[remote]'") from None
+    require_extra(f"benchmark '{name}' at {url}", "fsspec")
+    fsspec = import_module("fsspec")
     try:
         with fsspec.open(url, "rb") as file:
             return file.read()

@@ -1,0 +1,101 @@
+"""Ctrl-C reaches the main process only, from the first moment of the others on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups")
+
+# In a process of its own, where nothing has started a tracker of shared resources yet.
+FIRST_PROCESSES = """
+import multiprocessing, signal
+from simulator.interrupts import held_back
+
+def is_held(connection):
+    connection.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    for _ in range(2):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=is_held, args=(theirs,))
+        with held_back():
+            process.start()
+        print(ours.recv(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        process.join()
+"""
+LOKY = """
+import signal
+from simulator.sweep.engines import Engine, connected
+
+def is_held(content):
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+if __name__ == "__main__":
+    with connected(Engine(), 2) as workers:
+        print(*workers.run(is_held, [b""] * 4))
+"""
+SIM = "from validate.entry import main\nif __name__ == '__main__': main()\n"
+
+
+def script(tmp_path, text):
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    return path
+
+
+def test_no_process_sees_an_interrupt_and_the_parent_does_again(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, script(tmp_path, FIRST_PROCESSES)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines() == ["True False", "True False"]
+
+
+def test_no_worker_of_a_sweep_sees_an_interrupt(tmp_path):
+    ran = subprocess.run([sys.executable, script(tmp_path, LOKY)], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True"] * 4
+
+
+def interrupted(tmp_path, arguments, seconds):
+    """Press Ctrl-C after some time, as a terminal does: all processes are told. Give exit code and words."""
+    running = subprocess.Popen(
+        [sys.executable, script(tmp_path, SIM), *map(str, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)
+    return running.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["help", "sweep", "search"])
+def test_an_interrupt_at_any_moment_is_one_line(verb, tmp_path, make_trace):
+    one, other = make_trace(n_tokens=200).path, make_trace(n_tokens=240).path
+    (tmp_path / "s.toml").write_text(
+        f'traces = ["{one}"]\npolicies = ["rkv", "h2o", "tova"]\nbudgets = [20, 24, 28, 32]\n'
+    )
+    search = f"search --trace {one} --held-out {other} --budget 20 --against rkv --also snapkv --jobs 2"
+    commands = {
+        "help": (["policies", "list"], 0.3),
+        "sweep": (["sweep", "s.toml", "--jobs", "2"], 3.0),
+        "search": (search.split(), 6.0),
+    }
+    arguments, most = commands[verb]
+    rng = random.Random(1)
+    for number in range(8):
+        out = [] if verb == "help" else ["--out", f"out-{number}"]
+        # Python itself answers, in its own words, what comes before it runs anything.
+        code, said = interrupted(tmp_path, [*arguments, *out], rng.uniform(0.1, most))
+        assert code in (0, 130), said
+        assert "Traceback" not in said
+        assert [line for line in said.splitlines() if not line.startswith("sim: ")] == []
