@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz_targets import Target, make_targets
+from fuzz_kind import Target
+from fuzz_targets import make_targets
 
 from traces.errors import UserError
 from validate import cli

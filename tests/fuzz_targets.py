@@ -6,63 +6,17 @@ before; those that people write have to mean what they say.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import random
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mutations as change
 import naive_traces as naive
 import numpy as np
-import polars as pl
-
-from traces.errors import UserError
-
-Change = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass
-class Target:
-    """One kind of file.
-
-    Attributes
-    ----------
-    name : str
-    path : Path
-        The file that is changed; what lies beside it is sound.
-    change : callable
-        Gives other content.
-    meaning : callable
-        Reads by the product's own door; raises UserError where it refuses.
-    expected : callable
-        What the content should mean, from its bytes.
-    commands : sequence of list of str
-        Command lines that read the file too.
-    beside : dict
-        Content of the files that ``change`` may have touched, to be put back.
-    """
-
-    name: str
-    path: Path
-    change: Change
-    meaning: Callable[[Path], Any]
-    expected: Callable[[bytes], Any]
-    commands: Sequence[list[str]] = ()
-    beside: dict[Path, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.sound = self.path.read_bytes()
-        self.beside = self.beside or {self.path: self.sound}
-
-    def restore(self) -> None:
-        """Put the sound files back."""
-        for path, content in self.beside.items():
-            path.write_bytes(content)
+from fuzz_kind import Target, only_json
+from fuzz_tables import live_target, sweep_folder_targets, table_targets
 
 
 def make_targets(folder: Path) -> list[Target]:
@@ -78,9 +32,9 @@ def make_targets(folder: Path) -> list[Target]:
         _configs_target(folder),
         _prompts_target(folder),
         _shares_target(folder, trace),
-        *_table_targets(folder, trace.path),
-        *_sweep_folder_targets(folder, trace.path),
-        _live_target(folder),
+        *table_targets(folder, trace.path),
+        *sweep_folder_targets(folder, trace.path),
+        live_target(folder),
     ]
 
 
@@ -161,7 +115,7 @@ def _wave_target(folder: Path, trace: Any) -> Target:
     calibrate([other], steps_per_trace=8).write(path)
 
     def expected(content: bytes) -> Any:
-        document = _only_json(content)
+        document = only_json(content)
         return (
             document["model"],
             [float(value) for value in document["demand"]],
@@ -258,7 +212,7 @@ def _configs_target(folder: Path) -> Target:
     path.write_text(json.dumps(rows))
 
     def expected(content: bytes) -> Any:
-        return [(parse_policy(row["policy"]), parse_budget(row["budget"])) for row in _only_json(content)]
+        return [(parse_policy(row["policy"]), parse_budget(row["budget"])) for row in only_json(content)]
 
     def meaning(place: Path) -> Any:
         return _asked_cells(None, None, place, None)
@@ -286,7 +240,7 @@ def _prompts_target(folder: Path) -> Target:
         found = []
         for line in content.decode("utf-8-sig").split("\n"):
             if line.strip():
-                row = _only_json(line.encode())
+                row = only_json(line.encode())
                 prompt = next(
                     row[name] for name in ("prompt", "problem", "question") if row.get(name) is not None
                 )
@@ -310,7 +264,7 @@ def _shares_target(folder: Path, trace: Any) -> Target:
     request = LayerRequest(2, 8, 0, trace.model, "", trace.trace_id, {}, n_kv_heads=2)
 
     def expected(content: bytes) -> Any:
-        return np.array(_only_json(content), dtype=float).tolist()
+        return np.array(only_json(content), dtype=float).tolist()
 
     return Target(
         "head shares",
@@ -319,120 +273,3 @@ def _shares_target(folder: Path, trace: Any) -> Target:
         lambda place: head_shares(str(place), request).tolist(),
         expected,
     )
-
-
-def _table_targets(folder: Path, trace: Path) -> list[Target]:
-    import traces
-    from simulator import replay
-    from simulator.output import write_rows
-    from simulator.standings import read_rows
-
-    table = replay(traces.open_trace(trace), ["streamingllm:buffer=2", "random:buffer=2"], ["50%", 6])
-    targets = []
-    for suffix in ("parquet", "csv", "json"):
-        path = folder / f"rows.{suffix}"
-        write_rows(table, path, suffix)
-
-        def meaning(place: Path) -> Any:
-            rows = read_rows([place]).to_dicts()
-            return _plain(rows) if place.suffix == ".parquet" else [*map(_told, rows)]
-
-        before = meaning(path)
-        expected = {"parquet": lambda _, before=before: before, "csv": _csv_rows, "json": _json_rows}[suffix]
-        changed = change.changed_json if suffix == "json" else change.changed_bytes
-        commands = [["results", str(path)]]
-        targets.append(Target(f"rows.{suffix}", path, changed, meaning, expected, commands))
-    return targets
-
-
-def _sweep_folder_targets(folder: Path, trace: Path) -> list[Target]:
-    from simulator.sweep.folder import SweepFolder
-    from simulator.sweep.run import run_sweep
-    from simulator.sweep.spec import read_spec
-
-    spec, out = folder / "small.toml", folder / "swept"
-    spec.write_text(
-        f"traces = ['{trace}']\npolicies = ['streamingllm', 'random']\nbudgets = [6]\n"
-        "parameters = { buffer = [2] }\n"
-    )
-    run_sweep(read_spec(spec), out)
-
-    def meaning(_: Path) -> Any:
-        rows = _plain(SweepFolder(out).table().to_dicts())
-        if len(rows) < 2:
-            raise UserError("a damaged part was left out")
-        return rows
-
-    before = meaning(out)
-    commands = [["results", str(out)]]
-    part = next((out / "parts").iterdir())
-    return [
-        Target("sweep part", part, change.changed_bytes, meaning, lambda _: before, commands),
-        Target(
-            "sweep plan", out / "cells.parquet", change.changed_bytes, meaning, lambda _: before, commands
-        ),
-    ]
-
-
-def _live_target(folder: Path) -> Target:
-    from simulator.output import write_parquet
-    from simulator.results import budget_columns
-    from validate.live.completions import ROW_SCHEMA
-    from validate.live.matrix import FULL, Batch, Matrix, MatrixSettings
-
-    prompts, out = folder / "live.jsonl", folder / "live"
-    prompts.write_text('{"id": "p1", "prompt": "walk", "answer": "ka"}\n')
-    matrix = Matrix(out, MatrixSettings(prompts=str(prompts)), 1)
-    batch = Batch(FULL, None, 0, 1)
-    samples: dict[Any, Any] = {pl.String: "x", pl.Boolean: True, pl.Float64: 0.5}
-    row = {
-        name: [3, 4] if isinstance(kind, pl.List) else samples.get(kind, 1)
-        for name, kind in ROW_SCHEMA.items()
-    }
-    row |= {"policy": FULL.name, "policy_params": FULL.parameters_json} | budget_columns(None)
-    write_parquet(pl.DataFrame([row], schema=ROW_SCHEMA), matrix.path(batch))
-
-    def meaning(_: Path) -> Any:
-        again = Matrix(out, MatrixSettings(prompts=str(prompts)), 1)
-        if not again.is_done(batch):
-            raise UserError("it is decoded again")
-        return _plain(again.table([batch]).to_dicts())
-
-    before = meaning(out)
-    return Target("live part", matrix.path(batch), change.changed_bytes, meaning, lambda _: before)
-
-
-def _plain(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Give rows with the same text for the same numbers, NaN included."""
-    return [{name: repr(value) for name, value in row.items()} for row in rows]
-
-
-def _told(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Give what two readers of one text have to agree on."""
-    names = ("trace_id", "policy", "budget_unit", "status")
-    numbers = ("budget_asked", "mass_mean", "lost_lookup_peak", "n_evictions")
-    return (
-        *(row.get(name) or None for name in names),
-        *(None if row.get(name) in (None, "") else float(row[name]) for name in numbers),
-    )
-
-
-def _csv_rows(content: bytes) -> Any:
-    return [_told(row) for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))]
-
-
-def _json_rows(content: bytes) -> Any:
-    return [_told(row) for row in _only_json(content)]
-
-
-def _only_json(content: bytes) -> Any:
-    """Read JSON, refusing what the product has to refuse as well: names twice, numbers that are none."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs)
-        return dict(pairs)
-
-    def number(text: str) -> Any:
-        raise ValueError(text)
-
-    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=number)
