@@ -1,5 +1,6 @@
 """The table on terminals of different widths."""
 
+import re
 from io import StringIO
 
 import pytest
@@ -7,7 +8,9 @@ from rich.console import Console
 
 from simulator.cells import run_replay
 from simulator.results import summarise
-from simulator.terminal import format_bytes, print_results
+from simulator.sampling import Sampling
+from simulator.standings import standings
+from simulator.terminal import format_bytes, print_results, print_standings
 
 
 def printed(table, width):
@@ -27,6 +30,34 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(make_trace):
     assert all("…" not in line and len(line) <= 70 for line in body)
     masses = summarise(table)["mass_mean"]
     assert all(f"{mass:.4f}" in narrow for mass in masses)
+
+
+LONG = "rkv+cake:alpha=0.05,kernel_size=1,similarity_threshold=0.7,window=3,cake_window=4,buffer=4"
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_long_names_leave_numbers_whole_and_are_told_below(make_trace, width):
+    table = run_replay([make_trace(), make_trace()], [LONG, "rkv:buffer=4"], [12, 20]).table
+    text = StringIO()
+    console = Console(width=width, file=text)
+    print_results(table, console)
+    print_standings(standings(table, "mass_mean"), "mass_mean", [], console)
+    said = text.getvalue()
+    assert "…" not in said
+    assert all(f"{mass:.4f}" in said for mass in summarise(table)["mass_mean"])
+    tables = [line for line in said.splitlines() if re.search(r"\d\.\d{4}", line) and "noise" not in line]
+    assert all(len(line) <= width for line in tables)
+    # Cut short in a table or not, the whole name is there to be copied.
+    assert LONG.removesuffix(",buffer=4").partition(":")[0] in said
+    assert "similarity_threshold=0.7" in said
+
+
+def test_a_narrow_terminal_bears_columns_that_no_row_has(make_trace):
+    table = run_replay(
+        [make_trace(n_kv_heads=4, n_layers=3)], ["rkv:buffer=4"], [12, 20], sampling=Sampling(kv_heads=2)
+    ).table
+    assert not re.search(r"oracle +gap", printed(table, 200))
+    assert "too narrow for entries peak" in printed(table, 50)
 
 
 def test_parameters_that_all_share_stand_in_the_caption(make_trace):
