@@ -57,7 +57,7 @@ def fitted(
     return shown, note if left_out else "", legend
 
 
-def short_names(policies: Iterable[str], longest: int | None) -> tuple[dict[str, str], list[str]]:
+def short_names(policies: Iterable[str], longest: int | None = _LONG) -> tuple[dict[str, str], list[str]]:
     """Shorten names of more than ``longest`` characters; give a name for each, and lines that tell them."""
     names: dict[str, str] = {}
     legend: list[str] = []

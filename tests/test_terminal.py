@@ -3,14 +3,17 @@
 import re
 from io import StringIO
 
+import polars as pl
 import pytest
 from rich.console import Console
 
 from simulator.cells import run_replay
+from simulator.layout import short_names
 from simulator.results import summarise
 from simulator.sampling import Sampling
 from simulator.standings import standings
 from simulator.terminal import format_bytes, print_results, print_standings
+from validate.live.terminal import print_accuracy, print_published
 
 
 def printed(table, width):
@@ -83,3 +86,35 @@ def test_parameters_that_all_share_stand_in_the_caption(make_trace):
 )
 def test_bytes_are_written_in_binary_units(count, text):
     assert format_bytes(count) == text
+
+
+def test_long_names_are_told_below_a_table_so_that_numbers_stay_whole(capsys, monkeypatch):
+    long = (
+        "rkv+cake:window=30,kernel_size=1,group_reduce=max_weights,alpha=0.1265,similarity_threshold=0.3718"
+    )
+    row = {
+        **{"family": "walk", "policy": long, "budget_asked": 20.0, "budget_unit": "%", "budget_kind": "kept"},
+        **{"n_problems": 12, "accuracy": 0.25, "low": 0.1, "high": 0.5, "answered": 1.0, "looping": 0.0},
+        **{"tokens": 700.0, "diverged_at": None, "bytes_peak": 2**20},
+    }
+    table = pl.DataFrame([row, row | {"policy": "rkv"}])
+    print_accuracy(table)
+    out = capsys.readouterr().out
+    assert "rkv+cake [1]" in out
+    assert f"[1] {long}" in " ".join(out.split())
+    assert "0.100 to 0.500" in out
+    assert "20%" in out
+    assert short_names(["rkv", "h2o"]) == ({"rkv": "rkv", "h2o": "h2o"}, [])
+    assert short_names(["rkv", long]) == ({"rkv": "rkv", long: "rkv+cake [1]"}, [f"[1] {long}"])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_accuracy(table)
+    narrow = capsys.readouterr().out
+    assert "…" not in narrow
+    assert "too narrow for tokens" in " ".join(narrow.split())
+    assert narrow.count("0.100 to 0.500") == 2
+    published = {"model": "m", "benchmark": "b", "n_samples": 1, "published": None, "note": ""}
+    print_published(table.with_columns(**{name: pl.lit(value) for name, value in published.items()}), "", "")
+    narrow = capsys.readouterr().out
+    assert "…" not in narrow
+    assert narrow.count("10.00 to 50.00") == 2
