@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import polars as pl
 from rich.box import MARKDOWN, SIMPLE_HEAD
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from simulator.layout import fitted
 from simulator.metric_names import METRICS, fidelity_note
 from simulator.naming import row_budget
 from simulator.results import GROUP, by_model, summarise, usual_metric
@@ -37,7 +38,18 @@ _HEADERS = {
 }
 _BETWEEN_TRACES = ("interval", "behind")
 # What a narrow terminal leaves out, first to last.
-_EXPENDABLE = ("entries_peak", "oracle", "worst_head", "memory_peak", "entries", "p05", "gap", "miss_rate")
+_EXPENDABLE = (
+    "entries_peak",
+    "oracle",
+    "worst_head",
+    "memory_peak",
+    "entries",
+    "p05",
+    "gap",
+    "miss_rate",
+    "interval",
+    "memory",
+)
 
 
 def print_results(table: pl.DataFrame, console: Console) -> None:
@@ -68,28 +80,18 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
         for name in columns
         if name == "budget" or any(cells[name] for own in groups.values() for cells in own)
     ]
-    shown = _layout(groups, columns)
-    left_out = []
-    unbounded = console.options.update(max_width=10_000)
-    for name in _EXPENDABLE:
-        if Measurement.get(console, unbounded, shown).maximum <= console.width:
-            break
-        columns.remove(name)
-        left_out.append(name.replace("_", " "))
-        shown = _layout(groups, columns)
-    console.print(_caption(table, several, shared), highlight=False, soft_wrap=True)
-    if left_out:
-        names = ", ".join(left_out)
-        note = f"The terminal is too narrow for {names}; --format csv has all columns."
-        console.print(note, highlight=False, soft_wrap=True)
+    labels = [cells["policy"] for own in groups.values() for cells in own]
+    shown, note, legend = fitted(console, partial(_layout, groups), columns, labels, _EXPENDABLE)
+    say(console, _caption(table, several, shared), *[note] * bool(note))
     console.print(shown)
+    say(console, *legend)
     if several:
         note = fidelity_note(
             usual_metric(table.filter(pl.col("status") == "ok")),
             table["model"].drop_nulls(),
             table["policy"],
         )
-        console.print(note, highlight=False, soft_wrap=True)
+        say(console, note)
     print_unevicted(table, console)
 
 
@@ -106,7 +108,7 @@ def print_unevicted(table: pl.DataFrame, console: Console) -> None:
     for (budget, where), policies in told.items():
         names = ", ".join(policies)
         note = f"At {budget} nothing was evicted{where} by {names}: that is the full cache."
-        console.print(note, highlight=False, soft_wrap=True)
+        say(console, note)
 
 
 def print_standings(
@@ -131,16 +133,20 @@ def print_standings(
         by_policy.setdefault((row["policy"], row["policy_params"]), {})[row_budget(row)] = row
     sign = -1 if METRICS[metric].more_is_better else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
-    shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
-    shown.add_column("policy", no_wrap=True)
-    for budget in budgets:
-        shown.add_column(budget, justify="right", no_wrap=True)
-    shown.add_column("memory", justify="right", no_wrap=True)
-    for own in ranked:
-        any_row = next(iter(own.values()))
-        cells = [_standing(own[budget]) if budget in own else "" for budget in budgets]
-        memory = sum(row["memory"] for row in own.values()) / len(own)
-        shown.add_row(_policy_label(any_row, shared), *cells, f"{memory:+.0%}" if abs(memory) > 0.005 else "")
+    labels = {id(own): _policy_label(next(iter(own.values())), shared) for own in ranked}
+
+    def make(columns: Sequence[str], names: Mapping[str, str]) -> Table:
+        shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
+        for name in columns:
+            shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        for own in ranked:
+            cells = [_standing(own[budget]) if budget in own else "" for budget in budgets]
+            memory = sum(row["memory"] for row in own.values()) / len(own)
+            told = f"{memory:+.0%}" if abs(memory) > 0.005 else ""
+            shown.add_row(names[labels[id(own)]], *cells, told)
+        return shown
+
+    shown, _, legend = fitted(console, make, ["policy", *budgets, "memory"], labels.values())
     told = "".join(f", {name} {value}" for name, value in shared.items())
     least, most = min(row["n_traces"] for row in rows), max(row["n_traces"] for row in rows)
     counted = f"{most}" if least == most else f"{least} to {most}"
@@ -155,10 +161,15 @@ def print_standings(
         f"{name} over {counted} trace{'s' * (most > 1)}{told}, {intervals}.\n"
         f"{marks}memory: against the median policy, where it differs."
     )
-    console.print(caption, highlight=False, soft_wrap=True)
+    say(console, caption)
     console.print(shown)
-    note = fidelity_note(metric, models, (row["policy"] for row in rows))
-    console.print(note, highlight=False, soft_wrap=True)
+    say(console, *legend, fidelity_note(metric, models, (row["policy"] for row in rows)))
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _standing(row: dict[str, Any]) -> str:
@@ -167,13 +178,15 @@ def _standing(row: dict[str, Any]) -> str:
     return f"{'= ' if row['is_tied'] else ''}{row['mean']:.4f} ±{(row['high'] - row['low']) / 2:.4f}"
 
 
-def _layout(groups: dict[str, list[dict[str, str]]], columns: list[str]) -> Table:
+def _layout(
+    groups: dict[str, list[dict[str, str]]], columns: Sequence[str], names: Mapping[str, str]
+) -> Table:
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     for name in columns:
         shown.add_column(_HEADERS[name], justify="left" if name == "policy" else "right", no_wrap=True)
     for label, rows in groups.items():
         for number, cells in enumerate(rows):
-            texts = cells | {"budget": label if number == 0 else ""}
+            texts = cells | {"budget": label if number == 0 else "", "policy": names[cells["policy"]]}
             shown.add_row(*(texts[name] for name in columns), end_section=number == len(rows) - 1)
     return shown
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,92 +13,84 @@ import polars as pl
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from simulator.layout import fitted
 from simulator.naming import row_budget, told_apart, with_budget_label
 from simulator.results import GROUP
-from simulator.terminal import format_bytes
+from simulator.terminal import format_bytes, say
 from traces.atomic import write_file
 from traces.wording import counted, number, span
 
 # Layers that fit into a line.
 _WIDEST = 12
-# A policy's name in a table; longer ones are told below it.
-_LONGEST_NAME = 36
+# Of accuracies and of published numbers, column to what it says of a row.
+_ACCURACY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "accuracy": lambda row: f"{row['accuracy']:.3f}",
+    "95%": lambda row: f"{row['low']:.3f} to {row['high']:.3f}",
+    "answered": lambda row: f"{row['answered']:.3f}",
+    "looping": lambda row: f"{row['looping']:.3f}",
+    "tokens": lambda row: f"{row['tokens']:.0f}",
+    "diverges at": lambda row: "-" if row["diverged_at"] is None else f"{row['diverged_at']:.0f}",
+    "peak": lambda row: format_bytes(row["bytes_peak"]),
+}
+_PUBLISHED = ("ours", "95%", "published", "ours - published", "95% of it")
+# What a narrow terminal leaves out, first to last.
+_EXPENDABLE = ("tokens", "diverges at", "looping", "answered", "95% of it")
 
 
 def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str = "") -> None:
     """Print accuracy per family and budget, one row per policy, and a note, or write them as text."""
-    tables: list[Table | Text] = []
-    names, legend = short_names(accuracy["policy"])
-    for (family,), rows in accuracy.group_by("family", maintain_order=True):
-        table = _table(f"{family or 'problems'}: {counted(rows['n_problems'].max(), 'problem')}")
-        for name in (
-            "budget",
-            "policy",
-            "accuracy",
-            "95%",
-            "answered",
-            "looping",
-            "tokens",
-            "diverges at",
-            "peak",
-        ):
-            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-        last = None
-        for row in rows.sort("budget_asked", nulls_last=False, maintain_order=True).iter_rows(named=True):
-            budget = row_budget(row)
-            diverged = row["diverged_at"]
-            table.add_row(
-                "" if budget == last else budget,
-                names[row["policy"]],
-                f"{row['accuracy']:.3f}",
-                f"{row['low']:.3f} to {row['high']:.3f}",
-                f"{row['answered']:.3f}",
-                f"{row['looping']:.3f}",
-                f"{row['tokens']:.0f}",
-                "-" if diverged is None else f"{diverged:.0f}",
-                format_bytes(row["bytes_peak"]),
-            )
-            last = budget
-        tables.append(table)
-    told = [*legend, note] if note else legend
-    _show([*tables, Text("\n".join(told))] if told else tables, output)
-
-
-def short_names(policies: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Shorten names that would take the room of numbers; give a name for each, and lines that tell them."""
-    names, legend = {}, []
-    for name in dict.fromkeys(policies):
-        names[name] = name
-        if len(name) > _LONGEST_NAME:
-            names[name] = f"{name.partition(':')[0][: _LONGEST_NAME - 5]} [{len(legend) + 1}]"
-            legend.append(f"[{len(legend) + 1}] {name}")
-    return names, legend
+    with _console(output) as console:
+        for (family,), rows in accuracy.group_by("family", maintain_order=True):
+            title = f"{family or 'problems'}: {counted(rows['n_problems'].max(), 'problem')}"
+            ordered = rows.sort("budget_asked", nulls_last=False, maintain_order=True).to_dicts()
+            texts = [{name: tell(row) for name, tell in _ACCURACY.items()} for row in ordered]
+            _print_fitted(console, title, list(_ACCURACY), ordered, texts)
+        say(console, *[note] * bool(note))
 
 
 def print_published(table: pl.DataFrame, source: str, note: str, output: Path | None = None) -> None:
     """Print accuracy beside published numbers, in percent, or write it; rows of `beside_published`."""
-    shown: list[Table | Text] = []
     marks: dict[str, str] = {}
-    names, legend = short_names(table["policy"])
-    for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
-        first = rows.row(0, named=True)
-        each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
-        problems = f"{counted(first['n_problems'], 'problem')}, {each} each"
-        lines = _table(f"{benchmark}, {model}: {problems}, pass@1 in percent")
-        for name in ("budget", "policy", "ours", "95%", "published", "ours - published", "95%"):
-            lines.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
-        last = None
-        for row in rows.iter_rows(named=True):
+    with _console(output) as console:
+        for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
+            first = rows.row(0, named=True)
+            each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
+            problems = f"{counted(first['n_problems'], 'problem')}, {each} each"
+            title = f"{benchmark}, {model}: {problems}, pass@1 in percent"
+            texts = [
+                dict(zip(_PUBLISHED, published_text(row, marks), strict=True)) for row in rows.to_dicts()
+            ]
+            _print_fitted(console, title, _PUBLISHED, rows.to_dicts(), texts)
+        say(console, *(f"{mark} {text}" for text, mark in marks.items()))
+        say(console, *[f"published: {source}"] * bool(source and table["published"].count()))
+        say(console, *[note] * bool(note))
+
+
+def _print_fitted(
+    console: Console,
+    title: str,
+    columns: Sequence[str],
+    rows: list[dict[str, Any]],
+    texts: list[dict[str, str]],
+) -> None:
+    """Print a row per policy, by budget, and below it the names that were too long for it."""
+
+    def make(shown_columns: Sequence[str], names: Mapping[str, str]) -> Table:
+        table, last = _table(title), None
+        for name in shown_columns:
+            table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        for row, told in zip(rows, texts, strict=True):
             budget = row_budget(row)
-            lines.add_row("" if budget == last else budget, names[row["policy"]], *published_text(row, marks))
+            told = told | {"budget": "" if budget == last else budget, "policy": names[row["policy"]]}
+            table.add_row(*(told[name] for name in shown_columns))
             last = budget
-        shown.append(lines)
-    told = legend + [f"{mark} {text}" for text, mark in marks.items()]
-    told += [f"published: {source}"] if source and table["published"].count() else []
-    told += [note] if note else []
-    _show([*shown, Text("\n".join(told))] if told else shown, output)
+        return table
+
+    policies = [row["policy"] for row in rows]
+    table, left_out, legend = fitted(console, make, ["budget", "policy", *columns], policies, _EXPENDABLE)
+    console.print(table)
+    say(console, *[left_out] * bool(left_out), *legend)
 
 
 def published_text(row: dict[str, Any], marks: dict[str, str]) -> tuple[str, ...]:
@@ -138,7 +132,8 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
                 number(row["regret_most"], 3),
             )
         tables.append(table)
-    _show(tables, None)
+    with _console(None) as console:
+        console.print(*tables)
 
 
 def print_levels(table: pl.DataFrame, output: Path | None) -> None:
@@ -147,18 +142,26 @@ def print_levels(table: pl.DataFrame, output: Path | None) -> None:
     labels = ["trace", "policy", "budget"]
     measured = [name for name in table.columns if name not in ("trace_id", "trace", *GROUP)]
     table = with_budget_label(table).select(*labels, *measured)
-    shown = _table(None)
-    shown.collapse_padding = True  # with a column per layer every space counts
     layers = [name for name in table.columns if name.startswith("drift_layer_")]
     if len(layers) > _WIDEST:
         table = table.drop(layers)  # a file has them
-    for name in table.columns:
-        side = "left" if table[name].dtype == pl.String else "right"
-        header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
-        shown.add_column(header, justify=side, no_wrap=True)
-    for row in table.iter_rows():
-        shown.add_row(*map(_level_text, row))
-    _show([shown], output)
+
+    def make(columns: Sequence[str], names: Mapping[str, str]) -> Table:
+        shown = _table(None)
+        shown.collapse_padding = True  # with a column per layer every space counts
+        for name in columns:
+            side = "left" if table[name].dtype == pl.String else "right"
+            header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
+            shown.add_column(header, justify=side, no_wrap=True)
+        for row in table.iter_rows(named=True):
+            told = row | {"policy": names[row["policy"]]}
+            shown.add_row(*(_level_text(told[name]) for name in columns))
+        return shown
+
+    with _console(output) as console:
+        shown, left_out, legend = fitted(console, make, table.columns, table["policy"], layers[::-1])
+        console.print(shown)
+        say(console, *[left_out] * bool(left_out), *legend)
 
 
 def _level_text(value: object) -> str:
@@ -178,13 +181,12 @@ def _table(title: str | None) -> Table:
     )
 
 
-def _show(tables: Sequence[Table | Text], output: Path | None) -> None:
+@contextmanager
+def _console(output: Path | None) -> Iterator[Console]:
+    """Give what prints to the terminal, or to a file that is there when all is printed."""
     if output is None:
-        Console(width=None if sys.stdout.isatty() else 160).print(*tables)
+        yield Console(width=None if sys.stdout.isatty() else 160)
         return
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            Console(file=file, width=200).print(*tables)
-
-    write_file(output, write)
+    text = StringIO()
+    yield Console(file=text, width=200)
+    write_file(output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))

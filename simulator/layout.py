@@ -1,0 +1,75 @@
+"""Tables as wide as a terminal: numbers are always whole, names and columns give way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+# Characters of a policy's name in a table that it would make too wide; the second where that is not enough.
+_LONG, _SHORT = 36, 20
+
+
+def fitted(
+    console: Console,
+    make: Callable[[Sequence[str], Mapping[str, str]], Table],
+    columns: Sequence[str],
+    policies: Iterable[str],
+    expendable: Sequence[str] = (),
+) -> tuple[Table, str, list[str]]:
+    """Make a table that is no wider than the console, if there is one.
+
+    Parameters
+    ----------
+    console : Console
+    make : callable
+        Makes the table of some columns, with names instead of policies.
+    columns : sequence of str
+    policies : iterable of str
+        As the table has them.
+    expendable : sequence of str
+        Columns that a narrow console leaves out, first to last.
+
+    Returns
+    -------
+    Table
+    str
+        What was left out, if anything was.
+    list of str
+        Whole names of what was shortened, a line each.
+    """
+    policies, kept = list(dict.fromkeys(policies)), list(columns)
+    waiting = [name for name in expendable if name in kept]
+    names, legend = short_names(policies, None)
+    shown = make(kept, names)
+    for longest in (_LONG, _SHORT):
+        if _fits(console, shown):
+            break
+        names, legend = short_names(policies, longest)
+        shown = make(kept, names)
+        while waiting and not _fits(console, shown):
+            kept.remove(waiting.pop(0))
+            shown = make(kept, names)
+    left_out = [name.replace("_", " ") for name in expendable if name in columns and name not in kept]
+    note = f"The terminal is too narrow for {', '.join(left_out)}; --format csv has all columns."
+    return shown, note if left_out else "", legend
+
+
+def short_names(policies: Iterable[str], longest: int | None = _LONG) -> tuple[dict[str, str], list[str]]:
+    """Shorten names of more than ``longest`` characters; give a name for each, and lines that tell them."""
+    names: dict[str, str] = {}
+    legend: list[str] = []
+    for name in policies:
+        names[name] = name
+        if longest is not None and len(name) > longest:
+            mark = f"[{len(legend) + 1}]"
+            names[name] = f"{name.partition(':')[0][: longest - 1 - len(mark)]} {mark}"
+            legend.append(f"{mark} {name}")
+    return names, legend
+
+
+def _fits(console: Console, shown: Table) -> bool:
+    unbounded = console.options.update(max_width=10_000)
+    return Measurement.get(console, unbounded, shown).maximum <= console.width
