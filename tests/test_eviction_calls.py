@@ -325,6 +325,14 @@ def test_another_text_needs_a_reset(models, stock, kind):
         assert loop(model, PROMPT, cache) == stock(kind)
 
 
+def test_a_call_that_was_refused_before_it_read_anything_leaves_no_trace(models, stock):
+    model = models["llama"]
+    with evicting(model, cache := CACHES["host"](model)):
+        with pytest.raises(ValueError, match="typo"):
+            generate(model, OTHER[:, :7], past_key_values=cache, typo=1)
+        assert generate(model, PROMPT, past_key_values=cache) == stock("llama")
+
+
 @pytest.mark.parametrize("policy", CHUNKED)
 def test_a_prompt_in_several_passes_is_one_prompt(models, policy):
     model = models["llama"]

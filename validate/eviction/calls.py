@@ -46,7 +46,8 @@ class Calls:
 
     def forget(self, prompt_tokens: int | None = None) -> None:
         """Begin another text, with prompts of so many tokens if that is known."""
-        self.prompt_tokens, self._is_guessed = prompt_tokens, False
+        self._told = self.prompt_tokens = prompt_tokens
+        self._is_guessed = False
         self.tokens: torch.Tensor | None = None
         self._read: list[torch.Tensor] | None = []
         self._lengths: np.ndarray | None = None
@@ -152,8 +153,8 @@ class Calls:
         n_seen = cache.get_seq_length()
         self._is_guessed = False
         if not n_seen:
-            if self.prompt_tokens not in (None, n_tokens):
-                raise UserError(f"generate brings {n_tokens} tokens; prompt_tokens is {self.prompt_tokens}")
+            if self._told not in (None, n_tokens):
+                raise UserError(f"generate brings {n_tokens} tokens; prompt_tokens is {self._told}")
             self.prompt_tokens = n_tokens
             return
         mask = given.get("attention_mask")
