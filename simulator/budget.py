@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from traces.documents import shown
 from traces.errors import InfeasibleBudgetError, UserError
 from traces.shape import ModelShape
+from traces.wording import near
 
 _BYTES = {
     "B": 1,
@@ -117,7 +118,9 @@ def parse_budget(text: str | int | Budget) -> Budget:
             f"budget {shown(text)} is a bare fraction, which some read as kept and some as removed; {meant}"
         )
     if unit not in ("", "%", *_BYTES):
-        raise UserError(f"budget {shown(text)} has unknown unit {shown(unit)}; allowed: {_ALLOWED}")
+        raise UserError(
+            f"budget {shown(text)} has unknown unit {shown(unit)}{near(unit, _BYTES)}; allowed: {_ALLOWED}"
+        )
     if amount <= 0 or amount > (100 if unit == "%" else _LARGEST):
         raise UserError(
             f"budget {shown(text)} is out of range; allowed: {_ALLOWED}, "

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import polars as pl
 
 from simulator.budget import KEPT, Budget
+from simulator.policy import parse_parameters, split_name
 from simulator.results import BUDGET
+from traces.errors import UserError
+from traces.wording import near
 
 
 def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
@@ -33,6 +37,55 @@ def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
         table.with_columns(policy=pl.Series(own, dtype=pl.String))
         for table, own in zip(tables, names, strict=True)
     ]
+
+
+def asked_policies(asked: Iterable[str], rows: pl.DataFrame) -> set[tuple[str, str]]:
+    """Give the policies that were asked for, as pairs of name and parameters.
+
+    Parameters
+    ----------
+    asked : iterable of str
+        A name as rows or tables have it, a glob, or a name with some parameters: ``rkv:alpha=0.5``.
+    rows : polars.DataFrame
+        With ``policy`` and ``policy_params``.
+
+    Raises
+    ------
+    UserError
+        If one stands for none of them.
+    """
+    (told,) = told_apart(rows)
+    labels = dict(zip(rows.select("policy", "policy_params").iter_rows(), told["policy"], strict=True))
+    found = set[tuple[str, str]]()
+    for name in asked:
+        own = {pair for pair, label in labels.items() if _is_asked(name, pair[0], pair[1], label)}
+        if not own:
+            known = list(dict.fromkeys(each for pair, label in labels.items() for each in (pair[0], label)))
+            raise UserError(f"--policy is '{name}'{near(name, known)}; the rows have: {', '.join(known)}")
+        found |= own
+    return found
+
+
+def is_policy(
+    rows: pl.DataFrame, policies: set[tuple[str, str]], names: pl.Series | None = None
+) -> pl.Series:
+    """Tell which rows are of some policies; ``names`` are theirs, where ``rows`` has others by now."""
+    own = rows["policy"] if names is None else names
+    return pl.Series(
+        [pair in policies for pair in zip(own, rows["policy_params"], strict=True)], dtype=pl.Boolean
+    )
+
+
+def _is_asked(asked: str, policy: str, params: str, label: str) -> bool:
+    if asked in (policy, label) or fnmatchcase(policy, asked) or fnmatchcase(label, asked):
+        return True
+    name = split_name(asked)
+    try:
+        given = parse_parameters(asked, asked[len(name) + 1 :])
+    except UserError:
+        return False
+    known = json.loads(params)
+    return fnmatchcase(policy, name) and all(known.get(key) == value for key, value in given.items())
 
 
 def budget_label(amount: float | None, unit: str | None, kind: str | None = KEPT) -> str:

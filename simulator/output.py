@@ -111,10 +111,10 @@ def write_parquet(table: pl.DataFrame, path: Path) -> None:
     write_file(path, lambda temporary: temporary.write_bytes(sealed_parquet(table)))
 
 
-def tell_written(path: Path | None, n_rows: int, quiet: bool = False) -> None:
-    """Say on standard error what was written where; nothing if it went to standard output."""
+def tell_written(path: Path | None, n: int, quiet: bool = False, what: str = "row") -> None:
+    """Say on standard error where how many of ``what`` were written; nothing if that was standard output."""
     if path is not None and not quiet:
-        print(f"sim: wrote {path}: {counted(n_rows, 'row')}", file=sys.stderr)
+        print(f"sim: wrote {path}: {counted(n, what)}", file=sys.stderr)
 
 
 def _rendered(table: pl.DataFrame) -> str:

@@ -206,7 +206,7 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
             f"policy {shown(text)} has characters that cannot be printed; allowed: one line of text"
         )
     name = split_name(text)
-    given = _parse_parameters(text, text[len(name) + 1 :]) if len(name) < len(text) else {}
+    given = parse_parameters(text, text[len(name) + 1 :]) if len(name) < len(text) else {}
     pieces, usual = _expanded(name)
     parts = _named_parts(name, pieces)
     trigger = (usual | given).get("trigger", "never" if parts["scorer"] is Full else "buffer-full")
@@ -252,7 +252,7 @@ def _expanded(name: str) -> tuple[list[str], dict[str, Any]]:
         meaning, colon, tail = ALIASES[piece].partition(":")
         pieces += meaning.split("+")
         if colon:
-            usual |= _parse_parameters(ALIASES[piece], tail)
+            usual |= parse_parameters(ALIASES[piece], tail)
     return pieces, usual
 
 
@@ -304,7 +304,14 @@ def _named_trigger(text: str, trigger: Any, is_full: bool) -> Any:
     return part
 
 
-def _parse_parameters(text: str, tail: str) -> dict[str, Any]:
+def parse_parameters(text: str, tail: str) -> dict[str, Any]:
+    """Read what follows the colon of a policy ``text``: ``name=value,...``.
+
+    Raises
+    ------
+    UserError
+        If it is nothing of the kind, or a name is given twice.
+    """
     given: dict[str, Any] = {}
     for piece in tail.split(","):
         key, value = _parse_parameter(text, piece)

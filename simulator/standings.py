@@ -12,7 +12,7 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.metric_names import METRICS
-from simulator.naming import told_apart
+from simulator.naming import asked_policies, is_policy
 from simulator.results import (
     BUDGET,
     GROUP,
@@ -27,7 +27,6 @@ from simulator.results import (
 from simulator.stored_tables import read_table
 from simulator.sweep.folder import SweepFolder, is_sweep
 from traces.errors import UserError
-from traces.wording import near
 
 
 def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
@@ -116,21 +115,7 @@ def of_policies(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     UserError
         If the rows have none for one.
     """
-    plain, told = table["policy"].to_list(), told_apart(table)[0]["policy"].to_list()
-    wanted = set()
-    for name in names:
-        found = {
-            row
-            for row, own in enumerate(zip(plain, told, strict=True))
-            if any(fnmatchcase(each, name) for each in own)
-        }
-        if not found:
-            known = list(dict.fromkeys([*plain, *told]))
-            raise UserError(
-                f"--policy is '{name}'{near(name, known)}; the rows have: {', '.join(sorted(known))}"
-            )
-        wanted |= found
-    return table[sorted(wanted)]
+    return table.filter(is_policy(table, asked_policies(names, table)))
 
 
 def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int = 2000) -> pl.DataFrame:

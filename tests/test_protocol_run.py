@@ -167,7 +167,7 @@ def answering(monkeypatch):
 
 def test_our_accuracy_stands_beside_the_published_one(sim, answering, tmp_path):
     code, out, err = sim("-o", tmp_path / "rows.json", "--report", tmp_path / "r.html")
-    assert (code, out, err) == (0, "", "")
+    assert (code, out, err) == (0, "", f"sim: wrote {tmp_path / 'rows.json'}: 8 rows\n")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [list(row) for row in rows] == [list(SCHEMA)] * 8
     found = {(row["benchmark"], row["policy"], row["budget_asked"]): row for row in rows}
@@ -295,7 +295,7 @@ def test_a_part_is_run_and_the_table_says_what_is_not_the_protocol(sim, tmp_path
         "not the file's protocol: max_new_tokens 5 instead of 8 in first",
     ]
     code, _, err = sim(*options, "-o", tmp_path / "rows.csv")
-    assert (code, err.splitlines()[0]) == (0, "sim: not all problems: the first 1 of each benchmark")
+    assert (code, err.splitlines()[1]) == (0, "sim: not all problems: the first 1 of each benchmark")
 
 
 def test_batches_that_fail_leave_the_others(sim, tmp_path, monkeypatch):

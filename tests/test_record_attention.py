@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import validate.causal
 from traces.errors import UserError
@@ -16,6 +17,7 @@ from validate.attention import (
     recording,
 )
 from validate.causal import blocked_attention, causal_attention, flash_attention
+from validate.recorder import observed_shape
 
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-4, torch.bfloat16: 3e-4}
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -194,3 +196,23 @@ def test_batches_masks_and_values_of_another_width_are_refused():
         record_attention(layer, heads, heads, heads[..., :4], None)
     with pytest.raises(UserError, match="dropout"):
         record_attention(layer, heads, heads, heads, None, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "model", "sizes"),
+    [
+        (GPT2Config, GPT2LMHeadModel, {"n_layer": 2, "n_head": 4, "n_embd": 32}),
+        (
+            GPTNeoXConfig,
+            GPTNeoXForCausalLM,
+            {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64},
+        ),
+    ],
+)
+def test_a_field_that_attention_does_not_read_is_named(configuration, model, sizes):
+    config = configuration(**sizes, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    assert observed_shape(model(config).eval())[0].n_kv_heads == 4
+    config.num_key_value_heads = 2
+    words = "num_key_value_heads of the configuration is 2, and attention has .* each of its 4 query heads"
+    with pytest.raises(UserError, match=words):
+        observed_shape(model(config).eval())

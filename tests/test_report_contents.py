@@ -257,7 +257,7 @@ def test_one_command_replays_what_the_page_shows(run_sim, files):
             ["{rows}", "--metric", "speed", "--fidelity", "{text}", "--accuracy", "{text}"],
             "--metric is 'speed'",
         ),
-        (["{rows}", "--policy", "rkvv"], "--policy is 'rkvv'; the rows have: "),
+        (["{rows}", "--policy", "rkvv"], "--policy is 'rkvv'; did you mean 'rkv'?; the rows have: "),
         (["{rows}", "--budget", "15"], "--budget is '15'; the rows have: 14, 40%"),
         (["{rows}", "--policy", "fullkv"], "no row is of a policy that evicted"),
         (["{rows}", "--buffer", "5"], "--buffer is for a replay"),

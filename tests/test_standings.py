@@ -9,7 +9,8 @@ import pytest
 from simulator.cells import run_replay
 from simulator.metric_names import METRICS
 from simulator.output import write_parquet
-from simulator.standings import read_rows, standings
+from simulator.report.sources import chosen
+from simulator.standings import of_policies, read_rows, standings
 from traces.errors import UserError
 
 POLICIES = ["fullkv", "streamingllm:sinks=0,buffer=4", "streamingllm:buffer=4", "rkv:buffer=4"]
@@ -92,7 +93,7 @@ def test_the_command_filters_and_prints(table, tmp_path, run_sim):
     ("arguments", "words"),
     [
         (["--metric", "speed"], "--metric is 'speed'; allowed: lost_lookup_peak"),
-        (["--policy", "h2o"], "--policy is 'h2o'; the rows have: fullkv, rkv, streamingllm"),
+        (["--policy", "h2o"], "--policy is 'h2o'; the rows have: fullkv, "),
         (["--family", "none"], "--family is 'none'; the rows have: even, odd"),
         (["--format", "markdown"], "--format markdown is for a terminal, with --metric"),
         (["--metric", "gap", "--policy", "fullkv"], "no row is of a policy that evicted"),
@@ -168,3 +169,30 @@ def test_files_that_are_no_rows_are_refused(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=words):
             read_rows([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_rows"),
+    [
+        (["rkv"], 12),
+        (["streamingllm"], 24),
+        (["streamingllm:sinks=0"], 12),
+        (["streamingllm:sinks=4"], 12),
+        (["streamingllm:sinks=4,buffer=4"], 12),
+        (["rkv:alpha=0.1"], 12),  # the only one has no parameters in its name, and these all the same
+        (["rkv:buffer=4", "rkv"], 12),
+        (["stream*"], 24),
+        (["s*:sinks=0"], 12),
+        (["r?v", "fullkv"], 24),
+    ],
+)
+def test_policies_are_found_by_every_name_they_have(asked, n_rows, table):
+    assert len(of_policies(table, asked)) == n_rows
+    assert len(chosen(table, None, None, asked, []).rows) == n_rows
+
+
+@pytest.mark.parametrize("asked", ["rkv:alpha=0.2", "rkvv", "x*", "rkv:alpha", "rkv:alpha=0.1,alpha=0.1"])
+def test_a_policy_that_no_row_is_of_is_told_with_those_there_are(asked, table):
+    for find in (lambda: of_policies(table, [asked]), lambda: chosen(table, None, None, [asked], [])):
+        with pytest.raises(UserError, match=r"--policy is '.*; the rows have: .*streamingllm:sinks=0"):
+            find()

@@ -209,7 +209,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     code, out, err = level(
         "forced", "-p", "rkv,random", "--format", "csv", "--steps", tmp_path / "steps.parquet", "--seed", 2
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"sim: wrote {tmp_path / 'steps.parquet'}: 120 rows\n")
     model = load_model(str(folder / NAME), "float32", "cpu").model
     forced = run_forced(model, trace, parse_policy("rkv", buffer=6), 20)
     row, drawn = pl.read_csv(out.encode()).iter_rows(named=True)
@@ -240,7 +240,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.json", "rows.txt"])
 def test_levels_are_written_to_a_file(level, tmp_path, name):
     code, out, err = level("shadow", "-p", "rkv", "-o", tmp_path / name)
-    assert (code, out, err) == (0, "", "")
+    assert (code, out, err) == (0, "", f"sim: wrote {tmp_path / name}: 1 row\n")
     if name.endswith("parquet"):
         assert pl.read_parquet(tmp_path / name)["mismatches"].to_list() == [0]
     else:
@@ -298,7 +298,10 @@ def test_a_live_run_prints_accuracy_and_goes_on_where_it_ended(live, tmp_path, m
 def test_live_rows_are_written_to_files(live, tmp_path):
     options = ["-p", "rkv", "-b", "20"]
     for name in ("rows.parquet", "rows.csv", "rows.json", "rows.txt"):
-        assert live(*options, "-o", tmp_path / name) == (0, "", "")
+        code, out, err = live(*options, "-o", tmp_path / name)
+        assert (code, out) == (0, "")
+        assert re.fullmatch(rf"sim: wrote {tmp_path / name}: \d+ rows\n", err)
+        assert live(*options, "-o", tmp_path / name, "-q") == (0, "", "")
     rows = pl.read_parquet(tmp_path / "rows.parquet")
     assert list(rows.schema)[: len(ROW_SCHEMA)] == list(ROW_SCHEMA)
     assert rows["policy"].to_list() == ["fullkv"] * 3 + ["rkv"] * 3
@@ -424,7 +427,7 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
     report, curves = tmp_path / "report.html", tmp_path / "curves.json"
     options = ["-p", ",".join(RIGHT), "-b", "20,30", "--simulated", simulated]
     code, out, err = live(*options, "--report", report, "--calibration", curves)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"sim: wrote {curves}: 1 curve\nsim: wrote {report}: 3 charts\n")
     assert re.search(r"20\s+rkv\s+0\.667\s", out)
     assert "walk: what predicts accuracy, 6 cells of 3 problems, 2 traces" in out
     fidelity = pl.read_csv(tmp_path / "run" / "fidelity.csv")
@@ -467,7 +470,7 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
 def test_one_policy_alone_is_reported_though_nothing_is_compared(live, answering, simulated, tmp_path):
     options = ["-p", "rkv", "-b", "20", "--simulated", simulated, "--report", tmp_path / "report.html"]
     code, out, err = live(*options)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"sim: wrote {tmp_path / 'report.html'}: 3 charts\n")
     assert "1 cell of 3 problems" in out
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 3
 
@@ -476,7 +479,7 @@ def test_policies_at_different_budgets_are_reported(live, tmp_path):
     configs = tmp_path / "configs.json"
     configs.write_text('[{"policy": "rkv", "budget": "20"}, {"policy": "rkv+utility", "budget": "30"}]')
     code, _, err = live("--configs", configs, "--report", tmp_path / "report.html")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"sim: wrote {tmp_path / 'report.html'}: 1 chart\n")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 1
 
 

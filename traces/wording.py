@@ -14,8 +14,9 @@ def counted(n: int, noun: str) -> str:
 
 def near(name: str, known: Iterable[str]) -> str:
     """Give ``; did you mean 'rkv'?`` where a name is close to a known one, else nothing."""
-    found = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    by_word = {own.casefold(): own for own in known}
+    found = difflib.get_close_matches(name.casefold(), list(by_word), 1, cutoff=0.6)
+    return f"; did you mean '{by_word[found[0]]}'?" if found else ""
 
 
 def number(value: float | None, digits: int) -> str:

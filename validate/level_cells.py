@@ -29,6 +29,7 @@ def compare_with_traces(
     chosen: str,
     output: Path | None,
     steps: Path | None,
+    quiet: bool = False,
 ) -> None:
     """Run the shadow or the forced level over traces and print one row per cell."""
     import polars as pl
@@ -37,7 +38,7 @@ def compare_with_traces(
     from simulator.cap import entries_of
     from simulator.cells import cell_labels
     from simulator.full_cache import FullCache
-    from simulator.output import write_parquet
+    from simulator.output import tell_written, write_parquet
     from simulator.wave import known_waves, tell_unused
     from traces.store import find_traces, open_trace
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
@@ -85,6 +86,8 @@ def compare_with_traces(
         write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
     else:
         print_levels(table, output)
+    tell_written(output, len(table), quiet)
+    tell_written(steps, sum(map(len, per_step)), quiet)
     report_failed(failed, len(failed) + len(rows), "cells")
     if level == "shadow" and table["mismatches"].sum():
         raise typer.Exit(1)

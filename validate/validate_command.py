@@ -193,7 +193,7 @@ def validate(
             raise UserError(f"--steps goes with --level forced; found: {level}")
         require_parquet({"--steps": steps})
         compare_with_traces(
-            level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps
+            level, trace, source, revision, dtype, device, cells, wave, seed, chosen, output, steps, quiet
         )
         return
     if not prompts or out is None:
@@ -217,7 +217,8 @@ def validate(
         tell_unused(wave, [know_model(source, revision).name])
     matrix = open_matrix(settings, out)
     rows, failed = run_matrix(matrix, cells, n_processes, quiet)
-    tell(rows, out, replayed, calibration, report, chosen, output, meaningless(source))
+    note = meaningless(source)
+    tell(rows, out, replayed, calibration, report, chosen, output, note, quiet=quiet)
     report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
 
 

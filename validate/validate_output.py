@@ -56,6 +56,8 @@ def tell(
     chosen: str,
     output: Path | None,
     note: str = "",
+    *,
+    quiet: bool = False,
 ) -> None:
     """Print accuracy and fidelity; write tables into the folder, the calibration and the report.
 
@@ -63,7 +65,7 @@ def tell(
     """
     from simulator.calibration import write_calibrations
     from simulator.naming import told_apart
-    from simulator.output import write_rows
+    from simulator.output import tell_written, write_rows
     from validate.live.accuracy import accuracy_table
     from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
     from validate.live.terminal import print_accuracy, print_fidelity
@@ -75,6 +77,7 @@ def tell(
         print_accuracy(accuracy, output, note)
     else:
         write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
+    tell_written(output, len(accuracy if chosen == "table" else rows), quiet)
     if note and (chosen != "table" or output is not None):
         print(f"sim: {note}", file=sys.stderr)
     cells = fidelity = None
@@ -90,11 +93,14 @@ def tell(
                 fit_calibration(own, metric, model=replayed["model"][0], family=f) for f, own in cells.items()
             ]
             write_calibrations(curves, calibration)
+            tell_written(calibration, len(curves), quiet, "curve")
     if report is not None:
         from validate.live.report import write_report
 
-        for name, svg in write_report(report, labelled, accuracy, cells, fidelity, note).items():
+        charts = write_report(report, labelled, accuracy, cells, fidelity, note)
+        for name, svg in charts.items():
             write_text(svg, out / f"{name}.svg")
+        tell_written(report, len(charts), quiet, "chart")
 
 
 def report_failed(failed: list[UserError], n_asked: int, what: str) -> None:

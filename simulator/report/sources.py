@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from simulator.naming import told_apart, with_budget_label
+from simulator.naming import asked_policies, is_policy, told_apart, with_budget_label
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -83,7 +83,7 @@ def chosen(
     Parameters
     ----------
     policies : sequence of str
-        As rows call them (``rkv``), or as the page does (``rkv:alpha=0.5``).
+        As rows call them (``rkv``), or as the page does (``rkv:alpha=0.5``), globs, or with some parameters.
     budgets : sequence of str
         As they were asked: ``128``, ``20%``.
 
@@ -99,12 +99,12 @@ def chosen(
     tables: list[pl.DataFrame] = [rows, *(table for table in (trajectory, retained) if table is not None)]
     plain = [table["policy"] for table in tables]
     tables = [with_budget_label(table) for table in told_apart(*tables)]
-    _require(policies, [*plain[0], *tables[0]["policy"]], "--policy")
+    wanted = asked_policies(policies, rows)
     _require(budgets, tables[0]["budget"], "--budget")
     kept = []
     for table, own in zip(tables, plain, strict=True):
         if policies:
-            table = table.filter(own.is_in(list(policies)) | pl.col("policy").is_in(list(policies)))
+            table = table.filter(is_policy(table, wanted, own))
         if budgets:
             table = table.filter(pl.col("budget").is_in(list(budgets)))
         kept.append(table.drop("budget"))

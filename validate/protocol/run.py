@@ -44,7 +44,7 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     ------
     UserError
     """
-    from simulator.output import write_rows
+    from simulator.output import tell_written, write_rows
     from validate.live.accuracy import accuracy_table
     from validate.live.terminal import print_published
 
@@ -81,6 +81,7 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
         print_published(_shown(table), protocol.source, note, output)
     else:
         write_rows(table, output, chosen)
+    tell_written(output, len(table), asked.quiet)
     if note and (chosen != "table" or output is not None):
         print("\n".join(f"sim: {line}" for line in note.splitlines()), file=sys.stderr)
     if report is not None:
