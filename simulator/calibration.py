@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from traces.atomic import write_file
+from traces.documents import read_json
 from traces.errors import UserError
 
 
@@ -60,13 +62,13 @@ def read_calibrations(path: Path) -> list[Calibration]:
     UserError
         If the file is no list of curves.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            Calibration(**each | {"values": tuple(each["values"]), "accuracy": tuple(each["accuracy"])})
-            for each in found
-        ]
-    except OSError as error:
-        raise UserError(f"calibration {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"calibration {path} is not one of sim validate: {error}") from error
+    found: list[Calibration] = read_json(path, f"calibration {path}", list[Calibration])
+    for curve in found:
+        n_values = len(curve.values)
+        rises = all(low < high for low, high in pairwise(curve.values))
+        if not n_values or len(curve.accuracy) != n_values or not rises:
+            raise UserError(
+                f"calibration {path}: the curve of {curve.model}, {curve.family} has {n_values} values and "
+                f"{len(curve.accuracy)} accuracies; allowed: as many of both, values rising"
+            )
+    return found

@@ -16,6 +16,7 @@ from simulator.chart_style import COLOURS, DASHES, over_plot, styled
 from simulator.naming import row_budget, with_budget_label
 from simulator.output import require_place
 from simulator.results import GROUP, TRAJECTORY_SCHEMA
+from simulator.stored_tables import read_table
 from traces.atomic import write_file
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -173,19 +174,6 @@ def _cell(trajectory: pl.DataFrame, asked: dict[str, str | None]) -> pl.DataFram
     return trajectory
 
 
-def _read(path: Path) -> pl.DataFrame:
-    try:
-        table = pl.read_parquet(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pl.exceptions.PolarsError:
-        raise UserError(f"{path} is no Parquet file; allowed: one of sim replay --trajectory") from None
-    missing = [name for name in TRAJECTORY_SCHEMA if name not in table.columns]
-    if missing:
-        raise UserError(f"{path} has no column '{missing[0]}'; allowed: a file of sim replay --trajectory")
-    return table
-
-
 def _draw(options: argparse.Namespace) -> None:
     require_extra("a figure", "altair", "vl_convert")
     if options.out.suffix not in SUFFIXES:
@@ -197,7 +185,8 @@ def _draw(options: argparse.Namespace) -> None:
         "budget": options.budget,
         "policy_params": options.params,
     }
-    save(head_budgets(_cell(with_budget_label(_read(options.trajectory)), asked)), options.out)
+    trajectory = read_table(options.trajectory, str(options.trajectory), TRAJECTORY_SCHEMA)
+    save(head_budgets(_cell(with_budget_label(trajectory), asked)), options.out)
     print(f"wrote {options.out}")
 
 

@@ -335,23 +335,24 @@ def require_sound_rows(table: pl.DataFrame, what: str) -> None:
         Naming the first such column and row.
     """
     for name in ("trace_id", "policy", "policy_params", "budget_asked", "budget_unit", "status"):
-        _refuse_rows(table, pl.col(name).is_null(), name, "a value in every row", what)
-    _refuse_rows(table, ~pl.col("status").is_in(["ok", "error"]), "status", "ok, error", what)
+        refuse_rows(table, pl.col(name).is_null(), name, "a value in every row", what)
+    refuse_rows(table, ~pl.col("status").is_in(["ok", "error"]), "status", "ok, error", what)
     for parameters in table["policy_params"].unique().sort():
         parse_json(parameters, f"{what}: policy_params", dict[str, Any])
     done = pl.col("status") == "ok"
-    _refuse_rows(table, done & pl.col("model").is_null(), "model", "a name", what)
+    refuse_rows(table, done & pl.col("model").is_null(), "model", "a name", what)
     for name, (low, high) in RANGES.items():
         if name not in table.columns:
             continue
         allowed = f"{low:g} to {high:g}"
         # NaN compares as larger than all numbers.
-        _refuse_rows(table, done & ~pl.col(name).is_between(low, high), name, allowed, what)
+        refuse_rows(table, done & ~pl.col(name).is_between(low, high), name, allowed, what)
         if name in NEEDED:
-            _refuse_rows(table, done & pl.col(name).is_null(), name, allowed, what)
+            refuse_rows(table, done & pl.col(name).is_null(), name, allowed, what)
 
 
-def _refuse_rows(table: pl.DataFrame, bad: pl.Expr, name: str, allowed: str, what: str) -> None:
+def refuse_rows(table: pl.DataFrame, bad: pl.Expr, name: str, allowed: str, what: str) -> None:
+    """Refuse a table of a file if ``bad`` holds in a row; raises UserError with its number and column."""
     found = table.with_row_index("row").filter(bad)
     if len(found):
         row = found.row(0, named=True)

@@ -8,6 +8,7 @@ polars may end the whole process at a damaged length.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from traces.errors import UserError
 
 FORMATS = (".parquet", ".csv", ".json")
 _MOST_BYTES = 2**31
-Bytes = bytes | memoryview
+Bytes = bytes | memoryview | mmap.mmap
 _SEAL, _KIND = "kvbudget.seal", "sha256:"
 _BLANK = "0" * 64
 # In the footer: the name, then the type and length of the text (Thrift), then the text.
@@ -113,18 +114,30 @@ def parse_table(
     return checked(table, what, required, optional, error)
 
 
+def parse_foreign_parquet(content: bytes) -> pl.DataFrame:
+    """Read a Parquet file of another program, which has no seal; raises ValueError if it cannot be read."""
+    _require_readable(content)
+    return pl.read_parquet(BytesIO(content))
+
+
 def scan_table(path: Path, what: str, required: Mapping[str, Any]) -> pl.LazyFrame:
-    """Open a Parquet file of which only some rows are wanted; parameters and errors as in `read_table`."""
-    content = read_document(path, what, UserError, _MOST_BYTES)
+    """Open a Parquet file of which only some rows are wanted, and which may be larger than the memory.
+
+    Parameters and errors as in `read_table`.
+    """
     try:
-        _require_whole(content, what)
-        scanned = pl.scan_parquet(BytesIO(content))
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _require_whole(content, what)
+        scanned = pl.scan_parquet(path)
         columns = scanned.collect_schema()
+    except OSError as failed:
+        raise UserError(f"{what}: cannot be read: {failed.strerror}") from None
     except (pl.exceptions.PolarsError, ValueError):
         raise UserError(f"{what} is damaged or no Parquet file") from None
+    checked(pl.DataFrame(schema=columns), what, required)
     for name, kind in required.items():
-        if columns.get(name) != kind:
-            raise UserError(f"{what}: column '{name}' is {columns.get(name, 'missing')}; allowed: {kind}")
+        if columns[name] != kind:
+            raise UserError(f"{what}: column '{name}' is {columns[name]}; allowed: {kind}")
     return scanned
 
 
@@ -165,18 +178,22 @@ def _digest(content: Bytes, start: int, stop: int) -> str:
     return digest.hexdigest()
 
 
-def _require_whole(content: bytes, what: str) -> None:
+def _require_whole(content: bytes | mmap.mmap, what: str) -> None:
     """Refuse a file that differs from its seal, or that has none and cannot be read; raises ValueError."""
     place = _seal_place(content)
     if place is not None:
         if _digest(content, *place) != content[slice(*place)].decode("ascii"):
             raise ValueError("not what was sealed")
         return
+    _require_readable(content)
+    print(f"sim: {what} has no checksum of sim's; whether it is whole cannot be told", file=sys.stderr)
+
+
+def _require_readable(content: bytes | mmap.mmap) -> None:
     # By a process of its own, since the reader may end the one it runs in.
     command = [sys.executable, "-c", _READ_ALONE]
     if subprocess.run(command, input=content, capture_output=True, check=False).returncode:
-        raise ValueError("unreadable")
-    print(f"sim: {what} has no checksum of sim's; whether it is whole cannot be told", file=sys.stderr)
+        raise ValueError("it cannot be read")
 
 
 def _row_type(required: Mapping[str, Any], optional: Mapping[str, Any] | None) -> type:

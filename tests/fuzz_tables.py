@@ -38,6 +38,32 @@ def table_targets(folder: Path, trace: Path) -> list[Target]:
     return targets
 
 
+def beside_targets(folder: Path, trace: Path) -> list[Target]:
+    """Give the tables that a replay writes beside its rows, as a page reads them."""
+    import traces
+    from simulator.cells import run_replay
+    from simulator.output import write_parquet
+    from simulator.report.sources import read_parquet
+    from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
+
+    opened = traces.open_trace(trace)
+    done = run_replay([opened], ["streamingllm:buffer=2"], [6], keep_retained=True, keep_trajectory=True)
+    targets = []
+    for name, table, schema, own in (
+        ("trajectory", done.trajectory, TRAJECTORY_SCHEMA, None),
+        ("retained", done.retained, RETAINED_SCHEMA, [opened]),
+    ):
+        path = folder / f"{name}.parquet"
+        write_parquet(table, path)
+
+        def meaning(place: Path, name=name, schema=schema, own=own) -> Any:
+            return _plain(read_parquet(place, schema, f"--{name}", own).to_dicts())
+
+        before = meaning(path)
+        targets.append(Target(name, path, change.changed_bytes, meaning, lambda _, before=before: before))
+    return targets
+
+
 def sweep_folder_targets(folder: Path, trace: Path) -> list[Target]:
     from simulator.sweep.folder import SweepFolder
     from simulator.sweep.run import run_sweep

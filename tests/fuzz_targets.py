@@ -16,7 +16,7 @@ import mutations as change
 import naive_traces as naive
 import numpy as np
 from fuzz_kind import Target, only_json
-from fuzz_tables import live_target, sweep_folder_targets, table_targets
+from fuzz_tables import beside_targets, live_target, sweep_folder_targets, table_targets
 
 
 def make_targets(folder: Path) -> list[Target]:
@@ -32,10 +32,40 @@ def make_targets(folder: Path) -> list[Target]:
         _configs_target(folder),
         _prompts_target(folder),
         _shares_target(folder, trace),
+        _curves_target(folder),
         *table_targets(folder, trace.path),
+        *beside_targets(folder, trace.path),
         *sweep_folder_targets(folder, trace.path),
         live_target(folder),
     ]
+
+
+def _replay_of(trace: Path, policies: str) -> list[str]:
+    asked = ["--budget", "50%", "--buffer", "2", "--format", "json", "--jobs", "1"]
+    return ["replay", "--trace", str(trace), "--policy", policies, *asked]
+
+
+def _curves_target(folder: Path) -> Target:
+    from simulator.calibration import Calibration, read_calibrations, write_calibrations
+
+    path = folder / "curves.json"
+    names = "model", "family", "metric", "values", "accuracy", "error"
+    curves = [
+        Calibration("m", family, "gap", (0.1, 0.5, 2.0), (0.0, 0.25, 1.0), 0.1, 6, 3)
+        for family in ("walk", "machine")
+    ]
+    write_calibrations(curves, path)
+
+    def told(value: Any) -> Any:
+        return [*map(float, value)] if isinstance(value, list | tuple) else value
+
+    return Target(
+        "curves",
+        path,
+        change.changed_json,
+        lambda place: [[told(getattr(own, name)) for name in names] for own in read_calibrations(place)],
+        lambda content: [[told(own[name]) for name in names] for own in only_json(content)],
+    )
 
 
 def _trace_targets(path: Path) -> list[Target]:
@@ -54,19 +84,7 @@ def _trace_targets(path: Path) -> list[Target]:
         return trace.manifest.to_json(), trace.text(), arrays
 
     before = meaning(path)
-    asked = [
-        "-t",
-        str(path),
-        "-p",
-        "expected-attention,random",
-        "-b",
-        "50%",
-        "--buffer",
-        "2",
-        "--format",
-        "json",
-    ]
-    commands = [["trace", "validate", str(path)], ["replay", *asked, "--jobs", "1"]]
+    commands = [["trace", "validate", str(path)], _replay_of(path, "expected-attention,random")]
 
     def resealed(content: bytes, rng: random.Random) -> bytes:
         """Change the header or the numbers, and make every checksum fit."""
@@ -131,25 +149,13 @@ def _wave_target(folder: Path, trace: Any) -> Target:
         assert type(wave.n_steps) is int
         return wave.model, [*wave.demand], [[*row] for row in wave.head_demand], [*wave.trace_ids]
 
-    asked = [
-        "-t",
-        str(trace.path),
-        "-p",
-        "streamingllm+wave",
-        "-b",
-        "50%",
-        "--buffer",
-        "2",
-        "--format",
-        "json",
-    ]
     return Target(
         "wave",
         path,
         change.changed_json,
         meaning,
         expected,
-        [["replay", *asked, "--jobs", "1", "--wave", str(path)]],
+        [[*_replay_of(trace.path, "streamingllm+wave"), "--wave", str(path)]],
     )
 
 

@@ -483,13 +483,29 @@ def test_calibrations_are_written_and_read_back(tmp_path):
     assert json.loads(path.read_text())[0]["error"] == 0.1
 
 
-@pytest.mark.parametrize("text", ["", "{}x", "3", '{"a": 1}', "[1]", '[{"model": "m"}]', '[{"values": 1}]'])
-def test_a_file_that_holds_no_curves_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("{}x", "not valid JSON"),
+        ("3", "the whole is 3; allowed: array"),
+        ('{"a": 1}', "allowed: array"),
+        ("[1]", "[0] is 1; allowed: object"),
+        ('[{"model": "m"}]', "[0]: field 'family' is missing"),
+        ('[{"values": 1}]', "[0].values is 1; allowed: array"),
+    ],
+)
+def test_a_file_that_holds_no_curves_is_refused(tmp_path, text, words):
     path = tmp_path / "curves.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"curves\.json is not one of sim validate"):
+    with pytest.raises(UserError) as refused:
         read_calibrations(path)
-    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
+    assert str(refused.value).startswith(f"calibration {path}: ")
+    assert words in str(refused.value)
+
+
+def test_a_file_of_curves_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read: No such file"):
         read_calibrations(tmp_path / "none.json")
 
 

@@ -430,7 +430,10 @@ def test_a_url_is_read_once_and_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("none.jsonl", "benchmark 'math': its prompts none.jsonl cannot be read: No such file or directory"),
+        (
+            "none.jsonl",
+            "benchmark 'math': its prompts 'none.jsonl' cannot be read: No such file",
+        ),
         ("memory://none/p.jsonl", "memory://none/p.jsonl cannot be read: FileNotFoundError"),
         ("nothing://p.jsonl", "nothing://p.jsonl cannot be read: ValueError: Protocol not known"),
         ("bad.parquet", "bad.parquet cannot be read: no Parquet"),
@@ -455,7 +458,7 @@ def test_problems_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, source
 def test_no_text_is_decoded_before_all_benchmarks_are_read(sim, tmp_path):
     code, out, err = sim("--prompts", "second=/none.jsonl")
     assert (code, out) == (2, "")
-    one_line(err, "benchmark 'second': its prompts /none.jsonl cannot be read")
+    one_line(err, "benchmark 'second': its prompts '/none.jsonl' cannot be read")
     assert decoded(tmp_path) == []
 
 

@@ -248,9 +248,9 @@ def test_one_command_replays_what_the_page_shows(run_sim, files):
         (["{rows}", "--retained", "{kept}"], "--retained is given without --trace"),
         (["{rows}", "--fidelity", "{text}"], "--fidelity is given without --accuracy"),
         (["{rows}", "--trajectory", "{kept}"], "--trajectory {kept} has no column 'trace'"),
-        (["{rows}", "--trajectory", "{text}"], "{text} is no Parquet file"),
+        (["{rows}", "--trajectory", "{text}"], "--trajectory {text} is damaged or no Parquet file"),
         (["{rows}", "--retained", "{kept}", "--trace", "sample"], "has no row of --trace walk-"),
-        (["{rows}", "--trajectory", "gone.parquet"], "--trajectory gone.parquet cannot be read"),
+        (["{rows}", "--trajectory", "gone.parquet"], "--trajectory gone.parquet: cannot be read"),
         (["{rows}", "--metric", "speed"], "--metric is 'speed'; allowed: lost_lookup_peak"),
         (["{rows}", "--seed", "-1"], "--seed is -1; allowed: a whole number from 0"),
         (
@@ -264,7 +264,10 @@ def test_one_command_replays_what_the_page_shows(run_sim, files):
         ([], "needs rows of sim replay -o, or --trace to replay"),
         (["--trajectory", "{over}"], "--trajectory goes with rows of the same replay"),
         (["--trace", "{trace}", "-p", "rkv:buffer=5", "-b", "2"], "no cell could be replayed"),
-        (["{rows}", "--fidelity", "{text}", "--accuracy", "{text}"], "has no column 'family'"),
+        (
+            ["{rows}", "--fidelity", "{text}", "--accuracy", "{text}"],
+            "--fidelity {text} is damaged or no par",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_made_is_one_line(run_sim, files, arguments, words, monkeypatch, tmp_path):

@@ -549,7 +549,10 @@ def test_options_that_do_not_belong_together_are_refused(run_sim, folder, trace,
         (["--format", "xml"], "--format is 'xml'"),
         (["--format", "parquet"], "needs a file"),
         (["--prompts", "/none.jsonl"], "--prompts is given 2 times; allowed: once, or with --config"),
-        (["--simulated", "/none.parquet"], "--simulated /none.parquet is no table of sim replay"),
+        (
+            ["--simulated", "/none.parquet"],
+            "--simulated /none.parquet: cannot be read: No such file",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_decoded(live, tmp_path, options, words):
@@ -630,9 +633,9 @@ def test_a_folder_of_other_settings_is_refused(live):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ("text", "is no table of sim replay"),
-        (pl.DataFrame({"a": [1]}), "column trace_id is missing"),
-        ("metrics", "column lost_lookup_peak is missing"),
+        ("text", "other.parquet is damaged or no parquet file"),
+        (pl.DataFrame({"a": [1]}), "other.parquet has no column 'trace_id'"),
+        ("metrics", "other.parquet has no column 'mass_mean'"),
     ],
 )
 def test_what_is_no_replay_is_refused_before_anything_is_decoded(live, simulated, tmp_path, table, words):
@@ -641,7 +644,7 @@ def test_what_is_no_replay_is_refused_before_anything_is_decoded(live, simulated
         write_parquet(table, path)
     elif table == "metrics":
         rows = pl.read_parquet(simulated)
-        write_parquet(rows.select(pl.col(pl.String), "budget_asked"), path)
+        write_parquet(rows.drop("mass_mean"), path)
     else:
         path.write_text("trace_id,family\n")
     code, out, err = live("--simulated", path)

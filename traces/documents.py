@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +116,18 @@ def digest(content: Mapping[str, Any], without: str = "") -> str:
     """Return the sha256 of an object's fields but one, as JSON in ASCII without blanks, names sorted."""
     rest = {name: value for name, value in content.items() if name != without}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def require_known(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a key that means nothing.
+
+    Raises
+    ------
+    UserError
+    """
+    for key in table:
+        if key not in known:
+            raise UserError(f"{what} {shown(key)} is unknown; allowed: {', '.join(known)}")
 
 
 def shown(value: object) -> str:

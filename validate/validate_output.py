@@ -22,29 +22,19 @@ def read_simulated(path: Path) -> pl.DataFrame:
     UserError
         If the file is no such table.
     """
-    import polars as pl
-
-    from simulator.results import with_budget_kind
-    from validate.live.accuracy import CELL
-    from validate.live.fidelity import METRICS
+    from simulator.metric_names import METRICS
+    from simulator.standings import read_rows
 
     try:
-        rows = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"--simulated {path} is no table of sim replay: {error}") from error
-    needed = ("trace_id", "family", "model", "status", *CELL[:-1])
-    missing = [name for name in needed if name not in rows.columns]
-    if not METRICS.keys() & set(rows.columns):
-        missing += METRICS
-    if missing:
-        raise UserError(
-            f"--simulated {path} is no table of sim replay: column {missing[0]} is missing; "
-            "allowed: what sim replay -o FILE.parquet writes"
-        )
+        rows = read_rows([path])
+    except UserError as error:
+        raise UserError(f"--simulated {error}") from None
+    if all(rows[name].null_count() for name in METRICS):
+        raise UserError(f"--simulated {path} has no number in all of its rows; allowed: {', '.join(METRICS)}")
     models = sorted(set(rows["model"].drop_nulls()))
     if len(models) > 1:
         raise UserError(f"--simulated {path} holds rows of {', '.join(models)}; allowed: one model's")
-    return with_budget_kind(rows)
+    return rows
 
 
 def tell(

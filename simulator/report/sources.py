@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from simulator.naming import asked_policies, is_policy, told_apart, with_budget_label
+from simulator.stored_tables import scan_table
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -49,22 +50,12 @@ def read_parquet(
     Raises
     ------
     UserError
-        If the file cannot be read, lacks a column, or holds none of the traces.
+        If the file cannot be read or is damaged, lacks a column, or holds none of the traces.
     """
-    try:
-        scanned = pl.scan_parquet(path)
-        missing = [name for name in schema if name not in scanned.collect_schema()]
-        if missing:
-            raise UserError(
-                f"{option} {path} has no column '{missing[0]}'; allowed: a file of sim replay {option}"
-            )
-        if traces is None:
-            return scanned.collect()
-        found = scanned.filter(pl.col("trace_id").is_in([trace.trace_id for trace in traces])).collect()
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be read: {error.strerror or error}") from None
-    except pl.exceptions.PolarsError:
-        raise UserError(f"{option} {path} is no Parquet file; allowed: one of sim replay {option}") from None
+    scanned = scan_table(path, f"{option} {path}", schema)
+    if traces is None:
+        return scanned.collect()
+    found = scanned.filter(pl.col("trace_id").is_in([trace.trace_id for trace in traces])).collect()
     if found.is_empty():
         names = ", ".join(trace.path.name for trace in traces[:3])
         raise UserError(f"{option} {path} has no row of --trace {names}; needed: the trace that was replayed")

@@ -12,8 +12,7 @@ from typing import Any
 from simulator.budget import Budget, parse_budget
 from simulator.policy import REPLAY_FIELDS, Policy, parse_policy, split_name
 from simulator.sampling import EVERYTHING, Sampling, parse_sampling
-from simulator.toml_file import require_known
-from traces.documents import read_toml, shown
+from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
 from traces.seeds import require_seed
 

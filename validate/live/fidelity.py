@@ -92,7 +92,7 @@ def matched_cells(
                 ]
             )
             for metric, more_is_better in metrics.items()
-            if metric in done.columns
+            if metric in done.columns and not done[metric].null_count()
         }
         found[family] = Cells(labels, values, np.array(solved))
     if not found:

@@ -15,34 +15,23 @@ from simulator.metric_names import METRICS
 from simulator.report.figure import Figure
 from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
-from simulator.results import with_budget_kind
+from simulator.results import ROW_SCHEMA, refuse_rows, with_budget_kind
+from simulator.stored_tables import read_table
 from traces.errors import UserError
 from traces.wording import number, span
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.charts import METRIC_NAMES, scatter_panel
 from validate.live.fidelity import Cells
 
-_FIDELITY = ("family", "metric", "spearman", "spearman_within", "regret")
-
-
-def read_table(path: Path, columns: Sequence[str], option: str) -> pl.DataFrame:
-    """Read a table of ``sim validate``.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read or lacks a column.
-    """
-    try:
-        table = pl.read_csv(path)
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be read: {error.strerror or error}") from None
-    except pl.exceptions.PolarsError:
-        raise UserError(f"{option} {path} is no CSV file; allowed: one that sim validate wrote") from None
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise UserError(f"{option} {path} has no column '{missing[0]}'; allowed: a table of sim validate")
-    return table
+_FIDELITY = {
+    **{"family": pl.String, "metric": pl.String},
+    **{"spearman": pl.Float64, "spearman_within": pl.Float64, "regret": pl.Float64},
+}
+_ACCURACY = {
+    "family": pl.String,
+    **{name: ROW_SCHEMA[name] for name in CELL if name != "budget_kind"},
+    "accuracy": pl.Float64,
+}
 
 
 def fidelity_section(
@@ -64,8 +53,11 @@ def fidelity_section(
     UserError
         If a file is no such table, or no family, policy and budget is in both.
     """
-    fidelity = read_table(fidelity_path, _FIDELITY, "--fidelity")
-    accuracy = with_budget_kind(read_table(accuracy_path, ("family", *CELL[:-1], "accuracy"), "--accuracy"))
+    what = f"--accuracy {accuracy_path}"
+    fidelity = read_table(fidelity_path, f"--fidelity {fidelity_path}", _FIDELITY)
+    accuracy = with_budget_kind(read_table(accuracy_path, what, _ACCURACY))
+    right = pl.col("accuracy")
+    refuse_rows(accuracy, right.is_null() | ~right.is_between(0, 1), "accuracy", "0 to 1", what)
     cells = _cells(rows, accuracy, metrics)
     if not cells:
         raise UserError(

@@ -10,8 +10,7 @@ from typing import Any
 
 from simulator.budget import Budget, parse_budget
 from simulator.policy import REPLAY_FIELDS, Policy, parse_policy
-from simulator.toml_file import require_known
-from traces.documents import read_toml, shown
+from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
 from validate.sampling import Sampling
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 
 from traces.atomic import write_file
+from traces.documents import shown
 from traces.errors import UserError
 from traces.extras import require_extra
 from traces.remote import is_remote
@@ -67,8 +67,8 @@ def _read(name: str, source: str, folder: Path) -> bytes:
     if not is_remote(source):
         try:
             return Path(source).expanduser().read_bytes()
-        except OSError as error:
-            raise _unreadable(name, source, error.strerror or str(error)) from None
+        except (OSError, ValueError) as error:  # a NUL character
+            raise _unreadable(name, shown(source), getattr(error, "strerror", None) or str(error)) from None
     kept = folder / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.source"
     if kept.is_file():
         return kept.read_bytes()
@@ -91,12 +91,12 @@ def _fetch(name: str, url: str) -> bytes:
 
 
 def _rows_of_parquet(name: str, source: str, content: bytes) -> bytes:
-    import polars as pl
+    from simulator.stored_tables import parse_foreign_parquet
 
     try:
-        return pl.read_parquet(BytesIO(content)).write_ndjson().encode()
-    except pl.exceptions.PolarsError as error:
-        raise _unreadable(name, source, f"no Parquet: {str(error).splitlines()[0]}") from None
+        return parse_foreign_parquet(content).write_ndjson().encode()
+    except ValueError as error:
+        raise _unreadable(name, source, f"no Parquet: {error}") from None
 
 
 def _unreadable(name: str, source: str, reason: str) -> UserError:

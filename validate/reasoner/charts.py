@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import altair as alt
 
 from simulator.chart_style import over_plot, styled
+from traces.documents import read_json
 from traces.errors import UserError
 from validate.reasoner.tasks import FAMILIES
 
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the SVG files")
     options = parser.parse_args(arguments)
     try:
-        profile = json.loads(options.profile.read_text(encoding="utf-8"))
+        profile = read_json(options.profile, f"--profile {options.profile}", dict[str, Any])
         charts = {"demand-profile": demand_chart(profile), "attention-maps": map_chart(profile)}
         options.out.mkdir(parents=True, exist_ok=True)
         for name, chart in charts.items():

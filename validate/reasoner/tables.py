@@ -13,6 +13,7 @@ import polars as pl
 from simulator.metric_names import METRICS
 from simulator.naming import with_budget_label
 from simulator.results import with_budget_kind
+from simulator.stored_tables import read_table
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.fidelity import Cells
@@ -33,8 +34,7 @@ def result_table(name: str) -> pl.DataFrame:
     if name not in there:
         raise UserError(f"table is '{name}'; allowed: {', '.join(there)}")
     with resources.as_file(place / f"{name}.csv") as path:
-        table = pl.read_csv(path)
-    return with_budget_kind(table)
+        return with_budget_kind(read_table(path, str(path), {}))
 
 
 def stored_profile() -> dict[str, Any]:
