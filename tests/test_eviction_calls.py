@@ -379,6 +379,27 @@ def test_passes_that_do_not_end_with_the_prompt_are_refused(models, stock):
         assert loop(model, PROMPT[:, :1], cache) == stock("llama", PROMPT[:, :1])
 
 
+def test_rows_are_left_out_after_their_prompts_only(models):
+    model, two = models["llama"], ids_of(5, n_rows=2)
+    with evicting(model, cache := CACHES["host"](model, entries=TIGHT, prompt_tokens=N_PROMPT)):
+        model(input_ids=two[:, :7], past_key_values=cache)
+        with pytest.raises(UserError, match="before their prompts are whole"):
+            cache.batch_select_indices(torch.tensor([1]))
+
+
+def test_rows_left_out_take_their_budgets_and_seeds_along(models):
+    model, two, other = models["llama"], ids_of(5, n_rows=2), ids_of(6)
+    policy = "random:buffer=6"
+    with evicting(model, alone := CACHES["host"](model, policy, [TIGHT], seeds=[6])):
+        expected, held = generate(model, other, past_key_values=alone), alone.held.tolist()
+    with evicting(model, cache := CACHES["host"](model, policy, [TIGHT + 6, TIGHT], seeds=[5, 6])):
+        generate(model, two, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.reset()
+        assert generate(model, other, past_key_values=cache) == expected
+    assert cache.held.tolist() == held
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

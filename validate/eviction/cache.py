@@ -124,6 +124,8 @@ class EvictingCache(Cache):
             self._prompts = self._prompts[rows]
         if not self._one_budget:
             self._asked = [self._asked[row] for row in rows]
+        if self._seeds is not None:
+            self._seeds = [self._seeds[row] for row in rows]
 
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
@@ -214,7 +216,7 @@ class EvictingCache(Cache):
         return self.calls.tokens[:, -length:].detach().cpu().numpy()
 
     def _require_rows(self, n_rows: int) -> None:
-        n_budgets = n_rows if self._one_budget else len(self._budgets)
+        n_budgets = n_rows if self._one_budget else len(self._asked)
         n_seeds = n_rows if self._seeds is None else len(self._seeds)
         for what, n_given in (("budgets", n_budgets), ("seeds", n_seeds)):
             if n_given != n_rows:

@@ -66,6 +66,8 @@ class EvictingCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only some rows and free the others."""
+        if self.passes:
+            raise UserError("rows cannot be left out before their prompts are whole; allowed: after them")
         if self.entries is not None:
             self.entries.keep_rows(indices.cpu().numpy())
 
