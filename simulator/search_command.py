@@ -85,12 +85,11 @@ def search(
     from traces.check import check_trace
     from traces.errors import Interrupted, UserError
     from traces.lock import locked
+    from traces.seeds import require_seed
     from traces.store import find_traces, open_trace
 
     if metric not in SEARCHABLE:
         raise UserError(f"--metric is '{metric}'; allowed: {', '.join(SEARCHABLE)}")
-    from traces.seeds import require_seed
-
     require_seed(seed, "--seed")
     for name, value, least in (("--minutes", minutes, 0), ("--keep", keep, 1)):
         if value < least:

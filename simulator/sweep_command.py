@@ -85,7 +85,6 @@ def sweep(
 
 
 def _summary(progress: Progress) -> str:
-
     rate = progress.n_replayed / progress.seconds if progress.seconds else 0.0
     return (
         f"{counted(progress.n_cells, 'cell')}: {progress.n_before} done before, "

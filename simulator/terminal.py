@@ -82,7 +82,7 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
     ]
     labels = [cells["policy"] for own in groups.values() for cells in own]
     shown, note, legend = fitted(console, partial(_layout, groups), columns, labels, _EXPENDABLE)
-    say(console, _caption(table, several, shared), *[note] * bool(note))
+    say(console, _caption(table, several, shared), note)
     console.print(shown)
     say(console, *legend)
     if several:
@@ -167,8 +167,8 @@ def print_standings(
 
 
 def say(console: Console, *lines: str) -> None:
-    """Print lines as they are, however long."""
-    for line in lines:
+    """Print lines as they are, however long; an empty one is none."""
+    for line in filter(None, lines):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from numba.core import event
@@ -55,7 +56,10 @@ def test_a_terminal_is_told_once_that_something_is_compiled(monkeypatch, capsys)
     assert capsys.readouterr().err == "sim: compiling for this machine, once: some 20 seconds\n"
 
 
-def test_machine_code_from_disk_is_not_told():
+def test_machine_code_from_disk_is_not_told(tmp_path, monkeypatch):
+    (tmp_path / "successor.py").write_text("def successor(x):\n    return x + 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    successor = import_module("successor").successor
     starts = []
 
     class Noted(_Told):
@@ -65,9 +69,9 @@ def test_machine_code_from_disk_is_not_told():
     noted = Noted()
     event.register("numba:compile", noted)
     try:
-        run = compiled()(lambda x: x + 1)
-        run(1)
-        run(2)
+        assert compiled()(successor)(1) == 2
+        assert len(starts) == 1
+        assert compiled()(successor)(1) == 2
     finally:
         event.unregister("numba:compile", noted)
     assert len(starts) == 1

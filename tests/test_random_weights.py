@@ -249,9 +249,10 @@ def test_a_live_run_with_random_weights_says_so(sim, tmp_path):
     assert "no wave for model 'random:tiny'" in err
     assert json.loads((tmp_path / "validate" / "settings.json").read_text())["model"] == "random:tiny"
     assert NOTE in (tmp_path / "r.html").read_text(encoding="utf-8")
-    code, out, err = sim("validate", "-p", "rkv", "-b", 20, "--buffer", 4, "-o", tmp_path / "rows.parquet")
-    assert (code, out, err) == (0, "", f"sim: {NOTE}\n")
-    assert len(pl.read_parquet(tmp_path / "rows.parquet")) == 4
+    rows = tmp_path / "rows.parquet"
+    code, out, err = sim("validate", "-p", "rkv", "-b", 20, "--buffer", 4, "-o", rows)
+    assert (code, out, err) == (0, "", f"sim: wrote {rows}: 4 rows\nsim: {NOTE}\n")
+    assert len(pl.read_parquet(rows)) == 4
 
 
 def test_a_recording_with_random_weights_says_so_and_gives_a_wave(sim, run_sim, tmp_path):

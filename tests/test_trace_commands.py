@@ -52,7 +52,7 @@ def test_find_traces_takes_names_that_look_like_globs(tmp_path):
             "nothing.kvtrace",
             "not found; .*allowed: a directory NAME.kvtrace, a folder of them, or a glob in quotes",
         ),
-        ("b.kvtrac", "not found; near it is b.kvtrace"),
+        ("b.kvtrac", "not found; did you mean 'b.kvtrace'?"),
         ("*.npz", "matches no trace"),
         ("notes.txt", "a file, not a directory"),
         ("weights.pt", "a file, not a directory; allowed: .*; traces of a model are recorded by sim record"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
@@ -14,6 +13,7 @@ from traces.errors import TraceError
 from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, read_manifest
 from traces.remote import SUFFIX, fetch, find_remote, is_remote
 from traces.trace import Trace
+from traces.wording import near
 
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".ckpt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -115,8 +115,7 @@ def _what_else(asked: str | Path) -> str:
     if _HUB_ID.fullmatch(str(asked)) and not path.parent.exists():
         return f"not found; if it is a model of a hub, {recorded}; {allowed}"
     names = [SAMPLE_NAME, *(other.name for other in path.parent.glob(f"*{SUFFIX}"))]
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"not found{f'; near it is {near[0]}' if near else ''}; {allowed}"
+    return f"not found{near(path.name, names) or ';'} {allowed}"
 
 
 def _expand_glob(pattern: str) -> list[Path]:

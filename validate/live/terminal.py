@@ -46,7 +46,7 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
             ordered = rows.sort("budget_asked", nulls_last=False, maintain_order=True).to_dicts()
             texts = [{name: tell(row) for name, tell in _ACCURACY.items()} for row in ordered]
             _print_fitted(console, title, list(_ACCURACY), ordered, texts)
-        say(console, *[note] * bool(note))
+        say(console, note)
 
 
 def print_published(table: pl.DataFrame, source: str, note: str, output: Path | None = None) -> None:
@@ -63,8 +63,7 @@ def print_published(table: pl.DataFrame, source: str, note: str, output: Path | 
             ]
             _print_fitted(console, title, _PUBLISHED, rows.to_dicts(), texts)
         say(console, *(f"{mark} {text}" for text, mark in marks.items()))
-        say(console, *[f"published: {source}"] * bool(source and table["published"].count()))
-        say(console, *[note] * bool(note))
+        say(console, f"published: {source}" if source and table["published"].count() else "", note)
 
 
 def _print_fitted(
@@ -90,7 +89,7 @@ def _print_fitted(
     policies = [row["policy"] for row in rows]
     table, left_out, legend = fitted(console, make, ["budget", "policy", *columns], policies, _EXPENDABLE)
     console.print(table)
-    say(console, *[left_out] * bool(left_out), *legend)
+    say(console, left_out, *legend)
 
 
 def published_text(row: dict[str, Any], marks: dict[str, str]) -> tuple[str, ...]:
@@ -161,7 +160,7 @@ def print_levels(table: pl.DataFrame, output: Path | None) -> None:
     with _console(output) as console:
         shown, left_out, legend = fitted(console, make, table.columns, table["policy"], layers[::-1])
         console.print(shown)
-        say(console, *[left_out] * bool(left_out), *legend)
+        say(console, left_out, *legend)
 
 
 def _level_text(value: object) -> str:
