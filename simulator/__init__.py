@@ -6,27 +6,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simulator.budget import Budget, parse_budget
-    from simulator.cap import entries_of
     from simulator.cells import replay, run_replay
-    from simulator.engine import Engine, memory_over_time
-    from simulator.policy import Policy, parse_policy
-    from simulator.request import Request
-    from simulator.wave import Wave, calibrate, read_wave
+    from simulator.policies.language import Policy, parse_policy
+    from simulator.policies.wave import Wave, read_wave
+    from simulator.replay.cap import entries_of
+    from simulator.replay.demand import calibrate
+    from simulator.replay.engine import Engine, memory_over_time
+    from simulator.replay.request import Request
 
 _HOMES = {
     "Budget": "budget",
-    "entries_of": "cap",
+    "entries_of": "replay.cap",
     "parse_budget": "budget",
-    "Engine": "engine",
-    "memory_over_time": "engine",
-    "Policy": "policy",
-    "parse_policy": "policy",
+    "Engine": "replay.engine",
+    "memory_over_time": "replay.engine",
+    "Policy": "policies.language",
+    "parse_policy": "policies.language",
     "replay": "cells",
     "run_replay": "cells",
-    "Request": "request",
-    "Wave": "wave",
-    "calibrate": "wave",
-    "read_wave": "wave",
+    "Request": "replay.request",
+    "Wave": "policies.wave",
+    "calibrate": "replay.demand",
+    "read_wave": "policies.wave",
 }
 
 __all__ = [

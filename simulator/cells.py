@@ -7,32 +7,37 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from simulator.budget import PEAK, Budget, parse_budget
-from simulator.cap import entries_of
-from simulator.engine import Engine
-from simulator.full_cache import FullCache
-from simulator.layer_replay import Retained
-from simulator.metrics import measure
-from simulator.policies.base import PolicyError
-from simulator.policy import Policy, parse_policy, split_list
-from simulator.request import Outcome, Request
-from simulator.results import GROUP, budget_columns, result_table, retained_table, trajectory_table
-from simulator.sampling import EVERYTHING, Sampling
-from simulator.trajectory import spans
-from simulator.user_policies import failure
-from simulator.wave import Wave, known_waves, read_wave, require_fitting
+from simulator.policies.language import Policy, parse_policy, split_list
+from simulator.policies.parts import PolicyError
+from simulator.policies.plugins import failure
+from simulator.policies.wave import Wave, known_waves, read_wave, require_fitting
+from simulator.replay.cap import entries_of
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.replay.layer import Retained
+from simulator.replay.metrics import measure
+from simulator.replay.request import Outcome, Request
+from simulator.replay.sampling import EVERYTHING, Sampling
+from simulator.replay.trajectory import spans
+from simulator.results.tables import GROUP, budget_columns, result_table, retained_table, trajectory_table
 from traces.check import check_trace
 from traces.errors import UserError
 from traces.seeds import require_seed
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
 from traces.version import package_version
+
+_ROOT = Path(__file__).parents[1]
+_MAKES_ROWS = (
+    *(f"simulator/{room}/**/*.py" for room in ("kernels", "policies", "replay")),
+    *("simulator/waves/*.json", "simulator/budget.py", "simulator/cells.py", "traces/**/*.py"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,12 +331,14 @@ def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
 
 @cache
 def code_version() -> str:
-    """Name this build: the version and a digest of the code and waves that results depend on."""
+    """Name this build: the version and a digest of the code and waves that rows depend on.
+
+    Reports, charts and commands are left out, so that what is finished stays finished when they change.
+    """
     digest = hashlib.sha256()
-    for package in ("simulator", "simulator.policies", "simulator.waves", "traces"):
-        for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith((".py", ".json")):
-                digest.update(entry.read_bytes())
+    for pattern in _MAKES_ROWS:
+        for path in sorted(_ROOT.glob(pattern)):
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
     return f"{package_version()}+{digest.hexdigest()[:12]}"
 
 

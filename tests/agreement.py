@@ -17,11 +17,11 @@ import naive_rules
 import naive_scorers
 import numpy as np
 
-from simulator.engine import Engine
-from simulator.layer_replay import LayerReplay
-from simulator.policy import parse_policy
-from simulator.request import Outcome, Request
-from simulator.wave import Wave
+from simulator.policies.language import parse_policy
+from simulator.policies.wave import Wave
+from simulator.replay.engine import Engine
+from simulator.replay.layer import LayerReplay
+from simulator.replay.request import Outcome, Request
 
 NEAR = 1e-6  # relative
 

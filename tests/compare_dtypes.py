@@ -12,7 +12,7 @@ import argparse
 import torch
 from tiny_models import N_TOKEN_IDS, tiny_model
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from validate.eviction.cache import EvictingCache, evicting
 
 PAIRS = (("ours", "sdpa"), ("ours", "eager"), ("eager", "sdpa"))

@@ -13,7 +13,7 @@ import time
 from itertools import product
 from pathlib import Path
 
-from simulator.blas import use_one_thread
+from simulator.workers.blas import use_one_thread
 
 use_one_thread("openblas")
 
@@ -21,11 +21,11 @@ import naive_torch  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from simulator.bench_trace import eight_billion  # noqa: E402
-from simulator.engine import Engine  # noqa: E402
-from simulator.machine import n_cores  # noqa: E402
-from simulator.policy import parse_policy  # noqa: E402
-from simulator.request import Request  # noqa: E402
+from simulator.bench.machine import n_cores  # noqa: E402
+from simulator.bench.trace import eight_billion  # noqa: E402
+from simulator.policies.language import parse_policy  # noqa: E402
+from simulator.replay.engine import Engine  # noqa: E402
+from simulator.replay.request import Request  # noqa: E402
 from traces import make_synthetic  # noqa: E402
 
 

@@ -21,8 +21,8 @@ with suppress(ImportError):
 @pytest.fixture(autouse=True)
 def _no_word_of_the_machine(monkeypatch):
     """Keep what ``sim`` says of a slow BLAS out of the tests, wherever they run; see test_bench."""
-    monkeypatch.setattr("simulator.blas._CPUINFO", Path("no such file"))
-    monkeypatch.setattr("simulator.blas._loaded_threads", lambda: 1)
+    monkeypatch.setattr("simulator.workers.blas._CPUINFO", Path("no such file"))
+    monkeypatch.setattr("simulator.workers.blas._loaded_threads", lambda: 1)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from traces.errors import UserError
 def table_targets(folder: Path, trace: Path) -> list[Target]:
     import traces
     from simulator import replay
-    from simulator.output import write_rows
-    from simulator.standings import read_rows
+    from simulator.results.output import write_rows
+    from simulator.results.standings import read_rows
 
     table = replay(traces.open_trace(trace), ["streamingllm:buffer=2", "random:buffer=2"], ["50%", 6])
     targets = []
@@ -42,9 +42,9 @@ def beside_targets(folder: Path, trace: Path) -> list[Target]:
     """Give the tables that a replay writes beside its rows, as a page reads them."""
     import traces
     from simulator.cells import run_replay
-    from simulator.output import write_parquet
     from simulator.report.sources import read_parquet
-    from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
+    from simulator.results.output import write_parquet
+    from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
 
     opened = traces.open_trace(trace)
     done = run_replay([opened], ["streamingllm:buffer=2"], [6], keep_retained=True, keep_trajectory=True)
@@ -94,8 +94,8 @@ def sweep_folder_targets(folder: Path, trace: Path) -> list[Target]:
 
 
 def live_target(folder: Path) -> Target:
-    from simulator.output import write_parquet
-    from simulator.results import budget_columns
+    from simulator.results.output import write_parquet
+    from simulator.results.tables import budget_columns
     from validate.live.completions import ROW_SCHEMA
     from validate.live.matrix import FULL, Batch, Matrix, MatrixSettings
 

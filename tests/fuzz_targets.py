@@ -46,7 +46,7 @@ def _replay_of(trace: Path, policies: str) -> list[str]:
 
 
 def _curves_target(folder: Path) -> Target:
-    from simulator.calibration import Calibration, read_calibrations, write_calibrations
+    from simulator.results.calibration import Calibration, read_calibrations, write_calibrations
 
     path = folder / "curves.json"
     names = "model", "family", "metric", "values", "accuracy", "error"
@@ -126,7 +126,8 @@ def _trace_targets(path: Path) -> list[Target]:
 
 
 def _wave_target(folder: Path, trace: Any) -> Target:
-    from simulator.wave import calibrate, read_wave
+    from simulator.policies.wave import read_wave
+    from simulator.replay.demand import calibrate
 
     path = folder / "wave.json"
     other = naive.small_trace(folder / "calibration.kvtrace", seed=5, model="tiny")
@@ -161,7 +162,7 @@ def _wave_target(folder: Path, trace: Any) -> Target:
 
 def _sweep_target(folder: Path, trace: Path) -> Target:
     from simulator.budget import parse_budget
-    from simulator.policy import parse_policy
+    from simulator.policies.language import parse_policy
     from simulator.sweep.spec import read_spec
 
     path = folder / "sweep.toml"
@@ -206,7 +207,7 @@ def _sweep_target(folder: Path, trace: Path) -> Target:
 
 def _configs_target(folder: Path) -> Target:
     from simulator.budget import parse_budget
-    from simulator.policy import parse_policy
+    from simulator.policies.language import parse_policy
     from validate.validate_command import _asked_cells
 
     path = folder / "winners.json"
@@ -262,7 +263,7 @@ def _prompts_target(folder: Path) -> Target:
 
 
 def _shares_target(folder: Path, trace: Any) -> Target:
-    from simulator.policies.base import LayerRequest
+    from simulator.policies.parts import LayerRequest
     from simulator.policies.tables import head_shares
 
     path = folder / "shares.json"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from simulator.policies.base import HeadRequest, LayerRequest
-from simulator.view import CacheView
+from simulator.policies.parts import HeadRequest, LayerRequest
+from simulator.policies.view import CacheView
 
 NAME = "kvbudget_masked_twin"
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from agreement import make_wave
 
-from simulator.engine import Engine
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 from traces import write_trace
 from validate.eviction.layer import EvictingLayer
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.base import Scorer
+from simulator.policies.parts import Scorer
 
 
 @dataclass(frozen=True)

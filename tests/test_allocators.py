@@ -15,23 +15,27 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.apportion import divide, fractions
-from simulator.engine import Engine
-from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS
-from simulator.policies.adakv import AdaKV, wins
-from simulator.policies.base import HeadRequest, LayerRequest, PolicyError
-from simulator.policies.cake import Cake, spread_and_shift
-from simulator.policies.custom import CustomHeads, CustomLayers
-from simulator.policies.duo import Duo
-from simulator.policies.headkv import HeadKV, TableLayers
-from simulator.policies.heads import UniformHeads, UtilityHeads
-from simulator.policies.layers import PyramidCode, WaveLayers
-from simulator.policies.squeeze import Squeeze, low_cluster
-from simulator.policies.wave_dynamic import WaveDynamic
-from simulator.policy import parse_policy
-from simulator.request import Request
-from simulator.view import CacheView
-from simulator.wave import Wave
+from simulator.policies.apportion import divide, fractions
+from simulator.policies.heads.adakv import AdaKV, wins
+from simulator.policies.heads.custom import CustomHeads
+from simulator.policies.heads.duo import Duo
+from simulator.policies.heads.headkv import HeadKV
+from simulator.policies.heads.uniform import UniformHeads
+from simulator.policies.heads.utility import UtilityHeads
+from simulator.policies.language import parse_policy
+from simulator.policies.layers.cake import Cake, spread_and_shift
+from simulator.policies.layers.custom import CustomLayers
+from simulator.policies.layers.pyramid import PyramidCode
+from simulator.policies.layers.squeeze import Squeeze, low_cluster
+from simulator.policies.layers.table import TableLayers
+from simulator.policies.layers.wave import WaveLayers
+from simulator.policies.layers.wave_dynamic import WaveDynamic
+from simulator.policies.parts import HeadRequest, LayerRequest, PolicyError
+from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS
+from simulator.policies.view import CacheView
+from simulator.policies.wave import Wave
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 from traces.errors import InfeasibleBudgetError, MissingDataError, UserError
 
 # Zeros, ties and extreme skew.

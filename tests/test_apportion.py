@@ -9,10 +9,11 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.apportion import apportion, robustify
-from simulator.policies.base import LayerRequest
-from simulator.policies.layers import PyramidLayers, WaveLayers
-from simulator.wave import Wave
+from simulator.policies.apportion import apportion, robustify
+from simulator.policies.layers.pyramid import PyramidLayers
+from simulator.policies.layers.wave import WaveLayers
+from simulator.policies.parts import LayerRequest
+from simulator.policies.wave import Wave
 from traces.errors import InfeasibleBudgetError, MissingDataError
 
 BOUNDS = {"exponent": 0.5, "floor": 0.25, "cap": 2.0}

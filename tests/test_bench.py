@@ -9,12 +9,15 @@ import naive_torch
 import numpy as np
 import pytest
 
-from simulator import bench, blas, machine, tiles
-from simulator.bench_command import print_bench
-from simulator.bench_trace import PROMPT_TOKENS, write_bench_trace
-from simulator.engine import Engine
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.bench.cases import cases as bench
+from simulator.bench.cases import machine
+from simulator.bench.trace import PROMPT_TOKENS, write_bench_trace
+from simulator.cli.bench import print_bench
+from simulator.kernels.attention import tiles
+from simulator.policies.language import parse_policy
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
+from simulator.workers import blas
 from traces.errors import UserError
 from traces.shape import ModelShape
 from validate import cli

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.budget import Budget, parse_budget
-from simulator.cap import entries_of
 from simulator.cells import PreparedTrace, run_replay
-from simulator.policies.base import LayerAllocator, Trigger
-from simulator.policies.layers import UniformLayers
-from simulator.policies.triggers import BufferFull
-from simulator.policy import Policy, parse_policy
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.layers.uniform import UniformLayers
+from simulator.policies.parts import LayerAllocator, Trigger
+from simulator.policies.triggers.buffer_full import BufferFull
+from simulator.replay.cap import entries_of
 from traces.errors import InfeasibleBudgetError
 
 

@@ -3,10 +3,10 @@
 import polars as pl
 import pytest
 
-from simulator.cell_means import cell_means, chosen_elsewhere, main
 from simulator.cells import run_replay
-from simulator.metric_names import METRICS
-from simulator.output import write_parquet
+from simulator.results.means import cell_means, chosen_elsewhere, main
+from simulator.results.metric_names import METRICS
+from simulator.results.output import write_parquet
 
 
 def test_means_are_over_traces_of_one_family(make_trace):

@@ -13,9 +13,9 @@ import pytest
 from agreement import make_wave
 
 from simulator import replay, run_replay
-from simulator.policies.base import Scorer
-from simulator.policy import Policy, parse_policy
-from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, result_table, summarise
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.parts import Scorer
+from simulator.results.tables import RETAINED_SCHEMA, ROW_SCHEMA, result_table, summarise
 from traces.errors import TraceError, UserError
 
 IDENTITY = ["trace_id", "model", "policy", "policy_params", "budget_asked", "budget_unit"]

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 from naive_traces import reseal
 
-from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
-from simulator.results import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
+from simulator.policies.shipped import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
+from simulator.results.tables import RETAINED_SCHEMA, ROW_SCHEMA, TRAJECTORY_SCHEMA
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from numba.core import event
 
-from simulator.compiled import _Told, compiled
+from simulator.kernels.compiled import _Told, compiled
 
 ROOT = Path(__file__).parent.parent
 ASK = """
 import numpy as np
-from simulator.kernels import add_tile_mass
-from simulator.tiles import ROWS, WIDTH
+from simulator.kernels.attention import add_tile_mass
+from simulator.kernels.tiles import ROWS, WIDTH
 mass = np.zeros(WIDTH, np.float32)
 add_tile_mass(np.zeros((ROWS, WIDTH), np.float32), np.float32(1), np.zeros(WIDTH, np.float32), mass)
 hits = sum(add_tile_mass.stats.cache_hits.values())
@@ -41,7 +41,7 @@ def test_code_on_disk_is_used_until_a_file_changes(tmp_path):
 
     assert ask() == ["True", "0"]
     assert ask() == ["True", "1"]
-    tiles = tmp_path / "simulator/tiles.py"
+    tiles = tmp_path / "simulator/kernels/tiles.py"
     tiles.write_text(tiles.read_text().replace("return ", "return  "))
     assert ask() == ["True", "0"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from traces.errors import NoDeviceError, UserError
 from validate.gpu.bench import decode, run
 from validate.gpu.bench.check import check_kernels

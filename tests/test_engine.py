@@ -13,12 +13,12 @@ from cases import MODERATE, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.compression import lend_unused
-from simulator.engine import Engine, memory_over_time
-from simulator.ledger import NEVER
-from simulator.policies.base import HeadAllocator, LayerAllocator, PolicyError
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.policies.parts import HeadAllocator, LayerAllocator, PolicyError
+from simulator.replay.compression import lend_unused
+from simulator.replay.engine import Engine, memory_over_time
+from simulator.replay.ledger import NEVER
+from simulator.replay.request import Request
 from traces.errors import UserError
 
 POLICIES = [

@@ -7,7 +7,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.events import EventQueue, Kind
+from simulator.replay.events import EventQueue, Kind
 
 pushes = st.lists(st.tuples(st.integers(0, 5), st.sampled_from(list(Kind))), max_size=30)
 

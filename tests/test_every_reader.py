@@ -8,12 +8,12 @@ from io import BytesIO
 import polars as pl
 import pytest
 
-from simulator.calibration import read_calibrations
 from simulator.cells import run_replay
-from simulator.charts import main as draw
-from simulator.output import write_parquet
+from simulator.charts.head_budgets import main as draw
 from simulator.report.sources import read_parquet
-from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
+from simulator.results.calibration import read_calibrations
+from simulator.results.output import write_parquet
+from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
 from traces.errors import UserError
 from validate.live.fidelity_section import fidelity_section
 from validate.protocol.prompts import prepare_prompts

@@ -11,7 +11,7 @@ from spies import NAME, tiny_waves
 from tiny_models import N_TOKEN_IDS, tiny_model
 from transformers import DynamicCache
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.gpu.cache import DeviceCache

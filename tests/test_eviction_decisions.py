@@ -13,10 +13,10 @@ from cases import MODERATE, cases, draw_arrays
 from hypothesis import given, settings
 from spies import LAYERED, POLICIES, SpyLayer, parsed, replayed
 
-from simulator.compression import Compressor
-from simulator.policies.base import Scorer
-from simulator.policies.triggers import BufferFull
-from simulator.policy import Policy, parse_policy
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.parts import Scorer
+from simulator.policies.triggers.buffer_full import BufferFull
+from simulator.replay.compression import Compressor
 from traces import write_trace
 from traces.shape import ModelShape
 from traces.synthetic import make_synthetic

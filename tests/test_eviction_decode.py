@@ -11,7 +11,7 @@ from naive_decode import decode_masked
 from spies import LAYERED, NAME, POLICIES, SpyLayer, parsed, replayed, tiny_waves, write_seen
 from tiny_models import N_TOKEN_IDS, tiny_model
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from traces.errors import InfeasibleBudgetError, MissingDataError, UserError
 from validate.eviction import decode as decode_module
 from validate.eviction.cache import EvictingCache, evicting

@@ -7,8 +7,8 @@ import torch
 from agreement import make_wave
 from tiny_models import N_TOKEN_IDS, tiny_model
 
-from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
+from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
 from traces.errors import InfeasibleBudgetError, UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.decode import decode

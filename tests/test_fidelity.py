@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.calibration import Calibration, read_calibrations, write_calibrations
-from simulator.naming import told_apart
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
+from simulator.results.calibration import Calibration, read_calibrations, write_calibrations
+from simulator.results.labels import told_apart
 from traces.errors import UserError
 from validate.live.accuracy import accuracy_table, compare, mean_interval
 from validate.live.fidelity import (

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive_rules import Rules
 
-from simulator import full_cache
-from simulator.full_cache import FullCache, group_weights, sampled_steps
+from simulator.replay import full_cache
+from simulator.replay.full_cache import FullCache, group_weights, sampled_steps
 
 
 def dense_weights(trace):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from agreement import NEAR, agree, replayed
 
-from simulator.contract import checked_scores
-from simulator.policy import parse_policy
-from simulator.selection import select_slots
-from simulator.view import CacheView
+from simulator.policies.contract import checked_scores
+from simulator.policies.language import parse_policy
+from simulator.policies.view import CacheView
+from simulator.replay.selection import select_slots
 from traces import write_trace
 
 VECTORS = sorted(Path(__file__).parent.joinpath("golden").glob("*-seed*.npz"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulator.policies.adakv import AdaKV
-from simulator.policies.base import HeadRequest
-from simulator.selection import select_slots
+from simulator.policies.heads.adakv import AdaKV
+from simulator.policies.parts import HeadRequest
+from simulator.replay.selection import select_slots
 
 GOLDEN = Path(__file__).parent / "golden"
 

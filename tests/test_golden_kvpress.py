@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulator.contract import checked_scores
-from simulator.policies import SCORERS
-from simulator.rope import read_rope
-from simulator.view import CacheView
+from simulator.policies.contract import checked_scores
+from simulator.policies.rope import read_rope
+from simulator.policies.shipped import SCORERS
+from simulator.policies.view import CacheView
 
 GOLDEN = Path(__file__).parent / "golden"
 LARGEST = np.finfo(np.float32).max

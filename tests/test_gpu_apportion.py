@@ -7,7 +7,7 @@ from gpu_device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.apportion import robustify
+from simulator.policies.apportion import robustify
 from validate.gpu.apportion import divide_heads
 
 

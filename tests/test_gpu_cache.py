@@ -9,7 +9,7 @@ from gpu_device import DEVICE
 from spies import NAME, tiny_waves
 from tiny_models import N_TOKEN_IDS, tiny_model
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.decode import decode

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from validate.eviction.cache import evicting
 from validate.gpu import schedule
 from validate.gpu.cache import DeviceCache

@@ -9,11 +9,11 @@ import pytest
 import torch
 from gpu_device import DEVICE, ragged_pool
 
-from simulator.policies.redundancy import redundancy as reference_redundancy
-from simulator.policies.rkv import RKV
-from simulator.policies.snapkv import SnapKV, window_attention
-from simulator.selection import select_slots
-from simulator.view import CacheView
+from simulator.policies.scorers.redundancy import redundancy as reference_redundancy
+from simulator.policies.scorers.rkv import RKV
+from simulator.policies.scorers.snapkv import SnapKV, window_attention
+from simulator.policies.view import CacheView
+from simulator.replay.selection import select_slots
 from validate.gpu import twins_scores
 
 pytest.importorskip("triton")

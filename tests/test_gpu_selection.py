@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import torch
+from simulator.policies.heads.plain import plain as heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simulator.policies import heads
-from simulator.selection import select_slots
+from simulator.replay.selection import select_slots
 from validate.gpu import twins
 from validate.gpu.kernels import compaction, selection
 

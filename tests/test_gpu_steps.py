@@ -7,7 +7,7 @@ import torch
 from spies import NAME, tiny_waves
 from tiny_models import N_TOKEN_IDS, tiny_model
 
-from simulator.policy import parse_policy
+from simulator.policies.language import parse_policy
 from traces.errors import UserError
 from validate import models
 from validate.eviction.cache import evicting

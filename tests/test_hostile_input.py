@@ -11,7 +11,7 @@ import pytest
 from sweeps import write_spec
 
 import simulator
-from simulator.output import write_parquet, write_rows
+from simulator.results.output import write_parquet, write_rows
 from simulator.sweep.folder import SweepFolder
 from traces.errors import UserError
 from validate.prompts import read_prompts

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and pro
 # In a process of its own, where nothing has started a tracker of shared resources yet.
 FIRST_PROCESSES = """
 import multiprocessing, signal
-from simulator.interrupts import held_back
+from simulator.workers.interrupts import held_back
 
 def is_held(connection):
     connection.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 """
 LOKY = """
 import signal
-from simulator.sweep.engines import Engine, connected
+from simulator.workers.engines import Engine, connected
 
 def is_held(content):
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -10,15 +10,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.duplicate_kernels import (
-    LOST,
-    add_similarity,
-    carry_duplicates,
-    find_duplicates,
-    find_duplicates_again,
-    invert_norms,
-)
-from simulator.kernels import (
+from simulator.kernels.attention import (
     increases,
     keep_best,
     max_pool,
@@ -27,7 +19,15 @@ from simulator.kernels import (
     protect,
     take_off,
 )
-from simulator.tiles import HAS_PAIRS
+from simulator.kernels.duplicates import (
+    LOST,
+    add_similarity,
+    carry_duplicates,
+    find_duplicates,
+    find_duplicates_again,
+    invert_norms,
+)
+from simulator.kernels.tiles import HAS_PAIRS
 from traces.numbers import round_to_storage, to_float32
 
 

@@ -9,7 +9,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.ledger import NEVER, Ledger
+from simulator.replay.ledger import NEVER, Ledger
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 TOTAL = 400

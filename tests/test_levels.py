@@ -13,12 +13,12 @@ from naive_decode import MaskedLayer
 from tiny_models import N_TOKEN_IDS, tiny_model
 from transformers import DynamicCache
 
-import simulator.layer_replay
+import simulator.replay.layer
 import validate.eviction.layer
 import validate.levels
-from simulator.compression import Compressor
-from simulator.policy import parse_policy
-from simulator.selection import select_slots
+from simulator.policies.language import parse_policy
+from simulator.replay.compression import Compressor
+from simulator.replay.selection import select_slots
 from traces import write_trace
 from traces.errors import UserError
 from validate.levels import Shadow, forced_steps, level_row, run_forced, run_shadow
@@ -153,14 +153,14 @@ def earlier(scores, positions, n_kept, slot_order):
     return np.sort(kept)
 
 
-@pytest.mark.parametrize("side", [simulator.layer_replay, validate.eviction.layer])
+@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.layer])
 @pytest.mark.parametrize("wrong", [Worst, Late, Forgetful, Unscaled])
 def test_a_shadow_run_notices_a_mistake_on_either_side(wrong, side, model, trace, waves, monkeypatch):
     monkeypatch.setattr(side, "Compressor", wrong)
     assert run_shadow(model, trace, policy_of("snapkv"), ENTRIES, waves=waves).mismatches
 
 
-@pytest.mark.parametrize("side", [simulator.layer_replay, validate.eviction.layer])
+@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.layer])
 def test_a_shadow_run_notices_one_wrong_entry(side, model, trace, waves, monkeypatch):
     class Careless(Compressor):
         def survivors(self, scores, positions):

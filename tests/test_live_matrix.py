@@ -20,9 +20,9 @@ from spies import NAME, tiny_waves
 from tiny_models import tiny_model
 
 from simulator.budget import parse_budget
-from simulator.output import write_parquet
-from simulator.policy import parse_policy
-from simulator.results import budget_columns
+from simulator.policies.language import parse_policy
+from simulator.results.output import write_parquet
+from simulator.results.tables import budget_columns
 from traces.errors import InfeasibleBudgetError, MissingDataError, NoDeviceError, UserError
 from validate.eviction.decode import Completion
 from validate.live import completions, matrix
@@ -626,7 +626,7 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
 def test_what_a_users_part_raises_fails_its_batch_in_words(folder, tmp_path, worker):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from simulator.policies.heads import UtilityHeads\n\n\n"
+        "from simulator.policies.heads.plain import UtilityHeads\n\n\n"
         "@dataclass(frozen=True)\n"
         "class Mine(UtilityHeads):\n"
         "    name = 'mine'\n\n"

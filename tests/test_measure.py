@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.policies.rkv import RKV
-from simulator.policies.snapkv import SnapKV
-from simulator.products import measure_heads, n_panels
-from simulator.tiles import WIDTH, form_of
-from simulator.view import CacheView
-from simulator.widening import KINDS, widen_rows
+from simulator.kernels.spans import measure_heads, n_panels
+from simulator.kernels.tiles import WIDTH, form_of
+from simulator.kernels.widening import KINDS, widen_rows
+from simulator.policies.scorers.rkv import RKV
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.view import CacheView
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 SCALE = np.float32(0.3)

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from sweeps import write_spec
 
-from simulator.metric_names import DEFAULT_METRIC, METRICS, asked_metric, fidelity_note
-from simulator.metrics import Metrics
+from simulator.replay.metrics import Metrics
+from simulator.results.metric_names import DEFAULT_METRIC, METRICS, asked_metric, fidelity_note
 from traces.errors import UserError
 from validate.reasoner.tables import judged_rows
 from validate.reasoner.trust import MODEL, measured_fidelity, misjudged

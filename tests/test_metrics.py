@@ -14,11 +14,11 @@ from test_full_cache import brute_oracle, dense_weights
 
 import simulator
 from simulator.cells import run_replay
-from simulator.engine import Engine
-from simulator.full_cache import FullCache
-from simulator.metrics import Metrics, measure
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.replay.metrics import Metrics, measure
+from simulator.replay.request import Request
 from traces.errors import TraceError
 
 
@@ -77,7 +77,7 @@ def test_the_oracle_is_a_bound(shared_folder, case):
 def test_gap_of_a_sampled_oracle_compares_the_same_steps(make_trace, monkeypatch):
     trace = make_trace()
     (outcome,) = Engine([Request(trace, parse_policy("snapkv:buffer=5"), 14)]).run()
-    monkeypatch.setattr("simulator.full_cache._ORACLE_ELEMENTS", 1)
+    monkeypatch.setattr("simulator.replay.full_cache._ORACLE_ELEMENTS", 1)
     full = FullCache(trace)
     metrics = measure(trace, outcome, full)
     at_steps = outcome.mass[:, :, full.oracle_at].mean()

@@ -11,9 +11,9 @@ import pytest
 from typer.main import get_command
 
 from simulator.budget import parse_budgets
-from simulator.completion import metrics, policies
-from simulator.metric_names import asked_metric
-from simulator.policy import parse_policies
+from simulator.cli.completion import metrics, policies
+from simulator.policies.language import parse_policies
+from simulator.results.metric_names import asked_metric
 from validate.cli import app
 
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numba.core.codegen import get_host_cpu_features
 
-from simulator import tiles
-from simulator.full_cache import FullCache
-from simulator.policies.redundancy import redundancy
-from simulator.policies.snapkv import SnapKV, window_attention
-from simulator.view import CacheView
+from simulator.kernels.attention import tiles
+from simulator.policies.scorers.redundancy import redundancy
+from simulator.policies.scorers.snapkv import SnapKV, window_attention
+from simulator.policies.view import CacheView
+from simulator.replay.full_cache import FullCache
 from traces.numbers import round_to_storage, to_float32
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +26,11 @@ POLICIES = ["snapkv:buffer=8", "rkv+utility:buffer=11,delta=11", "vatp:buffer=9,
 REPLAY = """
 import sys
 import numpy as np
-from simulator.engine import Engine
-from simulator.full_cache import FullCache
-from simulator.policy import parse_policy
-from simulator.request import Request
-from simulator.tiles import HAS_PAIRS
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.policies.language import parse_policy
+from simulator.replay.request import Request
+from simulator.kernels.tiles import HAS_PAIRS
 from traces import open_trace
 
 found, (path, *traces), policies = {"has_pairs": HAS_PAIRS}, sys.argv[1].split(), sys.argv[2].split()

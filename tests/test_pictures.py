@@ -7,9 +7,9 @@ import pytest
 import vl_convert
 
 from simulator.cells import run_replay
-from simulator.chart_style import styled
-from simulator.notebook import use_plain_outputs
-from simulator.pictures import front_chart, kept_text_chart, layer_chart
+from simulator.charts.notebook import use_plain_outputs
+from simulator.charts.pictures import front_chart, kept_text_chart, layer_chart
+from simulator.charts.style import styled
 from simulator.report.quality import quality_rows
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import naive_rules
 import pytest
 
-from simulator.policies import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
-from simulator.policies.base import HeadAllocator
-from simulator.policy import parse_policy, split_list
+from simulator.policies.language import parse_policy, split_list
+from simulator.policies.parts import HeadAllocator
+from simulator.policies.shipped import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
 from traces.errors import InfeasibleBudgetError, UserError
 
 

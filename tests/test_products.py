@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from agreement import make_wave
 
-from simulator.engine import Engine
-from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 
 ENTRIES, BUFFER, N_TOKENS = 14, 4, 48
 # Sizes that suit a tiny trace, for whoever has such a parameter.

@@ -15,7 +15,7 @@ import torch
 from spies import NAME, InThisProcess, tiny_waves
 from tiny_models import tiny_model
 
-from simulator.wave import known_waves
+from simulator.policies.wave import known_waves
 from traces.errors import MissingDataError, UserError
 from validate import cli
 from validate.eviction.decode import Completion

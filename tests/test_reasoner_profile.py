@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from simulator.full_cache import sampled_steps
-from simulator.wave import calibrate
+from simulator.replay.demand import calibrate
+from simulator.replay.full_cache import sampled_steps
 from traces.errors import UserError
 from validate.reasoner import charts, heads, profile
 from validate.reasoner.tasks import FAMILIES, make_problem

@@ -9,11 +9,11 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.compression import Compressor
-from simulator.engine import Engine
-from simulator.policies.redundancy import redundancy as redundancy_of_heads
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.policies.scorers.redundancy import redundancy as redundancy_of_heads
+from simulator.replay.compression import Compressor
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 
 TOTAL, WIDTH = 160, 4
 
@@ -132,7 +132,7 @@ def test_replay_with_and_without_memory_is_the_same(policy, make_trace, monkeypa
     arrays = rng.normal(size=(3, 4, 110, 8)), rng.normal(size=(3, 2, 110, 8)) + 0.5
     trace = make_trace(arrays=arrays)
     first = outcome_of(trace, policy)
-    monkeypatch.setattr("simulator.layer_replay.Compressor", Forgets)
+    monkeypatch.setattr("simulator.replay.layer.Compressor", Forgets)
     without = outcome_of(trace, policy)
     monkeypatch.undo()
     for again in (without, outcome_of(trace, policy), outcome_of(trace, policy, jobs=4)):

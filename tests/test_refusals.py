@@ -10,8 +10,8 @@ import pytest
 
 from simulator.budget import parse_budget
 from simulator.cells import run_replay
-from simulator.policies.base import HeadAllocator, LayerAllocator, Scorer
-from simulator.policy import Policy, parse_policy
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.parts import HeadAllocator, LayerAllocator, Scorer
 from traces.errors import UserError
 
 

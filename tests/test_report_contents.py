@@ -8,8 +8,7 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
-from simulator.chart_style import ordered_policies
-from simulator.output import write_parquet
+from simulator.charts.style import ordered_policies
 from simulator.report.cells import MOST_CELLS, cell_panels
 from simulator.report.contents import report
 from simulator.report.heads import head_summary
@@ -17,6 +16,7 @@ from simulator.report.quality import quality_figures, quality_rows
 from simulator.report.sources import chosen
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
 from simulator.report.tokens import KeptTokens, kept_tokens
+from simulator.results.output import write_parquet
 from traces.errors import UserError
 
 POLICIES = ["fullkv", "rkv:buffer=5", "rkv:buffer=5,alpha=0.5", "random:buffer=6,prompt=wait"]

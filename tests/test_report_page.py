@@ -10,9 +10,9 @@ from agreement import make_wave
 from browser import open_page
 
 from simulator.cells import run_replay
-from simulator.metric_names import METRICS
 from simulator.report.contents import report
 from simulator.report.sources import chosen
+from simulator.results.metric_names import METRICS
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

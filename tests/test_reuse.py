@@ -9,14 +9,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from simulator import layer_replay
-from simulator.compression import Compressor
-from simulator.engine import Engine
-from simulator.layer_replay import LayerReplay
-from simulator.policies.snapkv import SnapKV
-from simulator.policy import parse_policy
-from simulator.request import Request
-from simulator.sampling import EVERYTHING, Sampling
+from simulator.policies.language import parse_policy
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.replay import layer as layer_replay
+from simulator.replay.compression import Compressor
+from simulator.replay.engine import Engine
+from simulator.replay.layer import LayerReplay
+from simulator.replay.request import Request
+from simulator.replay.sampling import EVERYTHING, Sampling
 
 
 class Compares(Compressor):

@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from simulator.rope import read_rope
+from simulator.policies.rope import read_rope
 from traces.errors import MissingDataError
 
 LLAMA3 = {

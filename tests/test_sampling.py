@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.cells import run_replay
-from simulator.engine import Engine
-from simulator.full_cache import FullCache
-from simulator.metrics import measure
-from simulator.policy import parse_policy
-from simulator.request import Request
-from simulator.sampling import Sampling, _one_per_stratum, parse_sampling
+from simulator.policies.language import parse_policy
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.replay.metrics import measure
+from simulator.replay.request import Request
+from simulator.replay.sampling import Sampling, _one_per_stratum, parse_sampling
 from traces import open_trace
 from traces.errors import UserError
 

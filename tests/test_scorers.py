@@ -11,23 +11,23 @@ from cases import MODERATE, OTHER_SCORERS, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.compression import Compressor
-from simulator.contract import checked_scores
-from simulator.engine import Engine
-from simulator.policies import SCORERS
-from simulator.policies.append_only import AppendOnly
-from simulator.policies.criticalkv import CriticalKV
-from simulator.policies.expected_attention import ExpectedAttention
-from simulator.policies.h2o import H2O, preferred
-from simulator.policies.keydiff import KeyDiff
-from simulator.policies.lagkv import LagKV
-from simulator.policies.snapkv_paper import PaperSnapKV, average_pool
-from simulator.policies.tova import TOVA
-from simulator.policies.vatp import VATP
-from simulator.policy import parse_policy
-from simulator.request import Request
-from simulator.rope import read_rope
-from simulator.view import CacheView
+from simulator.policies.contract import checked_scores
+from simulator.policies.language import parse_policy
+from simulator.policies.rope import read_rope
+from simulator.policies.scorers.append_only import AppendOnly
+from simulator.policies.scorers.criticalkv import CriticalKV
+from simulator.policies.scorers.expected_attention import ExpectedAttention
+from simulator.policies.scorers.h2o import H2O, preferred
+from simulator.policies.scorers.keydiff import KeyDiff
+from simulator.policies.scorers.lagkv import LagKV
+from simulator.policies.scorers.snapkv_paper import PaperSnapKV, average_pool
+from simulator.policies.scorers.tova import TOVA
+from simulator.policies.scorers.vatp import VATP
+from simulator.policies.shipped import SCORERS
+from simulator.policies.view import CacheView
+from simulator.replay.compression import Compressor
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 
 NAMES = [name for name in SCORERS if name != "fullkv"]
 ROPE = {"rope_theta": 50.0}
@@ -265,8 +265,16 @@ def test_twin_notices_a_changed_rule(owner, name, broken, policy, make_trace, mo
 @pytest.mark.parametrize(
     ("name", "broken", "policy"),
     [
-        ("simulator.policies.snapkv_paper.average_pool", _edge_divided_by_what_is_there, "snapkv-paper"),
-        ("simulator.policies.snapkv_paper.average_pool", lambda values, kernel_size: values, "criticalkv"),
+        (
+            "simulator.policies.scorers.snapkv_paper.average_pool",
+            _edge_divided_by_what_is_there,
+            "snapkv-paper",
+        ),
+        (
+            "simulator.policies.scorers.snapkv_paper.average_pool",
+            lambda values, kernel_size: values,
+            "criticalkv",
+        ),
     ],
 )
 def test_twin_notices_another_average(name, broken, policy, make_trace, monkeypatch):

@@ -15,9 +15,9 @@ import pytest
 from optuna.trial import TrialState
 
 from simulator.cells import run_replay
-from simulator.policies import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
-from simulator.policy import parse_policy
-from simulator.sampling import Sampling
+from simulator.policies.language import parse_policy
+from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
+from simulator.replay.sampling import Sampling
 from simulator.search import judge as judging
 from simulator.search import study as studying
 from simulator.search import workers

@@ -11,10 +11,10 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.contract import checked_scores
-from simulator.policies.base import PolicyError, Scorer
-from simulator.selection import select_slots
-from simulator.view import CacheView
+from simulator.policies.contract import checked_scores
+from simulator.policies.parts import PolicyError, Scorer
+from simulator.policies.view import CacheView
+from simulator.replay.selection import select_slots
 
 INFINITY = np.float32(np.inf)
 

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
-from simulator.metric_names import METRICS
-from simulator.output import write_parquet
 from simulator.report.sources import chosen
-from simulator.standings import of_policies, read_rows, standings
+from simulator.results.metric_names import METRICS
+from simulator.results.output import write_parquet
+from simulator.results.standings import of_policies, read_rows, standings
 from traces.errors import UserError
 
 POLICIES = ["fullkv", "streamingllm:sinks=0,buffer=4", "streamingllm:buffer=4", "rkv:buffer=4"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from simulator.output import write_parquet
-from simulator.stored_tables import parse_table, read_table, scan_table, sealed_parquet
+from simulator.results.output import write_parquet
+from simulator.results.store import parse_table, read_table, scan_table, sealed_parquet
 from traces.errors import UserError
 
 SCHEMA = {"policy": pl.String, "n": pl.Int64, "mass": pl.Float64}

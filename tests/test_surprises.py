@@ -10,9 +10,9 @@ from agreement import make_wave
 from sweeps import write_spec
 
 from simulator.cells import run_replay
-from simulator.output import choose_format
-from simulator.results import by_model, summarise
-from simulator.standings import standings
+from simulator.results.output import choose_format
+from simulator.results.standings import standings
+from simulator.results.tables import by_model, summarise
 from traces import write_trace
 from traces.errors import UserError
 

@@ -10,8 +10,8 @@ from agreement import make_wave
 from sweeps import SLOW_POLICY, write_spec
 
 from simulator.budget import parse_budget
-from simulator.policy import parse_policy
-from simulator.sampling import EVERYTHING, Sampling
+from simulator.policies.language import parse_policy
+from simulator.replay.sampling import EVERYTHING, Sampling
 from simulator.sweep import grid, tasks
 from simulator.sweep.grid import SweepTrace, TraceCells, find_sweep_traces, lay_out, wave_digest
 from simulator.sweep.run import plan_sweep

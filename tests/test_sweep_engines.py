@@ -8,9 +8,9 @@ import sys
 import pytest
 from sweeps import ROOT, SLOW_POLICY, start_sweep, table_of, write_spec
 
-from simulator.sweep.engines import Engine, connected, parse_engine
 from simulator.sweep.run import run_sweep
 from simulator.sweep.spec import read_spec
+from simulator.workers.engines import Engine, connected, parse_engine
 from traces.errors import UserError
 
 

@@ -11,9 +11,9 @@ from sweeps import SLOW_POLICY, parts_of, table_of, write_spec
 
 from simulator import cells
 from simulator.cells import run_replay
-from simulator.results import ROW_SCHEMA, comparable
-from simulator.sampling import Sampling
-from simulator.standings import read_rows
+from simulator.replay.sampling import Sampling
+from simulator.results.standings import read_rows
+from simulator.results.tables import ROW_SCHEMA, comparable
 from simulator.sweep import grid, tasks, worker
 from simulator.sweep.folder import SweepFolder
 from simulator.sweep.run import run_sweep

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from simulator.metric_names import METRICS
+from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from validate.live.fidelity import rank
 from validate.reasoner.tables import cells_of, choices, differences, judged_rows, result_table, stored_profile

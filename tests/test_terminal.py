@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from simulator.cells import run_replay
-from simulator.layout import short_names
-from simulator.results import summarise
-from simulator.sampling import Sampling
-from simulator.standings import standings
-from simulator.terminal import format_bytes, print_results, print_standings
+from simulator.replay.sampling import Sampling
+from simulator.results.layout import short_names
+from simulator.results.standings import standings
+from simulator.results.tables import summarise
+from simulator.results.terminal import format_bytes, print_results, print_standings
 from validate.live.terminal import print_accuracy, print_published
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from simulator.machine import n_cores
+from simulator.bench.machine import n_cores
 from validate.live import matrix
 from validate.live.matrix import MatrixSettings
 from validate.reasoner.tasks import make_problem

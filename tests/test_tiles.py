@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 from numba import njit
 
-from simulator import cpu, tiles
-from simulator.kernels import add_tile_mass, raise_strongest
-from simulator.tiles import ROWS, WIDTH, fill_panel, form_of, hide_unseen, multiply_pairs, multiply_tile
-from simulator.widening import KINDS
+from simulator.kernels.attention import add_tile_mass, cpu, raise_strongest, tiles
+from simulator.kernels.tiles import (
+    ROWS,
+    WIDTH,
+    fill_panel,
+    form_of,
+    hide_unseen,
+    multiply_pairs,
+    multiply_tile,
+)
+from simulator.kernels.widening import KINDS
 from traces.numbers import round_to_storage, to_float32
 
 # What older processors have; Numba compiles for them on a newer one too.
@@ -226,7 +233,7 @@ def test_other_processors_get_other_tiles(target, width, tmp_path):
         [
             sys.executable,
             "-c",
-            f"from simulator.tiles import WIDTH; assert WIDTH == {width}; import pytest, sys;"
+            f"from simulator.kernels.tiles import WIDTH; assert WIDTH == {width}; import pytest, sys;"
             "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', 'not processors', "
             "'tests/test_tiles.py', 'tests/test_measure.py']))",
         ],

@@ -8,10 +8,10 @@ import polars as pl
 import pytest
 from agreement import make_wave
 
-from simulator import charts
 from simulator.cells import run_replay
-from simulator.output import write_parquet
-from simulator.results import GROUP, TRAJECTORY_SCHEMA
+from simulator.charts.head_budgets import head_budgets as charts
+from simulator.results.output import write_parquet
+from simulator.results.tables import GROUP, TRAJECTORY_SCHEMA
 
 POLICIES = [
     "rkv+utility:buffer=5,delta=7",

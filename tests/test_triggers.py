@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.engine import Engine
-from simulator.policies.triggers import BufferFull, EveryN, PerStep, Segment
-from simulator.policy import parse_policy
-from simulator.request import Request
+from simulator.policies.language import parse_policy
+from simulator.policies.triggers.buffer_full import BufferFull
+from simulator.policies.triggers.every_n import EveryN
+from simulator.policies.triggers.per_step import PerStep
+from simulator.policies.triggers.segment import Segment
+from simulator.replay.engine import Engine
+from simulator.replay.request import Request
 from traces.errors import MissingDataError, UserError
 
 TEXT = {3: "a", 5: ".\n", 7: "\n\n", 9: "b"}

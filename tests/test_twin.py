@@ -10,14 +10,16 @@ from agreement import agree, replayed
 from cases import MODERATE, cases, draw_arrays
 from hypothesis import given, settings
 
-from simulator import compression, layer_replay
-from simulator.policies.adakv import AdaKV
-from simulator.policies.cake import Cake
-from simulator.policies.random import Random
-from simulator.policies.rkv import RKV
-from simulator.policies.snapkv import SnapKV
-from simulator.policies.triggers import BufferFull, EveryN
-from simulator.policies.wave_dynamic import WaveDynamic
+from simulator.policies.heads.adakv import AdaKV
+from simulator.policies.layers.cake import Cake
+from simulator.policies.layers.wave_dynamic import WaveDynamic
+from simulator.policies.scorers.random import Random
+from simulator.policies.scorers.rkv import RKV
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.triggers.buffer_full import BufferFull
+from simulator.policies.triggers.every_n import EveryN
+from simulator.replay import compression
+from simulator.replay import layer as layer_replay
 
 POLICIES = [
     "fullkv",

@@ -11,10 +11,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from simulator import user_policies
 from simulator.cells import run_replay
-from simulator.policy import parse_policy, split_list
-from simulator.terminal import _changed_parameters
+from simulator.policies import plugins as user_policies
+from simulator.policies.language import parse_policy, split_list
+from simulator.results.terminal import _changed_parameters
 from traces.errors import UserError
 
 HEAD = """
@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.base import HeadAllocator, LayerAllocator, Scorer, Trigger
+from simulator.policies.parts import HeadAllocator, LayerAllocator, Scorer, Trigger
 """
 SCORER = (
     HEAD

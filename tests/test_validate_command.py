@@ -16,10 +16,10 @@ from spies import NAME, InThisProcess
 from tiny_models import tiny_model
 
 import validate.live
-from simulator.calibration import read_calibrations
-from simulator.output import write_parquet
-from simulator.policy import parse_policy
-from simulator.results import GROUP
+from simulator.policies.language import parse_policy
+from simulator.results.calibration import read_calibrations
+from simulator.results.output import write_parquet
+from simulator.results.tables import GROUP
 from traces.store import open_trace
 from validate import cli
 from validate.eviction.decode import Completion

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from test_full_cache import dense_weights
 
 from simulator.cells import run_replay
-from simulator.full_cache import sampled_steps
-from simulator.wave import calibrate, entries_to_hold, known_waves, read_wave
+from simulator.policies.wave import known_waves, read_wave
+from simulator.replay.demand import calibrate, entries_to_hold
+from simulator.replay.full_cache import sampled_steps
 from traces.errors import MissingDataError, TraceError, UserError
 
 

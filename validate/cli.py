@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from simulator.bench_command import bench
-from simulator.blas import use_one_thread
-from simulator.commands import calibrate, policies_app, replay
-from simulator.results_command import results
-from simulator.search_command import search
-from simulator.sweep_command import sweep
+from simulator.cli.bench import bench
+from simulator.cli.replay import calibrate, policies_app, replay
+from simulator.cli.results import results
+from simulator.cli.search import search
+from simulator.cli.sweep import sweep
+from simulator.workers.blas import use_one_thread
 from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from traces.extras import explained

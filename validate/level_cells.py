@@ -13,7 +13,7 @@ from validate.validate_output import report_failed, write_text
 
 if TYPE_CHECKING:
     from simulator.budget import Budget
-    from simulator.policy import Policy
+    from simulator.policies.language import Policy
 
 
 def compare_with_traces(
@@ -35,11 +35,11 @@ def compare_with_traces(
     import polars as pl
     from transformers.utils import logging
 
-    from simulator.cap import entries_of
     from simulator.cells import cell_labels
-    from simulator.full_cache import FullCache
-    from simulator.output import tell_written, write_parquet
-    from simulator.wave import known_waves, tell_unused
+    from simulator.policies.wave import known_waves, tell_unused
+    from simulator.replay.cap import entries_of
+    from simulator.replay.full_cache import FullCache
+    from simulator.results.output import tell_written, write_parquet
     from traces.store import find_traces, open_trace
     from validate.levels import forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from simulator.engine import Engine
-from simulator.full_cache import FullCache
-from simulator.layer_replay import Retained
-from simulator.metrics import LOOKUP, lost_lookups
-from simulator.policy import Policy
-from simulator.request import Outcome, Request
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.replay.layer import Retained
+from simulator.replay.metrics import LOOKUP, lost_lookups
+from simulator.replay.request import Outcome, Request
 from traces.errors import UserError
 from traces.trace import Trace
 from validate.causal import causal_attention

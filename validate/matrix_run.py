@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from simulator.budget import Budget
-    from simulator.policy import Policy
+    from simulator.policies.language import Policy
     from validate.live.matrix import Batch, Matrix, MatrixSettings
 
 

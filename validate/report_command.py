@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.completion import metrics, policies
-from simulator.metric_names import DEFAULT_METRIC, METRICS
+from simulator.cli.completion import metrics, policies
+from simulator.results.metric_names import DEFAULT_METRIC, METRICS
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def report(
 
     It opens anywhere, without a network.
     """
-    from simulator.output import require_place
-    from simulator.policy import split_list
+    from simulator.policies.language import split_list
+    from simulator.results.output import require_place
     from traces.atomic import write_file
     from traces.errors import UserError
     from traces.extras import require_extra
@@ -109,8 +109,8 @@ def report(
     from simulator.report.contents import report as made
     from simulator.report.search_section import held_out_rows, is_search, search_section
     from simulator.report.sources import chosen, read_parquet
-    from simulator.results import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
-    from simulator.standings import read_rows
+    from simulator.results.standings import read_rows
+    from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
 
     asked_policies = [name for text in policy or [] for name in split_list(text)]
     asked_budgets = [item for text in budget or [] for item in text.split(",")]
@@ -161,19 +161,19 @@ def _replay(
     UserError
         If no cell succeeded.
     """
-    from simulator.blas import use_one_thread, warn
+    from simulator.workers.blas import use_one_thread, warn
 
     use_one_thread()
-    from simulator.compiled import tell_compiling
+    from simulator.kernels.compiled import tell_compiling
 
     tell_compiling()
     import polars as pl
 
     from simulator.budget import parse_budgets
     from simulator.cells import run_replay
-    from simulator.commands import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
-    from simulator.policy import parse_policies
-    from simulator.results import require_one_model
+    from simulator.cli.replay import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
+    from simulator.policies.language import parse_policies
+    from simulator.results.tables import require_one_model
     from traces.errors import UserError
 
     policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)

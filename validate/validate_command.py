@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from simulator.completion import policies
+from simulator.cli.completion import policies
 from traces.documents import read_json
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -16,7 +16,7 @@ from validate.random_shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
     from simulator.budget import Budget
-    from simulator.policy import Policy
+    from simulator.policies.language import Policy
 
 DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
@@ -126,8 +126,8 @@ def validate(
     """
     if context.invoked_subcommand is not None:
         return
-    from simulator.output import choose_format, require_parquet, require_places
-    from simulator.wave import tell_unused
+    from simulator.policies.wave import tell_unused
+    from simulator.results.output import choose_format, require_parquet, require_places
     from validate.level_cells import compare_with_traces
     from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
     from validate.models import know_model
@@ -234,7 +234,7 @@ def _asked_cells(
 ) -> list[tuple[Policy, Budget]]:
     """Read what is to be run: the product of policies and budgets, or the pairs of a file."""
     from simulator.budget import parse_budget, parse_budgets
-    from simulator.policy import parse_policies, parse_policy, require_buffers
+    from simulator.policies.language import parse_policies, parse_policy, require_buffers
 
     if configs is None:
         policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)

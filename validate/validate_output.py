@@ -22,8 +22,8 @@ def read_simulated(path: Path) -> pl.DataFrame:
     UserError
         If the file is no such table.
     """
-    from simulator.metric_names import METRICS
-    from simulator.standings import read_rows
+    from simulator.results.metric_names import METRICS
+    from simulator.results.standings import read_rows
 
     try:
         rows = read_rows([path])
@@ -53,9 +53,9 @@ def tell(
 
     A ``note`` stands under the table and in the report; next to rows it goes to standard error.
     """
-    from simulator.calibration import write_calibrations
-    from simulator.naming import told_apart
-    from simulator.output import tell_written, write_rows
+    from simulator.results.calibration import write_calibrations
+    from simulator.results.labels import told_apart
+    from simulator.results.output import tell_written, write_rows
     from validate.live.accuracy import accuracy_table
     from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
     from validate.live.terminal import print_accuracy, print_fidelity

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from simulator.view import CacheView
+from simulator.policies.view import CacheView
 
 # Weights of one block of queries, in float32: 8 MB.
 _BLOCK_ELEMENTS = 2**21

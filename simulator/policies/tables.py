@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.policies.base import LayerRequest, refuse_unless
+from simulator.policies.parts import LayerRequest, refuse_unless
 from traces.documents import read_json
 from traces.errors import MissingDataError, UserError
 
 if TYPE_CHECKING:
-    from simulator.wave import Wave
+    from simulator.policies.wave import Wave
 
 
 def wave_of(request: LayerRequest) -> Wave:

@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from simulator.naming import with_budget_label
 from simulator.report.figure import Figure
 from simulator.report.heads import head_figures, head_summary
 from simulator.report.tokens import kept_tokens, token_pieces
+from simulator.results.labels import with_budget_label
 from traces.trace import Trace
 
 KEY = ("trace_id", "policy", "budget")

@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from simulator.chart_style import ordered_policies
-from simulator.metric_names import asked_metric, fidelity_note
+from simulator.charts.style import ordered_policies
 from simulator.report.cells import Cells, cell_panels
 from simulator.report.figure import Figure
 from simulator.report.page import Section, page, paragraph
 from simulator.report.quality import crowded, has_intervals, quality_figures, quality_rows
 from simulator.report.sources import Sources
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
-from simulator.results import usual_metric
+from simulator.results.metric_names import asked_metric, fidelity_note
+from simulator.results.tables import usual_metric
 from traces.errors import UserError
 from traces.trace import Trace
 from traces.version import package_version

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulator.chart_style import over_plot, styled
+from simulator.charts.style import over_plot, styled
 from traces.atomic import write_file
 from traces.errors import UserError
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from simulator.charts import head_budgets
+from simulator.charts.head_budgets import head_budgets
 from simulator.report.figure import Figure
 
 if TYPE_CHECKING:

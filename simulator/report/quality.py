@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from simulator.chart_style import METRIC_NAMES, ordered_policies, policy_looks
-from simulator.metric_names import METRICS
-from simulator.naming import with_budget_label
+from simulator.charts.style import METRIC_NAMES, ordered_policies, policy_looks
 from simulator.report.figure import Figure
-from simulator.results import GROUP, comparable
-from simulator.standings import standings
+from simulator.results.labels import with_budget_label
+from simulator.results.metric_names import METRICS
+from simulator.results.standings import standings
+from simulator.results.tables import GROUP, comparable
 
 if TYPE_CHECKING:
     import altair as alt

@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from simulator.metric_names import METRICS
 from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
+from simulator.results.metric_names import METRICS
+from simulator.results.store import read_table
+from simulator.results.terminal import format_bytes
 from simulator.search.verdict import FRONT_SCHEMA, VERDICT_SCHEMA
-from simulator.stored_tables import read_table
-from simulator.terminal import format_bytes
 from traces.documents import read_json
 from traces.wording import number, span
 

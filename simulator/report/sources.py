@@ -9,8 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from simulator.naming import asked_policies, is_policy, told_apart, with_budget_label
-from simulator.stored_tables import scan_table
+from simulator.results.labels import asked_policies, is_policy, told_apart, with_budget_label
+from simulator.results.store import scan_table
 from traces.errors import UserError
 from traces.trace import Trace
 

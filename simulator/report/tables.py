@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from simulator.chart_style import METRIC_NAMES
-from simulator.metric_names import METRICS
-from simulator.naming import budget_label, row_budget
+from simulator.charts.style import METRIC_NAMES
 from simulator.report.quality import has_intervals
-from simulator.results import BUDGET, GROUP, comparable
-from simulator.terminal import format_bytes
+from simulator.results.labels import budget_label, row_budget
+from simulator.results.metric_names import METRICS
+from simulator.results.tables import BUDGET, GROUP, comparable
+from simulator.results.terminal import format_bytes
 
 # Columns of the table of means, and what they are called; bytes are written with a unit, the rest in percent.
 _MEANS = {

@@ -11,10 +11,10 @@ import numpy as np
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
-from simulator.metric_names import METRICS
-from simulator.policy import Policy
-from simulator.sampling import EVERYTHING, Sampling
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
+from simulator.replay.sampling import EVERYTHING, Sampling
+from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from traces.trace import Trace
 

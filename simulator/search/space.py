@@ -11,8 +11,8 @@ from typing import Any
 from optuna.trial import BaseTrial, FixedTrial
 
 from simulator.budget import parse_budget
-from simulator.policies import LAYER_ALLOCATORS
-from simulator.policy import Policy, parse_policy
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.shipped import LAYER_ALLOCATORS
 from traces.documents import read_toml
 from traces.errors import UserError
 

@@ -16,9 +16,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from simulator.cells import code_version
+from simulator.policies.wave import Wave
 from simulator.search.judge import RUNGS, Judge, Worth, in_turns
 from simulator.search.space import Space
-from simulator.wave import Wave
 from traces.documents import parse_json
 from traces.errors import UserError
 from traces.store import open_trace

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from simulator.metric_names import METRICS
+from simulator.results.metric_names import METRICS
+from simulator.results.terminal import format_bytes
 from simulator.search.study import Question
-from simulator.terminal import format_bytes
 from traces.wording import counted
 
 # Of the front; a search of minutes finds dozens.

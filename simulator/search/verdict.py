@@ -12,9 +12,9 @@ import polars as pl
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
-from simulator.metric_names import METRICS
-from simulator.policy import split_name
-from simulator.results import bootstrap, result_table
+from simulator.policies.language import split_name
+from simulator.results.metric_names import METRICS
+from simulator.results.tables import bootstrap, result_table
 from simulator.search.judge import Worth
 from simulator.search.study import Question, Tried
 from traces.atomic import write_file

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from simulator.blas import use_one_thread
-from simulator.interrupts import held_back
 from simulator.search.study import Question, search
+from simulator.workers.blas import use_one_thread
+from simulator.workers.interrupts import held_back
 from traces.errors import UserError
 
 _POLL_SECONDS = 0.5

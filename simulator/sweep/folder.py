@@ -12,8 +12,8 @@ from typing import Any
 
 import polars as pl
 
-from simulator.results import GROUP, ROW_SCHEMA, budget_columns, with_budget_kind
-from simulator.stored_tables import parse_table, read_table, sealed_parquet
+from simulator.results.store import parse_table, read_table, sealed_parquet
+from simulator.results.tables import GROUP, ROW_SCHEMA, budget_columns, with_budget_kind
 from simulator.sweep.grid import TraceCells
 from traces.atomic import write_file
 from traces.errors import UserError

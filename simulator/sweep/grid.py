@@ -9,11 +9,11 @@ from pathlib import Path
 
 from simulator.budget import Budget
 from simulator.cells import code_version
-from simulator.policy import Policy
-from simulator.results import budget_columns
-from simulator.sampling import EVERYTHING, Sampling
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave, read_wave
+from simulator.replay.sampling import EVERYTHING, Sampling
+from simulator.results.tables import budget_columns
 from simulator.sweep.spec import Setting
-from simulator.wave import Wave, read_wave
 from traces.documents import digest
 from traces.errors import TraceError, UserError
 from traces.manifest import Manifest

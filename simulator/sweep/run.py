@@ -14,13 +14,13 @@ import polars as pl
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from simulator.cells import code_version
-from simulator.sweep.engines import Engine, Workers, connected
+from simulator.policies.wave import Wave, known_waves, require_fitting
 from simulator.sweep.folder import OutputError, SweepFolder
 from simulator.sweep.grid import TraceCells, find_sweep_traces, lay_out, read_waves, wave_digest
 from simulator.sweep.spec import Spec
 from simulator.sweep.tasks import Portions, Task
 from simulator.sweep.worker import Done, replay_task
-from simulator.wave import Wave, known_waves, require_fitting
+from simulator.workers.engines import Engine, Workers, connected
 from traces.errors import Interrupted
 from traces.wording import counted
 

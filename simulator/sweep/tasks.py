@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from simulator.sampling import EVERYTHING, Sampling
+from simulator.policies.wave import Wave
+from simulator.replay.sampling import EVERYTHING, Sampling
 from simulator.sweep.grid import SweepCell, SweepTrace, TraceCells
-from simulator.wave import Wave
 
 # What a kill may cost of each worker's work.
 _TASK_SECONDS = 4.0

@@ -11,8 +11,8 @@ from threading import Lock
 from typing import Any
 
 from simulator.cells import PreparedTrace, code_version
-from simulator.results import budget_columns
-from simulator.sampling import EVERYTHING
+from simulator.replay.sampling import EVERYTHING
+from simulator.results.tables import budget_columns
 from simulator.sweep.grid import SweepCell
 from simulator.sweep.tasks import Task
 from traces.check import check_trace

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from simulator.policy import Policy
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.gpu.cache import DeviceCache, serves

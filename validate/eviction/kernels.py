@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from simulator.compiled import compiled
-from simulator.kernels import VECTORISE, exp
+from simulator.kernels.attention import VECTORISE, exp
+from simulator.kernels.compiled import compiled
 from validate.gpu.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.

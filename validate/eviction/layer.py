@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from simulator.compression import Compressor
-from simulator.contract import asked_to_fire
-from simulator.policy import Policy
-from simulator.rope import Rope
-from simulator.view import CacheView
+from simulator.policies.contract import asked_to_fire
+from simulator.policies.language import Policy
+from simulator.policies.rope import Rope
+from simulator.policies.view import CacheView
+from simulator.replay.compression import Compressor
 from validate.causal import causal_attention
 from validate.eviction.kernels import attend_ragged
 from validate.eviction.pool import LayerPool

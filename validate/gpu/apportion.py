@@ -14,7 +14,7 @@ def divide_heads(
     cap: float,
     protected: int,
 ) -> torch.Tensor:
-    """Turn rows of raw demands into budgets, as ``simulator.apportion.robustify`` does for one row.
+    """Turn rows of raw demands into budgets, as ``simulator.policies.apportion.robustify`` does for one row.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def _water_fill(
 
 
 def _apportion(shares: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """Round by largest remainder, ties to the lower head, as ``simulator.apportion.divide`` does."""
+    """Round by largest remainder, ties to the lower head, as ``simulator.policies.apportion.divide`` does."""
     shares = torch.round(shares * 2**20) / 2**20
     floors = torch.floor(shares + 1e-9)
     missing = totals - floors.sum(1).to(torch.int64)

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from simulator.policy import Policy
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache
 from validate.eviction.prompts import prompt_lengths

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from simulator.policies.heads import UniformHeads, UtilityHeads
-from simulator.policies.rkv import RKV
-from simulator.policies.snapkv import SnapKV
-from simulator.policies.triggers import BufferFull
-from simulator.policy import Policy
+from simulator.policies.heads.uniform import UniformHeads
+from simulator.policies.heads.utility import UtilityHeads
+from simulator.policies.language import Policy
+from simulator.policies.scorers.rkv import RKV
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.triggers.buffer_full import BufferFull
 from validate.gpu.apportion import divide_heads
 from validate.gpu.ops import Ops
 from validate.gpu.pool import DevicePool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from simulator.policy import Policy
+from simulator.policies.language import Policy
 from validate.gpu.compress import rounds_up
 
 _NEVER = np.iinfo(np.int64).max

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from simulator.policies.base import refuse_unless
+from simulator.policies.parts import refuse_unless
 
 # Numbers that one block may hold.
 _MOST_NUMBERS = 2**24

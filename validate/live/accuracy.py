@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.results import BUDGET, GROUP
+from simulator.results.tables import BUDGET, GROUP
 
 CELL = tuple(GROUP)
 RESAMPLES = 2000

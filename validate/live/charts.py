@@ -8,10 +8,10 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator import chart_style
-from simulator.chart_style import COLOURS, over_plot, policy_looks
-from simulator.naming import budget_label, row_budget
-from simulator.results import BUDGET
+from simulator.charts.head_budgets import style as chart_style
+from simulator.charts.style import COLOURS, over_plot, policy_looks
+from simulator.results.labels import budget_label, row_budget
+from simulator.results.tables import BUDGET
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF, METRICS, Cells
 

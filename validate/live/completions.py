@@ -9,10 +9,10 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import Budget
-from simulator.cap import entries_of
-from simulator.policy import Policy
-from simulator.results import budget_columns
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
+from simulator.replay.cap import entries_of
+from simulator.results.tables import budget_columns
 from validate.eviction.decode import Completion, decode
 from validate.live.grading import first_divergence, grade, loop_period
 from validate.models import LoadedModel, model_shape, stop_token_ids

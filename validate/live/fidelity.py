@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 from scipy import optimize, stats
 
-from simulator.calibration import Calibration
-from simulator.metric_names import METRICS
+from simulator.results.calibration import Calibration
+from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.chart_style import ordered_policies
-from simulator.metric_names import METRICS
+from simulator.charts.style import ordered_policies
 from simulator.report.figure import Figure
 from simulator.report.page import Section, paragraph
 from simulator.report.tables import html_table
-from simulator.results import ROW_SCHEMA, refuse_rows, with_budget_kind
-from simulator.stored_tables import read_table
+from simulator.results.metric_names import METRICS
+from simulator.results.store import read_table
+from simulator.results.tables import ROW_SCHEMA, refuse_rows, with_budget_kind
 from traces.errors import UserError
 from traces.wording import number, span
 from validate.live.accuracy import ALL_FAMILIES, CELL

@@ -19,13 +19,13 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.cells import code_version
-from simulator.interrupts import held_back
-from simulator.output import write_parquet
-from simulator.policy import Policy, parse_policy
-from simulator.results import GROUP, budget_columns, with_budget_kind
-from simulator.stored_tables import read_table
-from simulator.user_policies import failure
-from simulator.wave import known_waves
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.plugins import failure
+from simulator.policies.wave import known_waves
+from simulator.results.output import write_parquet
+from simulator.results.store import read_table
+from simulator.results.tables import GROUP, budget_columns, with_budget_kind
+from simulator.workers.interrupts import held_back
 from traces.atomic import write_file
 from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from simulator.results import budget_columns
+from simulator.results.tables import budget_columns
 from validate.live.accuracy import CELL, accuracy_table
 from validate.protocol.file import Published
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from simulator.chart_style import ordered_policies, styled
-from simulator.naming import row_budget
-from simulator.results import BUDGET
-from simulator.terminal import format_bytes
+from simulator.charts.style import ordered_policies, styled
+from simulator.results.labels import row_budget
+from simulator.results.tables import BUDGET
+from simulator.results.terminal import format_bytes
 from traces.atomic import write_file
 from traces.extras import require_extra
 from traces.wording import counted, number, span

@@ -14,10 +14,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from simulator.layout import fitted
-from simulator.naming import row_budget, told_apart, with_budget_label
-from simulator.results import GROUP
-from simulator.terminal import format_bytes, say
+from simulator.results.labels import row_budget, told_apart, with_budget_label
+from simulator.results.layout import fitted
+from simulator.results.tables import GROUP
+from simulator.results.terminal import format_bytes, say
 from traces.atomic import write_file
 from traces.wording import counted, number, span
 

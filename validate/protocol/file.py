@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simulator.budget import Budget, parse_budget
-from simulator.policy import REPLAY_FIELDS, Policy, parse_policy
+from simulator.policies.language import REPLAY_FIELDS, Policy, parse_policy
 from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
 from validate.sampling import Sampling

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simulator.budget import Budget, parse_budget
-from simulator.policy import Policy, parse_policy, split_list
+from simulator.policies.language import Policy, parse_policy, split_list
 from traces.errors import UserError
 from traces.seeds import require_seed
 from validate.protocol.file import Benchmark, Protocol

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from simulator.cap import entries_of
-from simulator.contract import checked_table
-from simulator.policies.base import LayerRequest
-from simulator.policy import Policy
-from simulator.request import divide_over_layers
-from simulator.wave import Wave
+from simulator.policies.contract import checked_table
+from simulator.policies.language import Policy
+from simulator.policies.parts import LayerRequest
+from simulator.policies.wave import Wave
+from simulator.replay.cap import entries_of
+from simulator.replay.request import divide_over_layers
 from traces.errors import MissingDataError, UserError
 from validate.models import DTYPES, KnownModel, know_model, model_shape
 from validate.protocol.file import Protocol

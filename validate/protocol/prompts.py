@@ -91,7 +91,7 @@ def _fetch(name: str, url: str) -> bytes:
 
 
 def _rows_of_parquet(name: str, source: str, content: bytes) -> bytes:
-    from simulator.stored_tables import parse_foreign_parquet
+    from simulator.results.store import parse_foreign_parquet
 
     try:
         return parse_foreign_parquet(content).write_ndjson().encode()

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simulator.wave import known_waves
+from simulator.policies.wave import known_waves
 from traces.errors import UserError
 from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
 from validate.models import resolve_device
@@ -44,7 +44,7 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     ------
     UserError
     """
-    from simulator.output import tell_written, write_rows
+    from simulator.results.output import tell_written, write_rows
     from validate.live.accuracy import accuracy_table
     from validate.live.terminal import print_published
 
@@ -144,7 +144,7 @@ def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice)
 
 
 def _shown(table: pl.DataFrame) -> pl.DataFrame:
-    from simulator.naming import told_apart
+    from simulator.results.labels import told_apart
 
     return told_apart(table)[0]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import altair as alt
 
-from simulator.chart_style import over_plot, styled
+from simulator.charts.style import over_plot, styled
 from traces.documents import read_json
 from traces.errors import UserError
 from validate.reasoner.tasks import FAMILIES

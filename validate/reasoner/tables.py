@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.metric_names import METRICS
-from simulator.naming import with_budget_label
-from simulator.results import with_budget_kind
-from simulator.stored_tables import read_table
+from simulator.results.labels import with_budget_label
+from simulator.results.metric_names import METRICS
+from simulator.results.store import read_table
+from simulator.results.tables import with_budget_kind
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.fidelity import Cells
@@ -55,7 +55,7 @@ def judged_rows(others: bool = False) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        One row per family, policy and budget: means of the replay's numbers (`simulator.cell_means`), and
+        One row per family, policy and budget: means of the replay's numbers (`simulator.results.means`), and
         ``accuracy`` with its 95% interval ``low`` to ``high``.
     """
     suffix = "-others" if others else ""

@@ -1,4 +1,4 @@
-"""How far each number of a replay can be trusted, from the stored tables: ``simulator/fidelity.json``."""
+"""How far each number of a replay can be trusted, from stored tables: ``simulator/results/fidelity.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import polars as pl
 import typer
 from scipy.stats import rankdata
 
-from simulator.metric_names import METRICS
+from simulator.results.metric_names import METRICS
 from traces.atomic import write_file
 from validate.reasoner.tables import judged_rows, result_table
 
@@ -67,7 +67,7 @@ def misjudged() -> dict[str, list[str]]:
     return found
 
 
-def main(out: Path = Path("simulator/fidelity.json")) -> None:
+def main(out: Path = Path("simulator/results/fidelity.json")) -> None:
     """Write what is known of every number."""
     text = json.dumps(measured_fidelity(), indent=1) + "\n"
     write_file(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))

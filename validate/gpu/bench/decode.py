@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from simulator.policy import Policy
-from simulator.wave import Wave
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
 from traces.errors import NoDeviceError
 from validate.eviction.cache import evicting
 from validate.gpu.bench.clock import Lap, synchronize

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from simulator.policy import Policy, parse_policy
-from simulator.wave import Wave
+from simulator.policies.language import Policy, parse_policy
+from simulator.policies.wave import Wave
 from traces.errors import NoDeviceError, UserError
 from validate.gpu.bench.check import check_kernels
 from validate.gpu.bench.clock import copy_bandwidth, device_facts

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from simulator.policies.base import refuse_unless
+from simulator.policies.parts import refuse_unless
 
 # More parts of a segment than these would cost the second pass more to read than the keys do.
 _MOST_SPLITS = 128

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from simulator.policies.base import refuse_unless
+from simulator.policies.parts import refuse_unless
 
 _BLOCK = 512
 

@@ -1,0 +1,1 @@
+"""How fast a replay is, and how fast it could be."""

@@ -1,0 +1,1 @@
+"""Allocators over KV heads, one published method a file."""

@@ -1,0 +1,58 @@
+"""Head budgets in proportions that the user gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.apportion import in_proportion
+from simulator.policies.heads.shares import ONCE
+from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest
+from simulator.policies.tables import head_shares, refuse_bad_shares
+
+
+@dataclass(frozen=True)
+class CustomHeads(HeadAllocator):
+    """Budgets in given proportions.
+
+    Attributes
+    ----------
+    head_shares : str
+        Numbers above 0 joined by ``/``, one per KV head and alike in all layers, or the path of a JSON file
+        with a list of them per layer.
+
+    Notes
+    -----
+    Protected entries as for layers. The budgets take effect at a layer's first compression.
+    """
+
+    name: ClassVar[str] = "custom"
+    files: ClassVar[tuple[str, ...]] = ("head_shares",)
+    head_shares: str = ""
+
+    def __post_init__(self) -> None:
+        refuse_bad_shares("head_shares", self.head_shares)
+
+    @property
+    def delta(self) -> int:
+        """Divide once."""
+        return ONCE
+
+    def table(self, request: LayerRequest) -> np.ndarray:
+        """Give the proportions of every layer.
+
+        Raises
+        ------
+        MissingDataError
+            If the file is missing, or there is not one number per KV head.
+        UserError
+            If no numbers are given, or the file holds something else.
+        """
+        return head_shares(self.head_shares, request)
+
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
+        """Divide in proportion."""
+        assert request.table is not None
+        return in_proportion(request.table, request.total, request.protected)

@@ -1,0 +1,76 @@
+"""Budgets that follow how many of a head's entries win in one contest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.apportion import robustify
+from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unless
+
+POOLINGS = ("none", "length")
+
+
+@dataclass(frozen=True)
+class UtilityHeads(HeadAllocator):
+    """Budgets that follow how many of a head's entries win in one contest (ReasonAlloc level II).
+
+    Attributes
+    ----------
+    delta : int
+        Decode steps between reallocations. One takes effect at a compression, so it is carried out at the
+        first compression at which it is due; a ``delta`` below the buffer acts as the buffer.
+    beta : float
+        Smoothing exponent of the demand.
+    mu, head_cap : float
+        Bounds of a head's budget, as multiples of the equal share.
+    pooling : str
+        Scale of the contest: ``none`` pools the scores as they are; ``length`` multiplies them by the
+        head's number of evictable entries, since scores normalised over a longer head are smaller.
+
+    Notes
+    -----
+    All entries of the layer compete: the threshold is the K-th largest score, K being the layer's budget,
+    and a head's demand is how many of its entries reach it. Protected entries always do.
+
+    References
+    ----------
+    ReasonAlloc (arXiv 2606.11164), level II. The paper leaves the pooling open.
+    """
+
+    name: ClassVar[str] = "utility"
+    source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level II"
+    delta: int = 128
+    beta: float = 0.5
+    mu: float = 0.25
+    head_cap: float = 2.0
+    pooling: str = "none"
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.delta >= 1, "delta", self.delta, "1 or more")
+        refuse_unless(0 <= self.beta <= 4, "beta", self.beta, "0 to 4")
+        refuse_unless(0 <= self.mu <= 1, "mu", self.mu, "0 to 1")
+        refuse_unless(self.head_cap >= 1, "head_cap", self.head_cap, "1 or more")
+        refuse_unless(self.pooling in POOLINGS, "pooling", self.pooling, ", ".join(POOLINGS))
+
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
+        """Count each head's winners and robustify the counts."""
+        scores, total = request.scores, request.total
+        if self.pooling == "length":
+            scores = [s * np.float32(np.isfinite(s).sum()) for s in scores]
+        pooled = np.concatenate(scores)
+        if total >= len(pooled):
+            demand = np.array([len(s) for s in scores], np.float64)
+        else:
+            threshold = np.partition(pooled, len(pooled) - total)[len(pooled) - total]
+            demand = np.array([(s >= threshold).sum() for s in scores], np.float64)
+        return robustify(
+            demand,
+            total,
+            exponent=self.beta,
+            floor=self.mu,
+            cap=self.head_cap,
+            protected=request.protected,
+        )

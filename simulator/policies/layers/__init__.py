@@ -1,0 +1,1 @@
+"""Allocators over layers, one published method a file."""

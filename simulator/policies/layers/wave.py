@@ -1,0 +1,60 @@
+"""Budgets that follow the model's measured demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.apportion import robustify
+from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.tables import wave_of
+
+
+@dataclass(frozen=True)
+class WaveLayers(LayerAllocator):
+    """Budgets that follow the model's measured demand, the Reasoning Wave (ReasonAlloc level I).
+
+    Attributes
+    ----------
+    gamma : float
+        Smoothing exponent of the demand.
+    layer_floor, layer_cap : float
+        Bounds of a layer's budget, as multiples of the mean.
+
+    References
+    ----------
+    ReasonAlloc (arXiv 2606.11164), level I. The demand is measured by ``sim calibrate``.
+    """
+
+    name: ClassVar[str] = "wave"
+    source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level I"
+    gamma: float = 0.5
+    layer_floor: float = 0.25
+    layer_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        refuse_unless(0 <= self.gamma <= 4, "gamma", self.gamma, "0 to 4")
+        refuse_unless(0 <= self.layer_floor <= 1, "layer_floor", self.layer_floor, "0 to 1")
+        refuse_unless(self.layer_cap >= 1, "layer_cap", self.layer_cap, "1 or more")
+
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Robustify the model's demand.
+
+        Raises
+        ------
+        MissingDataError
+            If no wave is known for the model, or it is of another shape or revision.
+        UserError
+            If the wave was measured on the very trace it is to be judged on.
+        """
+        demand = np.asarray(wave_of(request).demand, np.float64)
+        return robustify(
+            demand,
+            request.n_layers * request.entries,
+            exponent=self.gamma,
+            floor=self.layer_floor,
+            cap=self.layer_cap,
+            protected=request.protected,
+        )

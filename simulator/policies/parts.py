@@ -1,0 +1,296 @@
+"""The four parts of a policy, as a newcomer writes them: scorer, layer allocator, head allocator, trigger."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from simulator.policies.view import CacheView
+from traces.errors import UserError
+
+if TYPE_CHECKING:
+    from simulator.policies.wave import Wave
+
+
+class PolicyError(UserError):
+    """A part of a policy that broke its contract: wrong shape, not finite, wrong total."""
+
+    exit_code = 1
+
+
+class Scorer(ABC):
+    """Says how much each entry of one KV head is worth keeping. Subclass as a frozen dataclass.
+
+    Attributes
+    ----------
+    name : str
+        What it is called on the command line.
+    source : str
+        Paper and, where there is one, code.
+    window : int
+        How many of the last queries the view has to show.
+    sinks, recent : int
+        First positions and last entries that are never evicted.
+    slot_order : str
+        How survivors are laid out: ``chronological``, or ``score`` (best first, then the recent entries),
+        which matters to scorers that look at neighbouring slots.
+    sees_span : bool
+        Whether the view has to show every query since the last compression instead.
+    needs : frozenset of str
+        What else the view has to hold: ``values``, ``rope``.
+    stateful : bool
+        Whether the scorer notes something of each entry, by ``observe``.
+    reuses_products : bool
+        Whether the view should show the window's dot products with the keys, where a replay has measured
+        them already.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    stateful: ClassVar[bool] = False
+
+    @property
+    def window(self) -> int:
+        """Queries observed."""
+        return 0
+
+    @property
+    def sees_span(self) -> bool:
+        """Whether all queries since the last compression are observed."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Data beyond queries and keys."""
+        return frozenset()
+
+    @property
+    def sinks(self) -> int:
+        """First positions protected."""
+        return 0
+
+    @property
+    def recent(self) -> int:
+        """Last entries protected."""
+        return 0
+
+    @property
+    def slot_order(self) -> str:
+        """Layout of survivors."""
+        return "chronological"
+
+    @property
+    def reuses_products(self) -> bool:
+        """Whether ``CacheView.products`` are of use."""
+        return False
+
+    @abstractmethod
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score every entry, higher is kept; float32 (n_entries,). Protected entries' scores are ignored."""
+
+    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        """Score a layer's KV heads; for scorers that judge them together."""
+        return [self.score(view) for view in views]
+
+    def observe(self, view: CacheView) -> np.ndarray:
+        """Give what to note of each entry, float32 (n_entries,); ``view.state`` holds what was noted."""
+        raise NotImplementedError(f"scorer '{self.name}' is stateful but does not say what it observes")
+
+    def quota(self, budget: int, n_tokens: int) -> int:
+        """Give how much of its budget a head may fill after so many tokens."""
+        return budget
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRequest:
+    """What a layer allocator divides.
+
+    Attributes
+    ----------
+    n_layers : int
+    entries : int
+        Mean budget, in entries per KV head.
+    protected : int
+        Entries no KV head can do without.
+    model, model_revision, trace_id : str
+        The model, for profiles measured per model, and the trace to be judged.
+    waves : dict
+        Known demand profiles by model name.
+    n_kv_heads : int
+    views : sequence of sequences of CacheView
+        What every KV head of every layer holds now; only for dynamic allocators.
+    """
+
+    n_layers: int
+    entries: int
+    protected: int
+    model: str
+    model_revision: str
+    trace_id: str
+    waves: dict[str, Wave]
+    n_kv_heads: int = 1
+    views: Sequence[Sequence[CacheView]] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRequest:
+    """What a head allocator divides.
+
+    Attributes
+    ----------
+    scores : sequence of float32 (n_entries of that head,)
+        Scores of what each head holds; protected entries are plus infinity.
+    total : int
+        The layer's entries over all heads.
+    protected : int
+        Entries no head can do without.
+    layer : int
+    table : float64 (n_kv_heads,), optional
+        The layer's row of the allocator's ``table``.
+    """
+
+    scores: Sequence[np.ndarray]
+    total: int
+    protected: int
+    layer: int = 0
+    table: np.ndarray | None = None
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads."""
+        return len(self.scores)
+
+
+class LayerAllocator(ABC):
+    """Divides the budget over layers, when a request arrives.
+
+    Attributes
+    ----------
+    dynamic : bool
+        Whether it looks at what the layers hold: it then divides after the prompt was read, and again every
+        ``layer_delta`` decode steps.
+    layer_delta : int
+        0 never divides again.
+    window : int
+        How many of the last queries the views have to show.
+    exact : bool
+        Whether the budgets sum to the total; published code may not.
+    files : tuple of str
+        Parameters that may be the path of a file, so that results can tell its content.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    dynamic: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def layer_delta(self) -> int:
+        """Decode steps between reallocations."""
+        return 0
+
+    @property
+    def window(self) -> int:
+        """Queries observed."""
+        return 0
+
+    @abstractmethod
+    def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
+        """Give entries per KV head for each layer, int64 (n_layers,), summing to n_layers * entries.
+
+        The second value says whether the protected entries were a binding lower bound.
+        """
+
+
+class HeadAllocator(ABC):
+    """Divides one layer's budget over its KV heads.
+
+    Attributes
+    ----------
+    delta : int
+        Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share.
+    files : tuple of str
+        As for layers.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def delta(self) -> int:
+        """Decode steps between reallocations."""
+        return 0
+
+    def table(self, request: LayerRequest) -> np.ndarray | None:
+        """Give what is known of the model's heads beforehand, float64 (n_layers, n_kv_heads), or None."""
+        return None
+
+    @abstractmethod
+    def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
+        """Give each head's budget, int64 (n_kv_heads,), summing to the request's total.
+
+        The second value says whether the protected entries were a binding lower bound.
+        """
+
+
+class Trigger(ABC):
+    """Says when a layer compresses."""
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``fires_on`` looks at tokens."""
+        return type(self).fires_on is not Trigger.fires_on
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether ``resolved`` has to know the text of tokens."""
+        return False
+
+    @property
+    def prompt(self) -> str:
+        """``compress`` the prompt at the end of prefill, ``wait`` for the first trigger, or ``keep`` it."""
+        return "compress"
+
+    def resolved(self, vocabulary: Mapping[int, str]) -> Trigger:
+        """Give the trigger with what it needs to know of the token ids."""
+        return self
+
+    def fires_on(self, token_ids: np.ndarray) -> np.ndarray:
+        """Say at which newest tokens a due compression happens; bool, as ``token_ids``."""
+        return np.ones(len(token_ids), bool)
+
+    def most_added(self, n_kv_heads: int) -> int | None:
+        """Give the most entries beyond its budget that a layer ever holds, or None where nothing bounds it.
+
+        A budget that caps the peak needs it, of a layer that once was within its budget.
+        """
+        return None
+
+    @abstractmethod
+    def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
+        """Give the token count of the next compression if nothing is evicted before, or None for never.
+
+        Parameters
+        ----------
+        n_tokens : int
+            Tokens in the cache's history now.
+        n_entries, total : int
+            Entries the layer holds now, and its budget, over all KV heads.
+        n_kv_heads : int
+            How many entries each further token adds.
+        """
+
+
+def refuse_unless(condition: bool, what: str, found: object, allowed: str) -> None:
+    """Raise a ValueError that names a parameter, the value found and what is allowed."""
+    if not condition:
+        raise ValueError(f"{what} is {found!r}; allowed: {allowed}")

@@ -1,0 +1,1 @@
+"""Scorers, one published method a file."""

@@ -1,0 +1,58 @@
+"""Append-only: an entry is judged once, when it leaves the observation window, and for good."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.parts import refuse_unless
+from simulator.policies.scorers.h2o import preferred
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.view import CacheView
+
+
+@dataclass(frozen=True)
+class AppendOnly(SnapKV):
+    """Admit arrivals by SnapKV's score while there is room, and never evict what was admitted.
+
+    Attributes
+    ----------
+    rate : float
+        Share of all tokens that a head may admit, above 0, at most 1. After ``n_tokens`` a head holds at most
+        ``window`` + ``rate`` * ``n_tokens`` entries, rounded up, and never more than its budget.
+
+    Notes
+    -----
+    An entry counts as admitted once it has survived a compression at which it was no longer protected, that
+    is, if it stands ``window`` or more before the layer's last compression. Entries that were in the window
+    then are judged now, with those that came since: had merely passing through the window admitted them, a
+    full budget would fill up with windows and have to evict the admitted. So a head whose budget is
+    exhausted keeps its admitted entries and the window, and turns every arrival away.
+
+    The admitted score above all others, equal among themselves. Only a budget that shrinks, because layers or
+    heads share anew or lent entries are called back (``redistribute``), evicts them, the earliest first.
+
+    References
+    ----------
+    A control: what is lost if eviction may not look back. The score is that of ``snapkv``.
+    """
+
+    name: ClassVar[str] = "append-only"
+    source: ClassVar[str] = "control"
+    rate: float = 0.25
+
+    def __post_init__(self) -> None:
+        SnapKV.__post_init__(self)
+        refuse_unless(0 < self.rate <= 1, "rate", self.rate, "above 0, up to 1")
+
+    def quota(self, budget: int, n_tokens: int) -> int:
+        """Let a head hold the window and a share of all tokens, within its budget."""
+        return min(budget, self.recent + math.ceil(self.rate * n_tokens))
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score arrivals by attention, admitted entries above them."""
+        admitted = np.flatnonzero(view.positions < view.since - self.window)
+        return preferred(SnapKV.score(self, view), admitted)

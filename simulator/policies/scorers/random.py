@@ -1,0 +1,56 @@
+"""The controls: eviction at random, and eviction at random with the prompt kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.view import CacheView
+
+
+@dataclass(frozen=True)
+class Random(Scorer):
+    """Evict at random per KV head, drawn afresh at every compression.
+
+    Attributes
+    ----------
+    recent : int
+        Last entries never evicted, as many as the other policies protect.
+    """
+
+    name: ClassVar[str] = "random"
+    source: ClassVar[str] = "control"
+    recent: int = 8
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Draw a score per entry, fixed by seed, layer, head and token count."""
+        rng = np.random.default_rng([view.seed, view.layer, view.kv_head, view.n_tokens])
+        return rng.random(view.n_entries, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class RandomPrompt(Random):
+    """Keep the prompt before anything else and evict the rest at random.
+
+    Notes
+    -----
+    Where the prompt alone exceeds the budget, prompt entries are evicted at random too.
+
+    References
+    ----------
+    The control of arXiv 2609.03430, which reports that it matches the best scorers.
+    """
+
+    name: ClassVar[str] = "random-prompt"
+    source: ClassVar[str] = "control, arXiv 2609.03430"
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Draw a score per entry and lift every prompt entry above the others."""
+        drawn = Random.score(self, view)
+        return drawn + (view.positions < view.prompt_tokens).astype(np.float32)

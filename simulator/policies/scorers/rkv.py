@@ -1,0 +1,83 @@
+"""R-KV: attention of the last queries, less the redundancy of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.kernels.attention import take_off
+from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.scorers.redundancy import redundancy
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.view import CacheView
+
+NO_MATCH = ("skip", "column0")
+
+
+@dataclass(frozen=True)
+class RKV(SnapKV):
+    """Score ``alpha * importance - (1 - alpha) * redundancy``.
+
+    Attributes
+    ----------
+    alpha : float
+        Weight of importance, in [0, 1]. The paper and its README use 0.1, the code's default is 0.07.
+    similarity_threshold : float
+        Cosine above which (strictly) one key duplicates another.
+    no_match : str
+        What a key without duplicate does: ``skip`` spares nothing; ``column0`` spares slot 0, as the
+        published code does.
+
+    Notes
+    -----
+    Importance is SnapKV's. Redundancy is the softmax, over all entries held, of each key's mean cosine to
+    all keys, where every key spares its newest duplicate ("newest" is the largest slot: the latest position
+    unless ``slot_order=score``). ``slot_order=score,no_match=column0`` reproduces the published code.
+
+    References
+    ----------
+    Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models" (arXiv 2505.24133).
+    """
+
+    name: ClassVar[str] = "rkv"
+    source: ClassVar[str] = "Cai et al. 2025, arXiv 2505.24133"
+    alpha: float = 0.1
+    similarity_threshold: float = 0.5
+    no_match: str = "skip"
+
+    def __post_init__(self) -> None:
+        SnapKV.__post_init__(self)
+        refuse_unless(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
+        in_range = -1 <= self.similarity_threshold <= 1
+        refuse_unless(in_range, "similarity_threshold", self.similarity_threshold, "-1 to 1")
+        refuse_unless(self.no_match in NO_MATCH, "no_match", self.no_match, ", ".join(NO_MATCH))
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score the evictable entries; zero in the window."""
+        return self._less_repeated([view])[0]
+
+    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        """Score a layer's KV heads at once."""
+        if type(self).score is not RKV.score:
+            return Scorer.score_heads(self, views)
+        return self._less_repeated(views)
+
+    def _less_repeated(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
+        found = self.importance(views)
+        judged = [(own, view) for own, view in zip(found, views, strict=True) if view.n_entries > self.window]
+        if not judged:
+            return found
+        repeated = redundancy(
+            [view.keys for _, view in judged],
+            [view.positions for _, view in judged],
+            self.similarity_threshold,
+            spare_column0=self.no_match == "column0",
+            memos=[view.memo if self.slot_order == "chronological" else None for _, view in judged],
+        )
+        for (scores, view), shares in zip(judged, repeated, strict=True):
+            n_candidates = view.n_entries - self.window
+            take_off(scores[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
+        return found

@@ -1,0 +1,58 @@
+"""TOVA: what the last query attends to, all heads of a layer together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.attention import held_attention
+from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.view import CacheView
+
+
+@dataclass(frozen=True)
+class TOVA(Scorer):
+    """Keep the tokens that the last query attends to, averaged over all heads of the layer.
+
+    Attributes
+    ----------
+    recent : int
+        Last entries protected. The paper protects none; kvpress protects the newest.
+
+    Notes
+    -----
+    The score is the mean, over all query heads of the layer, of the last query's softmax weights over what
+    is held, so that with equal budgets all KV heads keep the same tokens. Where heads hold different ones
+    (unequal budgets), a head that has lost a token counts as zero for it.
+
+    References
+    ----------
+    Oren et al. 2024, "Transformers are Multi-State RNNs" (arXiv 2401.06104), section 3.2.
+    """
+
+    name: ClassVar[str] = "tova"
+    source: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
+
+    @property
+    def window(self) -> int:
+        """Only the last query."""
+        return 1
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score one head's entries as if it were alone in its layer."""
+        return self.score_heads([view])[0]
+
+    def score_heads(self, views: Sequence[CacheView]) -> list[np.ndarray]:
+        """Score every position once and give each head the scores of those it holds."""
+        by_position = np.zeros(max(view.n_tokens for view in views))
+        for view in views:
+            by_position[view.positions] += held_attention(view)[:, -1].sum(axis=0, dtype=np.float64)
+        by_position /= sum(len(view.queries) for view in views)
+        return [by_position[view.positions].astype(np.float32) for view in views]

@@ -1,0 +1,58 @@
+"""VATP: accumulated attention times the size of the value it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.policies.parts import refuse_unless
+from simulator.policies.scorers.h2o import H2O, noted
+from simulator.policies.view import CacheView
+
+
+@dataclass(frozen=True)
+class VATP(H2O):
+    """Score by accumulated attention times the L1 norm of the value.
+
+    Attributes
+    ----------
+    sinks : int
+        First positions protected: attention sinks have tiny values, which this score would evict first.
+
+    Notes
+    -----
+    This is the paper's variant on H2O (it has another on Scissorhands), with H2O's deviations. The paper and
+    its code (``sink_len``) keep the first 20 tokens. The code multiplies each step's attention by the norm
+    before adding it up, which comes to the same, since an entry's value never changes. Its budgets are shares
+    of the prompt's length, and it masks entries instead of freeing them.
+
+    References
+    ----------
+    Guo et al. 2024, "Attention Score is not All You Need for Token Importance Indicator in KV Cache
+    Reduction: Value Also Matters" (arXiv 2406.12335), section 3.
+    """
+
+    name: ClassVar[str] = "vatp"
+    source: ClassVar[str] = "Guo et al. 2024, arXiv 2406.12335"
+    sinks: int = 20
+
+    def __post_init__(self) -> None:
+        H2O.__post_init__(self)
+        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Values."""
+        return frozenset({"values"})
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score by attention times value norm, the newest entries above all others."""
+        return self.prefer_recent(view, noted(view) * value_sizes(view))
+
+
+def value_sizes(view: CacheView) -> np.ndarray:
+    """Give the L1 norm of every held value; float32 (n_entries,)."""
+    assert view.values is not None
+    return np.abs(view.values).sum(axis=-1)

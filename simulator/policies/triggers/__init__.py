@@ -1,0 +1,1 @@
+"""Triggers: when a layer compresses, one rule a file."""

@@ -1,0 +1,135 @@
+"""The Reasoning Wave: how many entries each layer needs, measured once per model and stored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from traces.atomic import write_file
+from traces.documents import convert, digest, read_json, shown
+from traces.errors import MissingDataError
+from traces.shape import ModelShape
+
+FORMAT, VERSION = "kvbudget-wave", 1
+_DIGEST = "sha256"
+Demand = Annotated[float, Meta(gt=0)]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A model's demand for entries, layer by layer.
+
+    Attributes
+    ----------
+    model, model_revision : str
+    rho : float
+        The attention mass to hold.
+    demand : tuple of float
+        Entries needed per KV head, one mean per layer.
+    head_demand : tuple of tuple of float
+        The same per KV head, (n_layers, n_kv_heads).
+    trace_ids : tuple of str
+        Traces it was measured on; replaying one of them under this wave is refused.
+    n_steps : int
+        Decode steps sampled, over all traces.
+    """
+
+    model: str
+    model_revision: str
+    rho: Annotated[float, Meta(gt=0, lt=1)]
+    demand: Annotated[tuple[Demand, ...], Meta(min_length=1)]
+    head_demand: tuple[tuple[Demand, ...], ...]
+    trace_ids: tuple[str, ...]
+    n_steps: Annotated[int, Meta(ge=1)]
+
+    def write(self, path: str | Path) -> None:
+        """Write the wave as JSON with a digest of itself, atomically."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(content | {_DIGEST: digest(content)}, indent=1) + "\n"
+        write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_wave(path: str | Path) -> Wave:
+    """Read a stored wave; one without a digest, such as one that was written by hand, is taken as it is.
+
+    Raises
+    ------
+    MissingDataError
+        If the file is missing, changed, or is no wave of this version.
+    """
+    what = f"wave {path}"
+    stored: dict[str, Any] = read_json(path, what, dict[str, Any], MissingDataError)
+    if stored.get("format") != FORMAT:
+        raise MissingDataError(f"{what} is not a wave file; allowed: what sim calibrate writes")
+    if (version := stored.get("version")) != VERSION:
+        raise MissingDataError(f"{what}: version {shown(version)} found, this build reads {VERSION}")
+    if _DIGEST in stored and stored[_DIGEST] != digest(stored, without=_DIGEST):
+        raise MissingDataError(
+            f"{what} was changed since it was written; allowed: one that agrees with its {_DIGEST}, or has "
+            "none"
+        )
+    known = {"format", "version", _DIGEST, *(item.name for item in fields(Wave))}
+    if unknown := sorted(set(stored) - known):
+        raise MissingDataError(
+            f"{what}: field {shown(unknown[0])} is unknown; allowed: {', '.join(sorted(known))}"
+        )
+    wave: Wave = convert(stored, what, Wave, MissingDataError)
+    widths = {len(row) for row in wave.head_demand}
+    if len(wave.head_demand) != len(wave.demand) or len(widths) != 1 or 0 in widths:
+        raise MissingDataError(
+            f"{what}: head_demand has {len(wave.head_demand)} layers of {sorted(widths)} KV heads; allowed: "
+            f"one number for every head of the {len(wave.demand)} layers"
+        )
+    return wave
+
+
+def require_fitting(waves: Mapping[str, Wave], model: str, shape: ModelShape) -> None:
+    """Refuse a model's wave that is of another shape than the model, before anything is replayed.
+
+    Raises
+    ------
+    MissingDataError
+    """
+    wave = waves.get(model)
+    if wave is None:
+        return
+    found, allowed = (len(wave.demand), len(wave.head_demand[0])), (shape.n_layers, shape.n_kv_heads)
+    if found != allowed:
+        raise MissingDataError(
+            f"the wave of model '{model}' has {found[0]} layers of {found[1]} KV heads; "
+            f"allowed: {allowed[0]} of {allowed[1]}, as its trace has"
+        )
+
+
+def known_waves(paths: Sequence[str | Path] = ()) -> dict[str, Wave]:
+    """Collect the waves that ship with the package and those given, which win; by model name."""
+    shipped = resources.files("simulator") / "waves"
+    waves = {}
+    for entry in sorted(shipped.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".json"):
+            with resources.as_file(entry) as path:
+                wave = read_wave(path)
+            waves[wave.model] = wave
+    for given in paths:
+        wave = read_wave(given)
+        waves[wave.model] = wave
+    return waves
+
+
+def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
+    """Say on standard error which waves are of other models than those at hand, and so change nothing."""
+    at_hand = sorted(set(models))
+    for path in paths:
+        wave = read_wave(path)
+        if wave.model not in at_hand:
+            print(
+                f"sim: wave {path} is of model '{wave.model}' and changes nothing for {', '.join(at_hand)}",
+                file=sys.stderr,
+            )

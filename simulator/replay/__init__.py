@@ -1,0 +1,1 @@
+"""The replay of one trace under one policy, and what it measures."""

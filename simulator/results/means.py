@@ -1,0 +1,106 @@
+"""Results averaged over traces, few enough rows to store beside what was measured live.
+
+``python -m simulator.results.means rows.parquet --out means.csv``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import polars as pl
+from scipy import stats
+
+from simulator.results.labels import budget_label
+from simulator.results.metric_names import METRICS
+from simulator.results.output import require_place
+from simulator.results.standings import read_rows
+from simulator.results.tables import BUDGET, GROUP, comparable, with_budget_kind
+from traces.atomic import write_file
+from traces.errors import UserError
+
+# Digits after the point: far below what traces differ by.
+_DIGITS = 7
+
+
+def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
+    """Average a replay's rows over traces, per family, policy and budget.
+
+    Where some cells failed, a budget is averaged over the traces on which all its policies succeeded.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+        Of a replay.
+
+    Returns
+    -------
+    polars.DataFrame
+        family (empty for traces without one), the columns of ``results.GROUP``, ``n_traces``;
+        the means of ``bytes_mean``, ``oracle_mass`` and of all of ``standings.METRICS``.
+    """
+    # Of a column that rows of an earlier version lack there is no mean.
+    numbers = [name for name in ("bytes_mean", "oracle_mass", *METRICS) if name in rows.columns]
+    done = comparable(rows).with_columns(pl.col("family").fill_null(""))
+    means = done.group_by("family", *GROUP, maintain_order=True).agg(
+        pl.len().alias("n_traces"), pl.col(numbers).mean().round(_DIGITS)
+    )
+    return means.with_columns(pl.col("bytes_mean").round(0).cast(pl.Int64))
+
+
+def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: str) -> pl.DataFrame:
+    """Choose the best policy of every budget on some traces, and judge it on others.
+
+    Parameters
+    ----------
+    chosen_on, judged_on : polars.DataFrame
+        Results, or means of `cell_means`; one row per policy and budget, policies told apart by name.
+    metric : str
+        One of ``standings.METRICS``.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per budget: ``winner`` where it was chosen and its value there, ``here``; its value on the
+        others, ``there``, and its place among the ``n_policies``; ``best_there`` and its value, ``could``;
+        ``spearman``, how alike both order the policies.
+    """
+    key = ["policy", *BUDGET]
+    chosen_on, judged_on = map(with_budget_kind, (chosen_on, judged_on))
+    joined = chosen_on.select(*key, here=metric).join(judged_on.select(*key, there=metric), on=key)
+    rows = []
+    for budget, own in joined.group_by(key[1:], maintain_order=True):
+        first = own.sort("here", "policy", descending=[METRICS[metric].more_is_better, False]).row(
+            0, named=True
+        )
+        ranked = own.sort("there", "policy", descending=[METRICS[metric].more_is_better, False])
+        rows.append(
+            {"budget": budget_label(*budget), "winner": first["policy"]}
+            | {"here": first["here"], "there": first["there"]}
+            | {"place": ranked["policy"].to_list().index(first["policy"]) + 1, "n_policies": len(own)}
+            | {"best_there": ranked["policy"][0], "could": ranked["there"][0]}
+            | {"spearman": float(stats.spearmanr(own["here"], own["there"]).statistic)}
+        )
+    return pl.DataFrame(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the means of result rows as CSV; a user's mistake is one line and an exit code."""
+    parser = argparse.ArgumentParser(prog="simulator.results.means", description=main.__doc__)
+    parser.add_argument("rows", type=Path, nargs="+", help="files of sim replay -o")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.csv")
+    options = parser.parse_args(arguments)
+    try:
+        require_place(options.out, "--out")
+        means = cell_means(read_rows(options.rows))
+        write_file(options.out, lambda temporary: means.write_csv(temporary))
+    except UserError as error:
+        print(f"cell_means: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {options.out}: {len(means)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The numbers that may tell policies apart: one name each, and how far each can be trusted.
+
+How far is measured on one small model, by decoding with entries really evicted: ``fidelity.json`` beside this
+file, which ``python -m validate.reasoner.trust`` makes from the stored tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from traces.errors import UserError
+from traces.wording import near
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number of a row that may tell policies apart.
+
+    Attributes
+    ----------
+    column : str
+        In rows, and the value of ``--metric``.
+    label : str
+        In prose, tables and charts.
+    more_is_better : bool
+    leads : str
+        What the policy that this number puts first does.
+    """
+
+    column: str
+    label: str
+    more_is_better: bool
+    leads: str
+
+
+METRICS = {
+    metric.column: metric
+    for metric in (
+        Metric(
+            "lost_lookup_peak", "lost lookups, worst step", False, "loses fewest lookups at the worst step"
+        ),
+        Metric("lost_lookup_rms", "lost lookups, at once", False, "loses fewest lookups at once"),
+        Metric("lost_lookup_rate", "lost lookups", False, "loses fewest lookups"),
+        Metric("miss_rate", "strongest key gone", False, "keeps the strongest key most often"),
+        Metric("low_mass_rate", "less than half the mass", False, "keeps half the mass most often"),
+        Metric("mass_mean", "retained mass, mean", True, "retains most attention"),
+        Metric("mass_p05", "retained mass, 5th percentile", True, "retains most at its 5th percentile"),
+        Metric("mass_min_head", "retained mass, worst head", True, "retains most in its worst head"),
+        Metric("gap", "gap to the oracle", False, "comes closest to the oracle"),
+    )
+}
+# Of all of them, taking the policy that it puts first costs the fewest answers, over all that were decoded.
+DEFAULT_METRIC = "lost_lookup_peak"
+# Which of them a sample of decode steps can tell.
+DEFAULT_OF_SAMPLES = "lost_lookup_rate"
+
+
+def asked_metric(name: str | None) -> str:
+    """Give the column that was asked for, by its name or its label; the default for None.
+
+    Raises
+    ------
+    UserError
+    """
+    if name is None:
+        return DEFAULT_METRIC
+    found = next((own.column for own in METRICS.values() if name in (own.column, own.label)), None)
+    if found is None:
+        raise UserError(f"--metric is '{name}'{near(name, METRICS)}; allowed: {', '.join(METRICS)}")
+    return found
+
+
+def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = ()) -> str:
+    """Say how far a number can be trusted, for whoever is about to choose a policy by it.
+
+    Parameters
+    ----------
+    metric : str
+        Column.
+    models : iterable of str
+        Models of the traces at hand.
+    policies : iterable of str
+        Policies at hand; those that the number is known to rank too high are named.
+
+    Returns
+    -------
+    str
+        Sentences in one line.
+    """
+    known, label = _fidelity(), METRICS[metric].label
+    measured = known["metrics"][metric]
+    where = f"{known['model']} ({known['parameters']} parameters)"
+    strange = sorted(set(models) - {known["model"]})
+    ranges = [f"{low:.2f} to {high:.2f}" for low, high in (measured["chosen"], measured["others"])]
+    told = (
+        f"'{label}' is no recommendation: when decoded with eviction on {where}, it ranked policies within a "
+    )
+    told += f"budget at {ranges[0]} (Spearman), other policies at {ranges[1]}"
+    told += ", on which it was found" if measured["found_on_others"] else ""
+    told += f"; on {', '.join(strange)} it is unmeasured." if strange else "."
+    wrong = [name for name in measured["misjudged"] if name in set(policies)]
+    if wrong:
+        told += f" Known to rank too high: {', '.join(wrong)}."
+    return told
+
+
+@cache
+def _fidelity() -> dict[str, Any]:
+    text = (resources.files("simulator.results") / "fidelity.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
