@@ -14,13 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from validate.gpu.kernels.append import append
-from validate.gpu.kernels.attention import attend
-from validate.gpu.kernels.compaction import compact, fill
-from validate.gpu.kernels.importance import window_importance
-from validate.gpu.kernels.redundancy import redundancy
-from validate.gpu.kernels.scores import combine_scores
-from validate.gpu.kernels.selection import demand, select
+from validate.eviction.kernels.append import append
+from validate.eviction.kernels.attention import attend
+from validate.eviction.kernels.compaction import compact, fill
+from validate.eviction.kernels.importance import window_importance
+from validate.eviction.kernels.redundancy import redundancy
+from validate.eviction.kernels.scores import combine_scores
+from validate.eviction.kernels.selection import demand, select
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {

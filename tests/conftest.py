@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from traces import write_trace
-from validate import cli
+from validate.cli import main as cli
 
 with suppress(ImportError):
     # Before any test imports triton: only then can it be told that there is no GPU.

@@ -28,7 +28,7 @@ from fuzz_kind import Target
 from fuzz_targets import make_targets
 
 from traces.errors import UserError
-from validate import cli
+from validate.cli import main as cli
 
 SECONDS = 20.0
 MOST_MEGABYTES = 1000

@@ -208,7 +208,7 @@ def _sweep_target(folder: Path, trace: Path) -> Target:
 def _configs_target(folder: Path) -> Target:
     from simulator.budget import parse_budget
     from simulator.policies.language import parse_policy
-    from validate.validate_command import _asked_cells
+    from validate.cli.validate import _asked_cells
 
     path = folder / "winners.json"
     rows = [
@@ -230,7 +230,7 @@ def _configs_target(folder: Path) -> Target:
 
 
 def _prompts_target(folder: Path) -> Target:
-    from validate.prompts import read_prompts
+    from validate.problems.prompts import read_prompts
 
     path = folder / "prompts.jsonl"
     rows = [

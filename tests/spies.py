@@ -14,7 +14,7 @@ from simulator.policies.language import parse_policy
 from simulator.replay.engine import Engine
 from simulator.replay.request import Request
 from traces import write_trace
-from validate.eviction.layer import EvictingLayer
+from validate.eviction.host.layer import EvictingLayer
 
 # Every policy whose layers all have the same budget.
 POLICIES = [

@@ -76,7 +76,7 @@ def table_of(out: Path):
 def start_sweep(spec: Path, *options) -> subprocess.Popen:
     """Start ``sim sweep`` as the leader of a process group."""
     return subprocess.Popen(
-        [sys.executable, "-m", "validate.cli", "sweep", str(spec), *map(str, options)],
+        [sys.executable, "-m", "validate.cli.main", "sweep", str(spec), *map(str, options)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

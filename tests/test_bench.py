@@ -9,18 +9,18 @@ import naive_torch
 import numpy as np
 import pytest
 
-from simulator.bench.cases import cases as bench
-from simulator.bench.cases import machine
+from simulator.bench import cases as bench
+from simulator.bench import machine
 from simulator.bench.trace import PROMPT_TOKENS, write_bench_trace
 from simulator.cli.bench import print_bench
-from simulator.kernels.attention import tiles
+from simulator.kernels import tiles
 from simulator.policies.language import parse_policy
 from simulator.replay.engine import Engine
 from simulator.replay.request import Request
 from simulator.workers import blas
 from traces.errors import UserError
 from traces.shape import ModelShape
-from validate import cli
+from validate.cli import main as cli
 
 MACHINE_KEYS = {"sgemm_gflops", "exp_ns", "copy_gbs", "cores"}
 CASE_KEYS = {"policy", "tokens", "budget", "useful_gflop", "seconds", "fraction_of_sgemm", "peak_rss_mb"}

@@ -15,12 +15,12 @@ from tiny_models import tiny_model
 
 from simulator.policies.language import parse_policy
 from traces.errors import NoDeviceError, UserError
-from validate.gpu.bench import decode, run
-from validate.gpu.bench.check import check_kernels
-from validate.gpu.bench.decode import mean_over_text
-from validate.gpu.bench.kernels import Setting, kernel_cases
-from validate.gpu.bench.run import BenchPlan, aims, round_down, run_bench
-from validate.gpu.ops import torch_ops
+from validate.bench import decode, run
+from validate.bench.check import check_kernels
+from validate.bench.decode import mean_over_text
+from validate.bench.kernels import Setting, kernel_cases
+from validate.bench.run import BenchPlan, aims, round_down, run_bench
+from validate.eviction.kernels.ops import torch_ops
 
 PLAN = BenchPlan(
     entries=24, buffer=8, lengths=(64, 128), kernel_batches=(1, 3), most_batch=3, repeat=2, minutes=5
@@ -45,7 +45,8 @@ def test_tables_and_statistics_need_not_be_installed():
     absent = ("polars", "altair", "scipy", "joblib", "math_verify")
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-        "import validate.cli, validate.eviction.decode, validate.gpu.bench.run, validate.random_weights"
+        "import validate.cli.main, validate.eviction.decode\n"
+        "import validate.bench.run, validate.models.random_weights"
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)

@@ -16,8 +16,8 @@ from simulator.results.output import write_parquet
 from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
 from traces.errors import UserError
 from validate.live.fidelity_section import fidelity_section
+from validate.live.output import read_simulated
 from validate.protocol.prompts import prepare_prompts
-from validate.validate_output import read_simulated
 
 CURVE = (
     '[{"model": "m", "family": "f", "metric": "gap", "values": [%s], "accuracy": [%s], '

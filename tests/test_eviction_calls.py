@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from simulator.policies.language import parse_policy
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
-from validate.gpu.cache import DeviceCache
-from validate.gpu.ops import torch_ops
+from validate.eviction.device.cache import DeviceCache
+from validate.eviction.kernels.ops import torch_ops
 
 N_PROMPT, N_NEW, AMPLE, TIGHT = 50, 24, 4000, 24
 SETTINGS = {"name": NAME, "waves": tiny_waves()}

@@ -20,7 +20,7 @@ from simulator.replay.compression import Compressor
 from traces import write_trace
 from traces.shape import ModelShape
 from traces.synthetic import make_synthetic
-from validate.eviction import layer as layer_module
+from validate.eviction.host import layer as layer_module
 
 TRIGGERS = ["buffer=9", "trigger=every-n,interval=11,offset=3"]
 

@@ -16,7 +16,7 @@ from traces.errors import InfeasibleBudgetError, MissingDataError, UserError
 from validate.eviction import decode as decode_module
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.decode import decode
-from validate.sampling import Sampling
+from validate.models.next_token import Sampling
 
 KINDS = ["llama", "qwen2", "qwen3"]
 N_NEW = 60

@@ -12,8 +12,8 @@ from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORER
 from traces.errors import InfeasibleBudgetError, UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.decode import decode
-from validate.levels import run_forced, run_shadow
-from validate.record import record_decode
+from validate.levels.runs import run_forced, run_shadow
+from validate.record.decode import record_decode
 
 ENTRIES, N_PROMPT, N_NEW = 20, 24, 60
 PROMPT = torch.randint(3, N_TOKEN_IDS, (N_PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -10,16 +10,16 @@ from gpu_device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from validate.eviction import kernels
-from validate.eviction.kernels import (
+from validate.eviction.host import attention as kernels
+from validate.eviction.host.attention import (
     attend_by,
     attend_padded,
     attend_ragged,
     blocks_of_like_length,
     has_kernels,
 )
-from validate.eviction.pool import LayerPool
-from validate.gpu.ops import torch_ops, triton_ops
+from validate.eviction.host.pool import LayerPool
+from validate.eviction.kernels.ops import torch_ops, triton_ops
 
 WIDTH = 3
 

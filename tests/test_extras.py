@@ -20,7 +20,7 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Hidden())
-from validate.entry import main
+from validate.cli.entry import main
 sys.argv[0] = "sim"
 main()
 """

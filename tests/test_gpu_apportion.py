@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.policies.apportion import robustify
-from validate.gpu.apportion import divide_heads
+from validate.eviction.device.apportion import divide_heads
 
 
 def _both(demand, totals, **settings):

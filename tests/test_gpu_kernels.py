@@ -13,10 +13,9 @@ pytest.importorskip("triton")
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from validate.eviction.kernels import attend_padded
-from validate.gpu import twins
-from validate.gpu.kernels import append as append_kernel
-from validate.gpu.kernels import attention
+from validate.eviction.host.attention import attend_padded
+from validate.eviction.kernels import append as append_kernel
+from validate.eviction.kernels import attention, twins
 
 ATTEND = {"kernel": attention.attend, "twin": twins.attend}
 APPEND = {"kernel": append_kernel.append, "twin": twins.append}

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simulator.policies.language import parse_policy
 from validate.eviction.cache import evicting
-from validate.gpu import schedule
-from validate.gpu.cache import DeviceCache
-from validate.gpu.ops import torch_ops
-from validate.gpu.steps import Steps
+from validate.eviction.device import schedule
+from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.steps import Steps
+from validate.eviction.kernels.ops import torch_ops
 
 ENTRIES, BUFFER, PROMPT_TOKENS = 14, 8, 20
 

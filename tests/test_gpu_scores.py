@@ -14,13 +14,13 @@ from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV, window_attention
 from simulator.policies.view import CacheView
 from simulator.replay.selection import select_slots
-from validate.gpu import twins_scores
+from validate.eviction.kernels import twins_scores
 
 pytest.importorskip("triton")
 
-from validate.gpu.kernels import importance as importance_kernels
-from validate.gpu.kernels import redundancy as redundancy_kernels
-from validate.gpu.kernels import scores as scores_kernels
+from validate.eviction.kernels import importance as importance_kernels
+from validate.eviction.kernels import redundancy as redundancy_kernels
+from validate.eviction.kernels import scores as scores_kernels
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 WINDOW = 8

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import torch
-from simulator.policies.heads.plain import plain as heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from simulator.policies.heads import utility
 from simulator.replay.selection import select_slots
-from validate.gpu import twins
-from validate.gpu.kernels import compaction, selection
+from validate.eviction.kernels import compaction, selection, twins
 
 SELECT = {"kernel": selection.select, "twin": twins.select}
 DEMAND = {"kernel": selection.demand, "twin": twins.demand}
@@ -151,8 +150,8 @@ def test_selection_of_drawn_ties(scores, data):
 def count_winners(scores, total, monkeypatch):
     """Give what ReasonAlloc's heads demand, before it is smoothed and bounded."""
     with monkeypatch.context() as patched:
-        patched.setattr(heads, "robustify", lambda demand, total, **_: demand)
-        return heads.UtilityHeads().allocate(SimpleNamespace(scores=scores, total=total, protected=None))
+        patched.setattr(utility, "robustify", lambda demand, total, **_: demand)
+        return utility.UtilityHeads().allocate(SimpleNamespace(scores=scores, total=total, protected=None))
 
 
 def check_demand(demand, pool, totals, n_kv_heads, longest):

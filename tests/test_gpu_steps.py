@@ -9,11 +9,11 @@ from tiny_models import N_TOKEN_IDS, tiny_model
 
 from simulator.policies.language import parse_policy
 from traces.errors import UserError
-from validate import models
 from validate.eviction.cache import evicting
-from validate.gpu.cache import DeviceCache
-from validate.gpu.ops import torch_ops
-from validate.gpu.steps import Steps
+from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.steps import Steps
+from validate.eviction.kernels.ops import torch_ops
+from validate.models import load as models
 
 N_STEPS, DROP_AT, BUFFER = 40, 17, 8
 PROMPTS = torch.randint(3, N_TOKEN_IDS, (3, 20), generator=torch.Generator().manual_seed(3))

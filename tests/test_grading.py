@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traces.errors import UserError
-from validate.live import grading
-from validate.live.grading import Grade, first_divergence, grade, loop_period, require_grader
-from validate.prompts import read_prompts
-from validate.reasoner.tasks import make_problem
+from validate.problems import grading
+from validate.problems.families import make_problem
+from validate.problems.grading import Grade, first_divergence, grade, loop_period, require_grader
+from validate.problems.prompts import read_prompts
 
 # Rows with the fields of AIME 2024 and MATH-500.
 BENCHMARK_ROWS = [

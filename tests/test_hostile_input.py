@@ -14,8 +14,8 @@ import simulator
 from simulator.results.output import write_parquet, write_rows
 from simulator.sweep.folder import SweepFolder
 from traces.errors import UserError
-from validate.prompts import read_prompts
-from validate.validate_command import _asked_cells
+from validate.cli.validate import _asked_cells
+from validate.problems.prompts import read_prompts
 
 DEEP = "[" * 5000 + "]" * 5000
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     with connected(Engine(), 2) as workers:
         print(*workers.run(is_held, [b""] * 4))
 """
-SIM = "from validate.entry import main\nif __name__ == '__main__': main()\n"
+SIM = "from validate.cli.entry import main\nif __name__ == '__main__': main()\n"
 
 
 def script(tmp_path, text):

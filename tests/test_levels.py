@@ -14,18 +14,18 @@ from tiny_models import N_TOKEN_IDS, tiny_model
 from transformers import DynamicCache
 
 import simulator.replay.layer
-import validate.eviction.layer
-import validate.levels
+import validate.eviction.host.layer
+import validate.levels.runs
 from simulator.policies.language import parse_policy
 from simulator.replay.compression import Compressor
 from simulator.replay.selection import select_slots
 from traces import write_trace
 from traces.errors import UserError
-from validate.levels import Shadow, forced_steps, level_row, run_forced, run_shadow
-from validate.models import load_model
-from validate.prompts import encode_prompt
-from validate.reasoner.tasks import make_problem
-from validate.record import record_decode
+from validate.levels.runs import Shadow, forced_steps, level_row, run_forced, run_shadow
+from validate.models.load import load_model
+from validate.problems.families import make_problem
+from validate.problems.prompts import encode_prompt
+from validate.record.decode import record_decode
 
 POLICIES = [
     "streamingllm",
@@ -153,14 +153,14 @@ def earlier(scores, positions, n_kept, slot_order):
     return np.sort(kept)
 
 
-@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.layer])
+@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.host.layer])
 @pytest.mark.parametrize("wrong", [Worst, Late, Forgetful, Unscaled])
 def test_a_shadow_run_notices_a_mistake_on_either_side(wrong, side, model, trace, waves, monkeypatch):
     monkeypatch.setattr(side, "Compressor", wrong)
     assert run_shadow(model, trace, policy_of("snapkv"), ENTRIES, waves=waves).mismatches
 
 
-@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.layer])
+@pytest.mark.parametrize("side", [simulator.replay.layer, validate.eviction.host.layer])
 def test_a_shadow_run_notices_one_wrong_entry(side, model, trace, waves, monkeypatch):
     class Careless(Compressor):
         def survivors(self, scores, positions):
@@ -250,7 +250,7 @@ def test_forced_mass_is_what_a_masked_model_finds_retained(text, model, trace, w
 
 def test_a_forced_run_may_be_fed_in_any_portions(model, trace, waves, monkeypatch):
     whole = run_forced(model, trace, policy_of("rkv"), ENTRIES, waves=waves)
-    monkeypatch.setattr(validate.levels, "_FORCED_TOKENS", 7)
+    monkeypatch.setattr(validate.levels.runs, "_FORCED_TOKENS", 7)
     parts = run_forced(model, trace, policy_of("rkv"), ENTRIES, waves=waves)
     np.testing.assert_allclose(parts.forced, whole.forced, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(parts.agrees, whole.agrees)

@@ -28,11 +28,11 @@ from validate.eviction.decode import Completion
 from validate.live import completions, matrix
 from validate.live.completions import ROW_SCHEMA, Baseline, LiveSettings, baselines_of, complete
 from validate.live.matrix import FULL, Batch, Matrix, MatrixSettings
-from validate.models import load_model, model_shape
-from validate.prompts import Prompt, read_prompts
-from validate.reasoner.tasks import make_problem
+from validate.models.load import load_model, model_shape
+from validate.models.next_token import Sampling
+from validate.problems.families import make_problem
+from validate.problems.prompts import Prompt, read_prompts
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.sampling import Sampling
 
 PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range(4)]
 N_NEW = 24
@@ -626,7 +626,7 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
 def test_what_a_users_part_raises_fails_its_batch_in_words(folder, tmp_path, worker):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from simulator.policies.heads.plain import UtilityHeads\n\n\n"
+        "from simulator.policies.heads.utility import UtilityHeads\n\n\n"
         "@dataclass(frozen=True)\n"
         "class Mine(UtilityHeads):\n"
         "    name = 'mine'\n\n"

@@ -14,7 +14,7 @@ from simulator.budget import parse_budgets
 from simulator.cli.completion import metrics, policies
 from simulator.policies.language import parse_policies
 from simulator.results.metric_names import asked_metric
-from validate.cli import app
+from validate.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.parts)]
@@ -121,7 +121,11 @@ def test_policies_and_metrics_are_completed():
 def test_a_shell_completes():
     words = {"COMP_WORDS": "sim replay --policy rea", "COMP_CWORD": "3", "_SIM_COMPLETE": "complete_bash"}
     ran = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'sim'; from validate.entry import main; main()"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv[0] = 'sim'; from validate.cli.entry import main; main()",
+        ],
         env=os.environ | words,
         capture_output=True,
         text=True,

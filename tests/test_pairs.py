@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numba.core.codegen import get_host_cpu_features
 
-from simulator.kernels.attention import tiles
+from simulator.kernels import tiles
 from simulator.policies.scorers.redundancy import redundancy
 from simulator.policies.scorers.snapkv import SnapKV, window_attention
 from simulator.policies.view import CacheView

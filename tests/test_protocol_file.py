@@ -8,8 +8,8 @@ import pytest
 
 from simulator.budget import Budget
 from traces.errors import InfeasibleBudgetError, UserError
+from validate.models.next_token import Sampling
 from validate.protocol.file import read_protocol
-from validate.sampling import Sampling
 
 SHIPPED = Path(__file__).parent.parent / "validate" / "configs" / "reasonalloc_paper.toml"
 # As the tables of the paper stand: columns, then percent by budget, None where there is a dash.

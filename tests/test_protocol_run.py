@@ -17,18 +17,18 @@ from tiny_models import tiny_model
 
 from simulator.policies.wave import known_waves
 from traces.errors import MissingDataError, UserError
-from validate import cli
+from validate.cli import main as cli
 from validate.eviction.decode import Completion
 from validate.live import completions, matrix
-from validate.live.published import SCHEMA, beside_published
-from validate.models import know_model, load_model
-from validate.prompts import encode_prompt, read_prompts
+from validate.models.load import know_model, load_model
+from validate.models.shapes import SHAPES
+from validate.problems.families import make_problem
+from validate.problems.prompts import encode_prompt, read_prompts
 from validate.protocol.file import read_protocol
 from validate.protocol.options import Asked, choose_model
 from validate.protocol.preflight import require_runnable
 from validate.protocol.prompts import prepare_prompts
-from validate.random_shapes import SHAPES
-from validate.reasoner.tasks import make_problem
+from validate.protocol.published import SCHEMA, beside_published
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "validate" / "configs" / "reasonalloc_paper.toml"

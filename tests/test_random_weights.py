@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from traces.check import check_trace
 from traces.errors import NoDeviceError, UserError
 from traces.store import open_trace
-from validate import cli, random_weights
+from validate.cli import main as cli
 from validate.live import matrix
-from validate.models import find_folder, load_model, model_shape, rope_parameters, stop_token_ids
-from validate.prompts import encode_prompt
-from validate.random_shapes import SHAPES, asked_model, meaningless
-from validate.random_weights import byte_tokenizer, random_model
-from validate.vocabulary import vocabulary_of
+from validate.models import random_weights
+from validate.models.load import find_folder, load_model, model_shape, rope_parameters, stop_token_ids
+from validate.models.random_weights import byte_tokenizer, random_model
+from validate.models.shapes import SHAPES, asked_model, meaningless
+from validate.models.vocabulary import vocabulary_of
+from validate.problems.prompts import encode_prompt
 
 TEXT = "naïve → <eos> ½ 12\n  a\x00\x7f"
 # As the models' own pages give them.

@@ -36,7 +36,7 @@ def test_the_api_examples_run(tmp_path, monkeypatch, rng):
 
 
 def test_the_evicting_example_holds_what_it_says(capsys):
-    from validate.reasoner.tasks import make_problem
+    from validate.problems.families import make_problem
 
     names = {"prompt": make_problem("walk", 1, 0).prompt}
     exec(block_with("EvictingCache"), names)
@@ -60,7 +60,7 @@ def test_the_example_policy_runs_composed(make_trace, tmp_path):
 
 
 def test_the_sample_table_is_what_the_command_prints(capsys, monkeypatch):
-    from validate import cli
+    from validate.cli import main as cli
 
     command = "sim replay --trace sample --buffer 32 --budget 20%"
     monkeypatch.setattr(sys, "argv", command.split())

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from validate.reasoner import train as training
-from validate.reasoner.tasks import (
+from validate.problems.families import (
     CARE,
     FAMILIES,
     LENGTHS,
@@ -25,6 +24,7 @@ from validate.reasoner.tasks import (
     make_problem,
     split_into_legs,
 )
+from validate.reasoner import train as training
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
 # Each solver reads the prompt alone. It gives the bare chain, the answer, and what recaps could say.

@@ -14,8 +14,8 @@ import pytest
 from simulator.replay.demand import calibrate
 from simulator.replay.full_cache import sampled_steps
 from traces.errors import UserError
+from validate.problems.families import FAMILIES, make_problem
 from validate.reasoner import charts, heads, profile
-from validate.reasoner.tasks import FAMILIES, make_problem
 
 SHAPE = {"n_layers": 2, "n_kv_heads": 2, "group_size": 2, "head_dim": 8}
 PROMPTS = {

@@ -13,18 +13,18 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, marked_tokenizer, tiny_model
 
-import validate.causal
-import validate.record
+import validate.models.causal
+import validate.record.decode
 from traces.check import check_trace
 from traces.errors import TraceError, UserError
 from traces.shape import ModelShape
 from traces.store import open_trace
-from validate.attention import RECORDER_ATTRIBUTE, LayerCall
-from validate.reasoner.tasks import make_problem
+from validate.models.attention_hook import RECORDER_ATTRIBUTE, LayerCall
+from validate.models.vocabulary import vocabulary_of
+from validate.problems.families import make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.record import record_decode, record_rescore
-from validate.recorder import TraceRecorder
-from validate.vocabulary import vocabulary_of
+from validate.record.decode import record_decode, record_rescore
+from validate.record.recorder import TraceRecorder
 
 PROMPT = [1, 5, 6, 7, 8, 9, 10, 11, 5, 6, 30, 31, 5]
 MODELS = [
@@ -131,7 +131,7 @@ def test_stored_bits_are_what_attention_used(tmp_path, monkeypatch, kind, dtype)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_16_bit_traces_hold_every_invariant(tmp_path, monkeypatch, kind, dtype, fused):
-    monkeypatch.setattr(validate.causal, "has_cpu_flash", lambda: fused)
+    monkeypatch.setattr(validate.models.causal, "has_cpu_flash", lambda: fused)
     model = tiny_model(kind, 2, dtype=dtype)
     decoded = decode(model, tmp_path / "a.kvtrace")
     completion = decoded.token_ids[len(PROMPT) :].tolist()
@@ -143,7 +143,7 @@ def test_16_bit_traces_hold_every_invariant(tmp_path, monkeypatch, kind, dtype, 
 
 def test_blocked_attention_records_the_same_trace(tmp_path, monkeypatch):
     fused = decode(tiny_model(), tmp_path / "a.kvtrace")
-    monkeypatch.setattr(validate.causal, "has_cpu_flash", lambda: False)
+    monkeypatch.setattr(validate.models.causal, "has_cpu_flash", lambda: False)
     blocked = decode(tiny_model(), tmp_path / "b.kvtrace")
     assert_close_traces(fused, blocked)
     check_trace(blocked)
@@ -152,7 +152,7 @@ def test_blocked_attention_records_the_same_trace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("hold", [1, 7, 10_000])
 def test_waiting_tokens_do_not_change_the_trace(tmp_path, monkeypatch, hold):
     expected = decode(tiny_model(), tmp_path / "a.kvtrace", with_values=True)
-    monkeypatch.setattr(validate.record, "HOLD_ON_HOST", hold)
+    monkeypatch.setattr(validate.record.decode, "HOLD_ON_HOST", hold)
     held = decode(tiny_model(), tmp_path / "b.kvtrace", with_values=True)
     assert held.trace_id == expected.trace_id
 
@@ -325,7 +325,7 @@ def test_killed_recording_leaves_no_trace(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from tiny_models import tiny_model
-        from validate.record import record_decode
+        from validate.record.decode import record_decode
         kill = lambda n: n > 40 and os.kill(os.getpid(), signal.SIGKILL)
         record_decode(tiny_model(), None, [3, 4, 5], {str(path)!r}, max_new_tokens=60, stop_ids=(),
                       on_tokens=kill)

@@ -7,17 +7,17 @@ import torch
 from tiny_models import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-import validate.causal
+import validate.models.causal
 from traces.errors import UserError
-from validate.attention import (
+from validate.models.attention_hook import (
     IMPLEMENTATION,
     RECORDER_ATTRIBUTE,
     attention_layers,
     probe_attention,
     recording,
 )
-from validate.causal import blocked_attention, causal_attention, flash_attention
-from validate.recorder import observed_shape
+from validate.models.causal import blocked_attention, causal_attention, flash_attention
+from validate.record.recorder import observed_shape
 
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-4, torch.bfloat16: 3e-4}
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -88,8 +88,8 @@ def test_lse_of_large_logits_is_finite():
 def test_without_the_private_kernel_attention_falls_back(monkeypatch):
     heads = random_heads(4, 2, 6, 11, torch.float32)
     expected = causal_attention(*heads, 0.5)
-    monkeypatch.setattr(validate.causal, "has_cpu_flash", lambda: False)
-    monkeypatch.setattr(validate.causal, "flash_attention", None)
+    monkeypatch.setattr(validate.models.causal, "has_cpu_flash", lambda: False)
+    monkeypatch.setattr(validate.models.causal, "flash_attention", None)
     for found, wanted in zip(causal_attention(*heads, 0.5), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
@@ -187,7 +187,7 @@ def test_batches_masks_and_values_of_another_width_are_refused():
     model = tiny_model()
     layer = attention_layers(model)[0]
     heads = torch.zeros(1, 4, 3, 8)
-    record_attention = validate.attention.record_attention
+    record_attention = validate.models.attention_hook.record_attention
     with pytest.raises(UserError, match="batch of 2"):
         record_attention(layer, *[heads.expand(2, -1, -1, -1)] * 3, None)
     with pytest.raises(UserError, match="mask of its own"):

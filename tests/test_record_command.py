@@ -9,14 +9,14 @@ import pytest
 import typer
 from tiny_models import byte_tokenizer, tiny_model
 
-import validate.record_rows
+import validate.record.rows
 from traces.check import check_trace
 from traces.errors import Interrupted, NoDeviceError, UserError
 from traces.store import open_trace
-from validate.reasoner.tasks import make_problem
+from validate.cli.record import record, table_lines
+from validate.problems.families import make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.record_command import record, table_lines
-from validate.record_rows import Row
+from validate.record.rows import Row
 
 PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range(2)]
 ROWS = [
@@ -141,14 +141,14 @@ def test_another_prompt_under_the_same_id_is_refused(run, tmp_path):
 
 
 def test_a_failing_row_does_not_stop_the_others(run, tmp_path, monkeypatch):
-    decode = validate.record_rows.record_decode
+    decode = validate.record.rows.record_decode
 
     def fail_second(model, tokenizer, prompt_ids, path, **settings):
         if path.name == "2.kvtrace":
             raise OSError(28, "No space left on device")
         return decode(model, tokenizer, prompt_ids, path, **settings)
 
-    monkeypatch.setattr(validate.record_rows, "record_decode", fail_second)
+    monkeypatch.setattr(validate.record.rows, "record_decode", fail_second)
     code, out, err = run()
     assert code == 1
     assert [line.split()[1] for line in out[1:]] == ["recorded", "failed", "recorded"]
@@ -157,7 +157,7 @@ def test_a_failing_row_does_not_stop_the_others(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
-    decode = validate.record_rows.record_decode
+    decode = validate.record.rows.record_decode
 
     def interrupt_second(model, tokenizer, prompt_ids, path, **settings):
         def interrupt(n_tokens):
@@ -166,7 +166,7 @@ def test_an_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
 
         return decode(model, tokenizer, prompt_ids, path, **settings | {"on_tokens": interrupt})
 
-    monkeypatch.setattr(validate.record_rows, "record_decode", interrupt_second)
+    monkeypatch.setattr(validate.record.rows, "record_decode", interrupt_second)
     with pytest.raises(Interrupted, match="interrupted with 1 row done: the same command again") as caught:
         run()
     assert caught.value.exit_code == 130
@@ -286,6 +286,6 @@ def test_table_is_aligned():
 
 
 def test_importing_the_verb_does_not_import_torch():
-    script = "import sys, validate.record_command; sys.exit('torch' in sys.modules)"
+    script = "import sys, validate.cli.record; sys.exit('torch' in sys.modules)"
     folder = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", script], cwd=folder, check=False).returncode == 0

@@ -7,10 +7,10 @@ import torch
 from tiny_models import ROPES, tiny_model
 from transformers import AutoConfig
 
-import validate.models
+import validate.models.load
 from traces.errors import NoDeviceError, UserError
 from traces.shape import ModelShape
-from validate.models import (
+from validate.models.load import (
     REFERENCE_NAME,
     find_folder,
     load_model,
@@ -62,9 +62,9 @@ def test_revision_follows_the_weights(saved, tmp_path):
 
 
 def test_reference_is_the_packaged_folder(saved, monkeypatch, tmp_path):
-    monkeypatch.setattr(validate.models, "REFERENCE_FOLDER", saved)
+    monkeypatch.setattr(validate.models.load, "REFERENCE_FOLDER", saved)
     assert load_model("reference", device="cpu").name == REFERENCE_NAME
-    monkeypatch.setattr(validate.models, "REFERENCE_FOLDER", tmp_path)
+    monkeypatch.setattr(validate.models.load, "REFERENCE_FOLDER", tmp_path)
     with pytest.raises(UserError, match="'reference' is not installed"):
         load_model("reference", device="cpu")
 

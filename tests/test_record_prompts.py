@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from traces.errors import UserError
-from validate.prompts import (
+from validate.problems.prompts import (
     Prompt,
     encode_completion,
     encode_prompt,

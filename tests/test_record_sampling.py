@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from traces.errors import UserError
-from validate import sampling as sampling_module
-from validate.sampling import Sampling, choose_tokens
+from validate.models import next_token as sampling_module
+from validate.models.next_token import Sampling, choose_tokens
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 3.0, 0.5, 2.0])
 

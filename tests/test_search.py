@@ -27,7 +27,7 @@ from simulator.search.study import Tried, count_trials, whole_trials
 from simulator.search.verdict import candidates, front, judge_held_out
 from traces.errors import UserError
 from traces.lock import locked
-from validate.validate_command import _asked_cells
+from validate.cli.validate import _asked_cells
 
 PARTS = {"scorer": ["rkv", "snapkv"], "layers": ["uniform", "pyramid"], "heads": ["uniform", "utility"]}
 

@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_said_in_one_line(make_trace, tmp_path):
         budgets=[12, 13, 14, 15],
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "validate.cli", "sweep", str(spec), "--jobs", "2"],
+        [sys.executable, "-m", "validate.cli.main", "sweep", str(spec), "--jobs", "2"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

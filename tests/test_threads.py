@@ -11,9 +11,9 @@ from tiny_models import tiny_model
 from simulator.bench.machine import n_cores
 from validate.live import matrix
 from validate.live.matrix import MatrixSettings
-from validate.reasoner.tasks import make_problem
+from validate.models.threads import limit_threads, share_threads
+from validate.problems.families import make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.threads import limit_threads, share_threads
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def test_a_small_model_has_one_thread_and_a_large_one_those_of_torch():
 
 
 def test_processes_share_the_cores_and_have_one_thread_at_least(monkeypatch):
-    monkeypatch.setattr("validate.threads.n_cores", lambda: 7)
+    monkeypatch.setattr("validate.models.threads.n_cores", lambda: 7)
     for n_processes, n_threads in ((1, 7), (2, 3), (9, 1)):
         share_threads(n_processes)
         assert torch.get_num_threads() == n_threads

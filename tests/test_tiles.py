@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from simulator.kernels.attention import add_tile_mass, cpu, raise_strongest, tiles
+from simulator.kernels import cpu, tiles
+from simulator.kernels.attention import add_tile_mass, raise_strongest
 from simulator.kernels.tiles import (
     ROWS,
     WIDTH,

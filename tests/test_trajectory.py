@@ -9,7 +9,7 @@ import pytest
 from agreement import make_wave
 
 from simulator.cells import run_replay
-from simulator.charts.head_budgets import head_budgets as charts
+from simulator.charts import head_budgets as charts
 from simulator.results.output import write_parquet
 from simulator.results.tables import GROUP, TRAJECTORY_SCHEMA
 

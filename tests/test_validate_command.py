@@ -21,18 +21,18 @@ from simulator.results.calibration import read_calibrations
 from simulator.results.output import write_parquet
 from simulator.results.tables import GROUP
 from traces.store import open_trace
-from validate import cli
+from validate.cli import main as cli
 from validate.eviction.decode import Completion
-from validate.levels import Shadow, forced_steps, run_forced, run_shadow
+from validate.levels.runs import Shadow, forced_steps, run_forced, run_shadow
 from validate.live import completions, matrix
 from validate.live.accuracy import accuracy_table
 from validate.live.completions import ROW_SCHEMA
 from validate.live.fidelity import LIVE_HALF, METRICS, fidelity_table
-from validate.models import load_model
-from validate.prompts import encode_prompt
-from validate.reasoner.tasks import make_problem
+from validate.models.load import load_model
+from validate.problems.families import make_problem
+from validate.problems.prompts import encode_prompt
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
-from validate.record import record_decode
+from validate.record.decode import record_decode
 
 PROBLEMS = [make_problem("walk", 1, index, size=4, length=60) for index in range(3)]
 

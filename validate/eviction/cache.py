@@ -19,12 +19,12 @@ from simulator.policies.wave import Wave, known_waves
 from simulator.replay.request import divide_over_layers, require_data
 from traces.documents import shown
 from traces.errors import UserError
-from validate.attention import replaced_attention, unsupported_feature
 from validate.eviction.cache_layer import EvictingCacheLayer
 from validate.eviction.calls import Calls, watch_calls
-from validate.eviction.layer import EvictingLayer
+from validate.eviction.host.layer import EvictingLayer
 from validate.eviction.prompts import attend_pass, prompt_lengths
-from validate.models import model_shape, rope_parameters
+from validate.models.attention_hook import replaced_attention, unsupported_feature
+from validate.models.load import model_shape, rope_parameters
 
 IMPLEMENTATION = "kvbudget_evict"
 _ATTRIBUTE = "_kvbudget_evicting_cache"

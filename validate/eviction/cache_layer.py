@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from traces.errors import UserError
-from validate.eviction.layer import EvictingLayer
+from validate.eviction.host.layer import EvictingLayer
 
 
 class EvictingCacheLayer(CacheLayerMixin):

@@ -14,10 +14,10 @@ from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
-from validate.gpu.cache import DeviceCache, serves
-from validate.gpu.steps import Steps
-from validate.models import model_shape
-from validate.sampling import Sampling, choose_tokens
+from validate.eviction.device.cache import DeviceCache, serves
+from validate.eviction.device.steps import Steps
+from validate.models.load import model_shape
+from validate.models.next_token import Sampling, choose_tokens
 
 # Sequences that have ended are dropped once they are this share of the batch.
 _DROP_AT = 0.1

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from traces.errors import UserError
-from validate.causal import causal_attention
+from validate.models.causal import causal_attention
 
 
 def prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:

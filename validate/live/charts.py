@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator.charts.head_budgets import style as chart_style
+from simulator.charts import style as chart_style
 from simulator.charts.style import COLOURS, over_plot, policy_looks
 from simulator.results.labels import budget_label, row_budget
 from simulator.results.tables import BUDGET

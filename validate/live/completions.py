@@ -14,11 +14,11 @@ from simulator.policies.wave import Wave
 from simulator.replay.cap import entries_of
 from simulator.results.tables import budget_columns
 from validate.eviction.decode import Completion, decode
-from validate.live.grading import first_divergence, grade, loop_period
-from validate.models import LoadedModel, model_shape, stop_token_ids
-from validate.prompts import Prompt, encode_prompt
-from validate.sampling import Sampling
-from validate.vocabulary import whole_vocabulary
+from validate.models.load import LoadedModel, model_shape, stop_token_ids
+from validate.models.next_token import Sampling
+from validate.models.vocabulary import whole_vocabulary
+from validate.problems.grading import first_divergence, grade, loop_period
+from validate.problems.prompts import Prompt, encode_prompt
 
 ROW_SCHEMA: dict[str, Any] = {
     "problem": pl.String,

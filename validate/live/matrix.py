@@ -30,7 +30,7 @@ from traces.atomic import write_file
 from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
 from validate.live.completions import ROW_SCHEMA
-from validate.models import find_folder, weights_digest
+from validate.models.load import find_folder, weights_digest
 
 FULL = parse_policy("fullkv")
 
@@ -303,11 +303,11 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     from transformers.utils import logging
 
     from validate.live.completions import LiveSettings
-    from validate.models import load_model
-    from validate.prompts import read_prompts, require_known_words
-    from validate.recorder import observed_shape
-    from validate.sampling import Sampling
-    from validate.threads import share_threads
+    from validate.models.load import load_model
+    from validate.models.next_token import Sampling
+    from validate.models.threads import share_threads
+    from validate.problems.prompts import read_prompts, require_known_words
+    from validate.record.recorder import observed_shape
 
     # An interrupt is the main process's business, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

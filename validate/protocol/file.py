@@ -12,7 +12,7 @@ from simulator.budget import Budget, parse_budget
 from simulator.policies.language import REPLAY_FIELDS, Policy, parse_policy
 from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
-from validate.sampling import Sampling
+from validate.models.next_token import Sampling
 
 _KEYS = ("source", "model", "policies", "parameters", "decoding", "models", "benchmarks", "published")
 _DECODING_KEYS = ("temperature", "top_p", "samples", "prompt", "stretch")

@@ -11,8 +11,8 @@ from simulator.budget import Budget, parse_budget
 from simulator.policies.language import Policy, parse_policy, split_list
 from traces.errors import UserError
 from traces.seeds import require_seed
+from validate.models.shapes import PREFIX
 from validate.protocol.file import Benchmark, Protocol
-from validate.random_shapes import PREFIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from simulator.policies.wave import Wave
 from simulator.replay.cap import entries_of
 from simulator.replay.request import divide_over_layers
 from traces.errors import MissingDataError, UserError
-from validate.models import DTYPES, KnownModel, know_model, model_shape
+from validate.models.load import DTYPES, KnownModel, know_model, model_shape
+from validate.models.shapes import PREFIX
 from validate.protocol.file import Protocol
 from validate.protocol.options import Asked, Choice
-from validate.random_shapes import PREFIX
 
 # Enough for any policy: what a share of a text buys is known only with the text.
 _AMPLE = 10**6

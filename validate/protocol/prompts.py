@@ -12,7 +12,7 @@ from traces.documents import shown
 from traces.errors import UserError
 from traces.extras import require_extra
 from traces.remote import is_remote
-from validate.prompts import parse_prompts, require_answers
+from validate.problems.prompts import parse_prompts, require_answers
 from validate.protocol.file import PROBLEM
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from simulator.policies.wave import known_waves
 from traces.errors import UserError
-from validate.matrix_run import n_asked, open_matrix, processes, run_matrix
-from validate.models import resolve_device
+from validate.live.output import report_failed, write_text
+from validate.live.run import n_asked, open_matrix, processes, run_matrix
+from validate.models.load import resolve_device
+from validate.models.shapes import PREFIX, meaningless
 from validate.protocol.file import Benchmark, Protocol, read_protocol
 from validate.protocol.options import Asked, Choice, choose_model, given_prompts, narrowed
 from validate.protocol.preflight import require_runnable
 from validate.protocol.prompts import prepare_prompts
-from validate.random_shapes import PREFIX, meaningless
-from validate.validate_output import report_failed, write_text
 
 if TYPE_CHECKING:
     import polars as pl
@@ -130,7 +130,7 @@ def _settings(
 def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice) -> pl.DataFrame:
     import polars as pl
 
-    from validate.live.published import beside_published
+    from validate.protocol.published import beside_published
 
     return pl.concat(
         beside_published(

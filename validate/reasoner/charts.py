@@ -15,7 +15,7 @@ import altair as alt
 from simulator.charts.style import over_plot, styled
 from traces.documents import read_json
 from traces.errors import UserError
-from validate.reasoner.tasks import FAMILIES
+from validate.problems.families import FAMILIES
 
 # Weights below this are left white: they would make the file large and cannot be seen.
 FAINTEST = 0.02

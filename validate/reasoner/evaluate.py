@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from validate.models import load_model
-from validate.reasoner.tasks import (
+from validate.models.load import load_model
+from validate.problems.families import (
     FAMILIES,
     LEG_COUNTS,
     LENGTHS,

@@ -23,8 +23,8 @@ from traces.check import check_trace
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
+from validate.problems.families import FAMILIES
 from validate.reasoner.heads import attention_map, describe_heads, mean_masses, typical_heads
-from validate.reasoner.tasks import FAMILIES
 
 FORMAT, VERSION = "kvbudget-profile", 1
 RHO = 0.93

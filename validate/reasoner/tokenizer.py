@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from validate.reasoner.tasks import (
+from validate.problems.families import (
     CAPITALS,
     CARE,
     COUNTS,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from validate.reasoner.tasks import FAMILIES, make_problem
+from validate.problems.families import FAMILIES, make_problem
 from validate.reasoner.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
 # (sizes, chain lengths) to draw from. Sizes above 18 and chains above 1,000 tokens stay unseen.

@@ -1,0 +1,203 @@
+"""Every kernel alone, on memory laid out as a decode under a budget lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from validate.bench.clock import median_seconds
+from validate.eviction.kernels.ops import Ops
+
+# Memory that the timed calls go round in, so that none finds its own in a cache.
+_ROUND_BYTES = 2**29
+WINDOW, KERNEL_SIZE, THRESHOLD = 8, 7, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What kernels are measured on.
+
+    Attributes
+    ----------
+    n_rows, n_kv_heads, group_size, head_dim : int
+    entries, buffer : int
+        Per KV head, on average.
+    dtype : torch.dtype
+    device : torch.device
+    ragged : bool
+        Whether KV heads hold from a quarter of their equal share to twice that, or all the same.
+    """
+
+    n_rows: int
+    n_kv_heads: int
+    group_size: int
+    head_dim: int
+    entries: int
+    buffer: int
+    dtype: torch.dtype
+    device: torch.device
+    ragged: bool
+
+    @property
+    def n_segments(self) -> int:
+        """KV heads of all sequences, in one layer."""
+        return self.n_rows * self.n_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """Factor on every dot product."""
+        return self.head_dim**-0.5
+
+
+class LayerMemory:
+    """One layer's memory, full to the brim, and what kernels need beside it; of noise that a seed settles."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.setting = setting
+        generator = torch.Generator(setting.device).manual_seed(seed)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=setting.device, dtype=setting.dtype)
+
+        lengths = torch.full((setting.n_rows, setting.n_kv_heads), setting.entries, dtype=torch.int64)
+        if setting.ragged:
+            shares = torch.linspace(0.25, 1.75, setting.n_kv_heads, dtype=torch.float64)
+            lengths = (lengths * shares).round().long()
+        lengths = (lengths + setting.buffer).reshape(-1)
+        self.n_held = int(lengths.sum())
+        self.longest = int(lengths.max())
+        self.starts = (lengths.cumsum(0) - lengths).to(setting.device)
+        self.lengths = lengths.int().to(setting.device)
+        self.quotas = (self.lengths - setting.buffer).contiguous()
+        self.keys, self.values = noise(self.n_held, setting.head_dim), noise(self.n_held, setting.head_dim)
+        self.positions = torch.arange(self.n_held, dtype=torch.int32, device=setting.device)
+        self.heads = noise(setting.n_rows, setting.n_kv_heads * setting.group_size, setting.head_dim)
+        self.queries = noise(setting.n_segments, setting.group_size, WINDOW, setting.head_dim)
+        self.output = torch.empty_like(self.heads)
+        self.scores = torch.randn(self.n_held, generator=generator, device=setting.device)
+        self.importance, self.repeated = (torch.empty_like(self.scores) for _ in range(2))
+        self.survivors = torch.empty(self.n_held, dtype=torch.int32, device=setting.device)
+        self.kept, self.counts = torch.empty_like(self.lengths), torch.empty_like(self.lengths)
+        self.totals = self.quotas.view(setting.n_rows, -1).sum(1).int()
+
+    @property
+    def candidates(self) -> torch.Tensor:
+        """Slots of all entries outside the observation windows."""
+        return self._slots(self.lengths - WINDOW)
+
+    def kept_slots(self) -> torch.Tensor:
+        """Give the slots of what has survived, where each segment starts as before."""
+        return self._slots(self.kept)
+
+    def _slots(self, lengths: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self.starts.tolist(), lengths.tolist(), strict=True)
+        ranges = [torch.arange(start, start + length) for start, length in pairs]
+        return torch.cat(ranges).to(self.starts.device)
+
+
+def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, object]]:
+    """Time each kernel of one layer, and say how much memory it had to move at least.
+
+    Yields
+    ------
+    dict
+        ``kernel``, ``batch``, ``entries``, ``ragged``, ``seconds``, ``bytes`` (each input read and each
+        output written once) and ``gflop``.
+    """
+    first = LayerMemory(setting, 0)
+    n_layers = max(1, min(64, _ROUND_BYTES // (first.keys.nbytes + first.values.nbytes)))
+    layers = [first] + [LayerMemory(setting, seed) for seed in range(1, n_layers)]
+    for name, (call, n_bytes, gflop) in _calls(ops, setting, first).items():
+        seconds = median_seconds(_in_turn(call, layers), setting.device, repeat)
+        yield {
+            "kernel": name,
+            "batch": setting.n_rows,
+            "entries": setting.entries,
+            "ragged": setting.ragged,
+            "seconds": seconds,
+            "bytes": n_bytes,
+            "gflop": gflop,
+        }
+
+
+def _in_turn(call: Callable[[LayerMemory], object], layers: list[LayerMemory]) -> Callable[[int], object]:
+    return lambda i: call(layers[i % len(layers)])
+
+
+def _calls(
+    ops: Ops, setting: Setting, sample: LayerMemory
+) -> dict[str, tuple[Callable[[LayerMemory], object], int, float]]:
+    """Give each kernel's call, its bytes and its GFLOP, in the order of a compression."""
+    scale, width = setting.scale, setting.head_dim * setting.dtype.itemsize
+    held, kept = sample.n_held, int(sample.quotas.sum())
+    pairs = float((sample.lengths.double() ** 2).sum())
+    n_products = held * setting.group_size * setting.head_dim
+
+    def attend(a: LayerMemory) -> None:
+        ops.attend(a.heads, a.keys, a.values, a.starts, a.lengths, a.output, scale=scale, longest=a.longest)
+
+    def importance(a: LayerMemory) -> None:
+        ops.window_importance(
+            a.queries,
+            a.keys,
+            a.starts,
+            a.lengths,
+            a.importance,
+            scale=scale,
+            window=WINDOW,
+            longest=a.longest,
+        )
+
+    def redundancy(a: LayerMemory) -> None:
+        ops.redundancy(a.keys, a.starts, a.lengths, a.repeated, threshold=THRESHOLD, longest=a.longest)
+
+    def combine(a: LayerMemory) -> None:
+        ops.combine_scores(
+            a.importance,
+            a.repeated,
+            a.starts,
+            a.lengths,
+            a.scores,
+            alpha=0.1,
+            kernel_size=KERNEL_SIZE,
+            window=WINDOW,
+            longest=a.longest,
+        )
+
+    def demand(a: LayerMemory) -> None:
+        ops.demand(
+            a.scores,
+            a.starts,
+            a.lengths,
+            a.totals,
+            a.counts,
+            n_kv_heads=setting.n_kv_heads,
+            longest=a.longest,
+        )
+
+    def select(a: LayerMemory) -> None:
+        ops.select(a.scores, a.starts, a.lengths, a.quotas, a.survivors, a.kept, longest=a.longest)
+
+    def compact(a: LayerMemory) -> None:
+        ops.compact(
+            a.keys,
+            a.values,
+            a.positions,
+            a.survivors,
+            a.starts,
+            a.kept,
+            a.starts,
+            n_kv_heads=setting.n_kv_heads,
+        )
+
+    return {
+        "attention": (attend, 2 * held * width, 4e-9 * n_products),
+        "importance": (importance, held * width + 4 * held, 2e-9 * n_products * WINDOW),
+        "redundancy": (redundancy, held * width + 4 * held, 2e-9 * pairs * setting.head_dim),
+        "scores": (combine, 12 * held, 0.0),
+        "demand": (demand, 4 * held, 0.0),
+        "selection": (select, 4 * held + 4 * kept, 0.0),
+        "compaction": (compact, 4 * kept * width + 8 * kept, 0.0),
+    }

@@ -1,0 +1,1 @@
+"""The verbs of ``sim`` that need a model, and its entry."""

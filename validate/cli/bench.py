@@ -1,0 +1,249 @@
+"""The verb ``sim validate bench``: what eviction costs and gains on this device."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What is measured on a GPU, and what a CPU can do in seconds to show how it goes.
+_GPU_SHAPE, _CPU_SHAPE = "R1-Llama-8B", "tiny"
+_GPU_BUDGET, _CPU_BUDGET = 1024, 64
+_GPU_LENGTHS, _CPU_LENGTHS = "8192,16384", "512,1024"
+_GPU_BATCH, _CPU_BATCH = 1024, 4
+
+
+def bench(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Refuse to run without a GPU.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape to run with random weights.", show_default=f"{_GPU_SHAPE}, {_CPU_SHAPE} on a CPU"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead: a folder with a saved model, or a hub id.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16.", show_default="bfloat16, float32 on a CPU"),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Entries per KV head.",
+            show_default=f"{_GPU_BUDGET}, {_CPU_BUDGET} on a CPU",
+        ),
+    ] = None,
+    buffer: Annotated[int, typer.Option(help="Entries added between compressions.")] = 128,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to write, comma list.", show_default=f"{_GPU_LENGTHS}; {_CPU_LENGTHS} on a CPU"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batches that kernels are timed at, comma list.")] = "1,64",
+    most_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Decode no larger batch than this, even where it would fit.",
+            show_default=f"{_GPU_BATCH}, {_CPU_BATCH} on a CPU",
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after so many minutes.")] = 9.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results, as JSON named after the device.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Measure what eviction costs and gains on this device.
+
+    That is kernels, decode steps, compressions and memory, with random weights.
+    Compares the full cache, SnapKV, R-KV and ReasonAlloc at one budget, at batch 1 and at the largest that
+    fits. On a GPU this takes under ten minutes.
+    """
+    from traces.errors import NoDeviceError, UserError
+    from validate.models.load import load_model, resolve_device
+
+    target = resolve_device("cuda" if gpu and device == "auto" else device)
+    if gpu and target.type != "cuda":
+        raise NoDeviceError(f"--gpu is given with --device {device}; allowed: cuda, cuda:N")
+    if model is not None and random_weights is not None:
+        raise UserError("--model and --random-weights are both given; allowed: one of them")
+    on_gpu = target.type == "cuda"
+    if budget is None:
+        budget = _GPU_BUDGET if on_gpu else _CPU_BUDGET
+    if most_batch is None:
+        most_batch = _GPU_BATCH if on_gpu else _CPU_BATCH
+    if lengths is None:
+        lengths = _GPU_LENGTHS if on_gpu else _CPU_LENGTHS
+    for name, value in (("budget", budget), ("buffer", buffer), ("most-batch", most_batch)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    if not minutes > 0:
+        raise UserError(f"--minutes is {minutes:g}; allowed: above 0")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made: {error.strerror}; allowed: a folder") from None
+    from validate.bench.run import BenchPlan, require_measurable, run_bench
+
+    plan = BenchPlan(
+        entries=budget,
+        buffer=buffer,
+        lengths=_numbers("--lengths", lengths),
+        kernel_batches=_numbers("--batches", batches),
+        most_batch=most_batch,
+        minutes=minutes,
+    )
+    require_measurable(plan)
+    kind = dtype or ("bfloat16" if on_gpu else "float32")
+
+    def tell(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    if model is not None:
+        loaded = load_model(model, kind, str(target))
+    else:
+        from validate.models.random_weights import random_model
+
+        shape = random_weights or (_GPU_SHAPE if on_gpu else _CPU_SHAPE)
+        tell(f"random weights of {shape} on {target}")
+        loaded = random_model(shape, dtype=kind, device=str(target))
+    place = [None]
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:
+            place[0] = _write(result, out)
+
+    result = run_bench(loaded.model, loaded.name, plan, tell=tell, keep=keep)
+    if json:
+        from json import dumps
+
+        print(dumps(result, indent=1))
+    else:
+        print_device_bench(result)
+    if place[0] is not None:
+        tell(f"written to {place[0]}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from traces.errors import UserError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} is '{text}'; allowed: a comma list of numbers of 1 or more")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _write(result: dict[str, Any], folder: Path) -> Path:
+    from json import dumps
+
+    from traces.atomic import write_file
+
+    name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['device']}-{result['model']['name']}".lower())
+    path = folder / f"{name.strip('-')}.json"
+    text = dumps(result, indent=1) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
+
+
+def print_device_bench(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the device, its kernels, its decode steps and what was aimed at, as ``run_bench`` gives them."""
+    from rich.console import Console
+
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    machine, model, settings = result["machine"], result["model"], result["settings"]
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in ("torch", "transformers", "triton") if machine[name]
+    )
+    lines = [
+        f"{machine['device']}: {machine['copy_gbs']:,.0f} GB/s copied within its memory ({versions}).",
+        f"{model['name']}: {model['n_layers']} layers, {model['n_query_heads']} query and "
+        f"{model['n_kv_heads']} KV heads, {model['dtype']}, {model['weight_bytes'] / 1e9:.3g} GB of weights. "
+        f"Budget {settings['entries']:,}, buffer {settings['buffer']}.",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if machine["device"] == "cpu":
+        console.print("A CPU shows how the measurement goes. Its times say nothing of a GPU.")
+    if result["checks"]:
+        share = max(check["error"] / check["allowed"] for check in result["checks"] if check["allowed"])
+        console.print(
+            f"{len(result['checks'])} checks of kernels against torch passed: decisions equal, numbers within"
+            f" {share:.1%} of the error allowed.",
+            highlight=False,
+        )
+    if result["kernels"]:
+        console.print(_kernel_table(result["kernels"]))
+    if result["decode"]:
+        console.print(_decode_table(result["decode"]))
+    for aim in result["aims"]:
+        word = "holds" if aim["holds"] else "MISSED"
+        console.print(
+            f"{word:7}{aim['aim']}: {aim['seen']:.3g} (asked {aim['asked']:g})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for skipped in result["skipped"]:
+        console.print(f"not measured: {skipped['what']}: {skipped['why']}", highlight=False, soft_wrap=True)
+
+
+def _table(*headers: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    for number, header in enumerate(headers):
+        shown.add_column(header, justify="right" if number else "left", no_wrap=True)
+    return shown
+
+
+def _kernel_table(cases: list[dict[str, Any]]) -> Any:
+    shown = _table(
+        "\nkernel", "\nbatch", "heads of\nlength", "\nmicroseconds", "\nGB/s", "of\ncopy", "\nTFLOP/s"
+    )
+    for case in cases:
+        tflops = case["gflop"] * 1e-3 / case["seconds"] if case["gflop"] else None
+        shown.add_row(
+            case["kernel"],
+            str(case["batch"]),
+            "unequal" if case["ragged"] else "equal",
+            f"{case['seconds'] * 1e6:,.0f}",
+            f"{case['gbs']:,.0f}",
+            f"{case['of_copy']:.0%}",
+            "" if tflops is None else f"{tflops:,.1f}",
+        )
+    return shown
+
+
+def _decode_table(cases: list[dict[str, Any]]) -> Any:
+    shown = _table(
+        "\npolicy", "\nbatch", "\ntokens", "\ntokens/s", "ms a\nstep", "ms a com-\npression", "cache\nMB",
+        "peak\nGB", "\ngraph",
+    )  # fmt: skip
+    for case in cases:
+        compression, peak = case["compression_seconds"], case["peak_bytes"]
+        shown.add_row(
+            case["policy"],
+            str(case["batch"]),
+            f"{case['new_tokens']:,}",
+            f"{case['tokens_per_second']:,.1f}",
+            f"{case['step_seconds'] * 1e3:.2f}",
+            "" if compression is None else f"{compression * 1e3:.2f}",
+            f"{case['bytes_measured'] / 1e6:,.1f}",
+            "" if peak is None else f"{peak / 1e9:.1f}",
+            "yes" if case["is_captured"] else "no",
+        )
+    return shown

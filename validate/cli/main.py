@@ -1,0 +1,143 @@
+"""The command ``sim``: every verb, and one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from simulator.cli.bench import bench
+from simulator.cli.replay import calibrate, policies_app, replay
+from simulator.cli.results import results
+from simulator.cli.search import search
+from simulator.cli.sweep import sweep
+from simulator.workers.blas import use_one_thread
+from traces.commands import trace_app
+from traces.errors import Interrupted, UserError
+from traces.extras import explained
+from traces.version import MINOR, VERSION, package_version
+from validate.cli.bench import bench as device_bench
+from validate.cli.record import record
+from validate.cli.report import report
+from validate.cli.validate import validate
+from validate.cli.verbs import Verb, Verbs
+
+_LONGEST_LINE = 1200
+
+app = typer.Typer(
+    name="sim",
+    help="How to divide a limited KV cache over layers, heads and tokens while a model decodes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show versions and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """How to divide a limited KV cache over layers, heads and tokens while a model decodes."""
+    if version:
+        print(versions())
+        raise typer.Exit
+
+
+app.command(cls=Verb, epilog="sim record --model reference --prompts problems.jsonl --out runs/mine")(record)
+app.add_typer(trace_app, name="trace")
+app.command(cls=Verb, epilog="sim calibrate --trace runs/calibration --out wave.json")(calibrate)
+app.add_typer(policies_app, name="policies")
+app.command(
+    cls=Verb, epilog="sim replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32"
+)(replay)
+app.command(cls=Verb, epilog="sim sweep sweep.toml --dry-run")(sweep)
+app.command(
+    cls=Verb, epilog="sim search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search"
+)(search)
+app.command(cls=Verb, epilog="sim results rows.parquet --metric lost_lookup_peak --budget 20%")(results)
+app.command(
+    cls=Verb, epilog="sim report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html"
+)(report)
+app.command(cls=Verb, epilog="sim bench --quick")(bench)
+validate_app = typer.Typer(
+    cls=Verbs,
+    invoke_without_command=True,
+    epilog="sim validate --level shadow --trace sample --policy rkv --budget 20% --buffer 32",
+)
+validate_app.callback()(validate)
+validate_app.command("bench", cls=Verb, epilog="sim validate bench --out runs/bench")(device_bench)
+app.add_typer(validate_app, name="validate")
+
+
+def versions() -> str:
+    """Tell the versions of the package, of Python, of the trace format and of the libraries that are here."""
+    lines = [
+        f"kvbudget {package_version()}",
+        f"trace format {VERSION}.{MINOR}",
+        f"python {platform.python_version()}",
+    ]
+    for name in ("numpy", "numba", "polars", "torch", "transformers", "triton", "altair"):
+        with suppress(PackageNotFoundError):
+            lines.append(f"{name} {installed_version(name)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run one verb; every error is one line on standard error."""
+    # NumPy's usual library only: torch, which some verbs load, has others and threads of its own.
+    use_one_thread("openblas")
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_say(str(error), error.exit_code))
+    except (KeyboardInterrupt, typer.Abort):
+        code = Interrupted.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(_say(f"{error.filename or 'file'}: {error.strerror}", 2))
+    except ImportError as error:
+        told = explained(error)
+        if told is None:
+            raise
+        sys.exit(_say(str(told), told.exit_code))
+    except Exception as error:
+        # Usage errors come from whichever click typer was built with; they all know their message.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            with suppress(BrokenPipeError):
+                print(error.format_message(), flush=True)
+            sys.exit(2)
+        message = error.format_message()
+        if message.startswith("Got unexpected extra argument"):
+            # As many as a glob matched, where it was not quoted.
+            message = (
+                f"{message[:120]}; an option takes one value each time: repeat it, or put a glob in quotes"
+            )
+        sys.exit(_say(message, getattr(error, "exit_code", 2)))
+    if code == Interrupted.exit_code:
+        _say("interrupted: run the same command again", code)
+    sys.exit(code or 0)
+
+
+def _say(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:
+        # What is wrong stands in front and what is allowed behind; between may be all that a user gave.
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    print(f"sim: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

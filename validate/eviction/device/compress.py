@@ -1,0 +1,261 @@
+"""Decide on the device who stays: score, divide the layers' budgets over heads, select, move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from simulator.policies.heads.uniform import UniformHeads
+from simulator.policies.heads.utility import UtilityHeads
+from simulator.policies.language import Policy
+from simulator.policies.scorers.rkv import RKV
+from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.triggers.buffer_full import BufferFull
+from validate.eviction.device.apportion import divide_heads
+from validate.eviction.device.pool import DevicePool
+from validate.eviction.kernels.ops import Ops
+
+# Slots of the layers that are compressed by the same launches; bounds what their scores take.
+_SLOTS_AT_ONCE = 2**22
+
+
+def unsupported_part(policy: Policy) -> str | None:
+    """Name the part of a policy that only the host can carry out, if there is one."""
+    if not policy.evicts:
+        return None
+    scorer, heads, trigger = policy.scorer, policy.heads, policy.trigger
+    if type(scorer) not in (SnapKV, RKV):
+        return f"scorer '{scorer.name}'"
+    for name, done in (("group_reduce", "max_logits"), ("slot_order", "chronological"), ("no_match", "skip")):
+        if getattr(scorer, name, done) != done:
+            return f"{name}={getattr(scorer, name)}"
+    if type(heads) is not UniformHeads and type(heads) is not UtilityHeads:
+        return f"head allocator '{heads.name}'"
+    if getattr(heads, "pooling", "none") != "none":
+        return f"pooling={heads.pooling}"
+    if policy.layers.dynamic:
+        return f"layer allocator '{policy.layers.name}'"
+    if type(trigger) is not BufferFull:
+        return f"trigger '{trigger.name}'"
+    if trigger.prompt != "compress":
+        return f"prompt={trigger.prompt}"
+    return "redistribute=True" if policy.redistribute else None
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Which layers of which sequences are compressed now, of some neighbouring layers.
+
+    Attributes
+    ----------
+    layers, rows : int64 (n_due,)
+        In order of layers.
+    totals : int64 (n_due,)
+        Their budgets in entries over all KV heads.
+    divide : bool (n_due,)
+        Whose heads are divided anew.
+    first_layer, stop_layer : int
+    """
+
+    layers: np.ndarray
+    rows: np.ndarray
+    totals: np.ndarray
+    divide: np.ndarray
+    first_layer: int
+    stop_layer: int
+
+
+def in_blocks(due: np.ndarray, totals: np.ndarray, divide: np.ndarray, pool: DevicePool) -> Iterator[Due]:
+    """Split what is due, bool (n_layers, n_rows), into blocks of layers small enough to score at once."""
+    first = 0
+    while first < len(due):
+        stop = first + 1
+        slots = pool.layers(first, stop)
+        while stop < len(due) and pool.layers(first, stop + 1).stop - slots.start <= _SLOTS_AT_ONCE:
+            stop += 1
+        layers, rows = np.nonzero(due[first:stop])
+        if len(layers):
+            layers += first
+            yield Due(layers, rows, totals[layers, rows], divide[layers, rows], first, stop)
+        first = stop
+
+
+class DeviceCompressor:
+    """A policy at work on a device, in all layers of a batch.
+
+    Parameters
+    ----------
+    policy : Policy
+        One that ``unsupported_part`` has nothing against.
+    ops : Ops
+    entries : int64 (n_layers, n_rows)
+        Budgets per KV head.
+    n_kv_heads : int
+    scale : float
+        Attention scale.
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        ops: Ops,
+        entries: np.ndarray,
+        n_kv_heads: int,
+        scale: float,
+        device: torch.device,
+    ) -> None:
+        self.policy, self.ops, self.scale, self.device = policy, ops, scale, device
+        self.n_kv_heads = n_kv_heads
+        equal = torch.from_numpy(entries.astype(np.int32)).to(device)
+        self.budgets = equal[:, :, None].expand(*equal.shape, n_kv_heads).contiguous()
+
+    def keep_rows(self, index: torch.Tensor) -> None:
+        """Forget all other rows."""
+        self.budgets = self.budgets[:, index].contiguous()
+
+    def decide(
+        self,
+        keys: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        queries: torch.Tensor,
+        due: Due,
+        longest: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose who stays of what is due.
+
+        Parameters
+        ----------
+        keys : Tensor, shape (n_slots, head_dim)
+        starts : int64 Tensor, shape (n_due, n_kv_heads)
+        lengths : int32 Tensor, shape (n_due, n_kv_heads)
+        queries : Tensor, shape (n_due, n_query_heads, window, head_dim)
+            The last queries, in any order.
+        due : Due
+        longest : int
+            At least the largest length.
+
+        Returns
+        -------
+        survivors : int32 Tensor, shape (n_slots,)
+            From each segment's start on, its surviving entries by number.
+        kept : int32 Tensor, shape (n_due, n_kv_heads)
+        """
+        starts, lengths = starts.reshape(-1), lengths.reshape(-1)
+        scores = self._scores(keys, starts, lengths, queries, longest)
+        layers, rows = to_device(due.layers, self.device), to_device(due.rows, self.device)
+        if due.divide.any():
+            self._divide(scores, starts, lengths, layers, rows, due, longest)
+        quotas = self.budgets[layers, rows].reshape(-1)
+        survivors = torch.empty(len(keys), dtype=torch.int32, device=self.device)
+        kept = torch.empty_like(lengths)
+        self.ops.select(scores, starts, lengths, quotas, survivors, kept, longest=longest)
+        return survivors, kept.view(-1, self.n_kv_heads)
+
+    def _scores(
+        self,
+        keys: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        queries: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        scorer, window = self.policy.scorer, self.policy.scorer.window
+        grouped = queries.reshape(len(starts), -1, *queries.shape[2:])
+        importance, scores = (torch.empty(len(keys), device=self.device) for _ in range(2))
+        self.ops.window_importance(
+            grouped, keys, starts, lengths, importance, scale=self.scale, window=window, longest=longest
+        )
+        repeated = None
+        if isinstance(scorer, RKV):
+            repeated = torch.empty(len(keys), device=self.device)
+            threshold = scorer.similarity_threshold
+            self.ops.redundancy(keys, starts, lengths, repeated, threshold=threshold, longest=longest)
+        self.ops.combine_scores(
+            importance,
+            repeated,
+            starts,
+            lengths,
+            scores,
+            alpha=getattr(scorer, "alpha", 1.0),
+            kernel_size=scorer.kernel_size,
+            window=window,
+            longest=longest,
+        )
+        return scores
+
+    def _divide(
+        self,
+        scores: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        layers: torch.Tensor,
+        rows: torch.Tensor,
+        due: Due,
+        longest: int,
+    ) -> None:
+        heads = self.policy.heads
+        totals = to_device(due.totals, self.device)
+        counts = torch.empty_like(lengths)
+        self.ops.demand(
+            scores,
+            starts,
+            lengths,
+            totals.to(torch.int32),
+            counts,
+            n_kv_heads=self.n_kv_heads,
+            longest=longest,
+        )
+        budgets = divide_heads(
+            counts.view(-1, self.n_kv_heads),
+            totals,
+            exponent=heads.beta,
+            floor=heads.mu,
+            cap=heads.head_cap,
+            protected=self.policy.protected,
+        )
+        if not due.divide.all():
+            again = to_device(due.divide, self.device)
+            budgets = torch.where(again[:, None], budgets, self.budgets[layers, rows])
+        self.budgets[layers, rows] = budgets
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Begin to copy an array to a device, without waiting for what the device has to do before."""
+    # Memory that is not pinned has been read when this returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def new_starts(
+    kept: torch.Tensor, bases: torch.Tensor, totals: torch.Tensor, buffer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay stretches out anew, so that every head can take in as much as till the next compression.
+
+    Parameters
+    ----------
+    kept : int32 Tensor, shape (n_due, n_kv_heads)
+    bases, totals : int64 Tensor, shape (n_due,)
+        First slot of each stretch, and its budget over all KV heads.
+    buffer : int
+
+    Returns
+    -------
+    starts : int64 Tensor, shape (n_due, n_kv_heads)
+    held : int64 Tensor, shape (n_due,)
+        Entries kept over all KV heads.
+    """
+    n_kv_heads = kept.shape[1]
+    wide = kept.to(torch.int64)
+    held = wide.sum(1)
+    room = rounds_up(totals + n_kv_heads * buffer - held, n_kv_heads)
+    sizes = wide + room[:, None]
+    return bases[:, None] + sizes.cumsum(1) - sizes, held
+
+
+def rounds_up(missing, n_kv_heads: int):
+    """Give the tokens until so many entries are missing no more, at one entry a head and token."""
+    return -(-missing // n_kv_heads)

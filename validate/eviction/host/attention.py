@@ -1,0 +1,171 @@
+"""Attention of one decode step over ragged storage, every KV head of every sequence its own length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from simulator.kernels.attention import VECTORISE, exp
+from simulator.kernels.compiled import compiled
+from validate.eviction.kernels.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for
+
+# Keys gathered at once by the portable path, in elements: 64 MiB of float32.
+_BLOCK_ELEMENTS = 2**24
+
+
+def attend_ragged(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    """Attend from one token per sequence to the entries its KV heads hold.
+
+    Parameters
+    ----------
+    queries : Tensor, shape (n_rows, n_query_heads, head_dim)
+    keys, values : Tensor, shape (capacity, head_dim)
+        The pool.
+    starts, lengths : int64 (n_rows, n_kv_heads)
+        Where each KV head's entries stand in the pool, and how many there are, at least one.
+    scale : float
+
+    Returns
+    -------
+    Tensor, shape (n_rows, n_query_heads, head_dim), dtype of ``queries``
+    """
+    if queries.device.type == "cpu" and queries.dtype == torch.float32:
+        return _attend_compiled(queries, keys, values, starts, lengths, scale)
+    if queries.device.type == "cuda" and has_kernels(queries, starts.size):
+        return attend_by(ops_for(queries.device), queries, keys, values, starts, lengths, scale)
+    return attend_padded(queries, keys, values, starts, lengths, scale)
+
+
+def has_kernels(queries: torch.Tensor, n_segments: int) -> bool:
+    """Say whether the GPU kernels know such heads."""
+    n_rows, n_query_heads, head_dim = queries.shape
+    return head_dim in HEAD_DIMS and n_rows * n_query_heads // n_segments <= MAX_GROUP_SIZE
+
+
+def attend_by(
+    ops: Ops,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    """Compute ``attend_ragged`` by the operations of a device."""
+    queries = queries.contiguous()
+    output = torch.empty_like(queries)
+    # Both in one copy: the host decides where entries stand, and says so anew in every step.
+    layout = torch.from_numpy(np.stack([starts.reshape(-1), lengths.reshape(-1)])).to(queries.device)
+    longest = int(lengths.max())
+    ops.attend(queries, keys, values, layout[0], layout[1].int(), output, scale=scale, longest=longest)
+    return output
+
+
+def attend_padded(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    """Compute ``attend_ragged`` on any device: heads of like length are gathered and padded together."""
+    n_rows, n_kv_heads = starts.shape
+    width = keys.shape[1]
+    grouped = queries.reshape(n_rows * n_kv_heads, -1, width).float()
+    output = torch.empty_like(grouped)
+    flat_starts, flat_lengths = starts.reshape(-1), lengths.reshape(-1)
+    for block in blocks_of_like_length(flat_lengths, _BLOCK_ELEMENTS // width):
+        slots = np.arange(flat_lengths[block].max())
+        absent = torch.from_numpy(slots >= flat_lengths[block, None]).to(keys.device)
+        index = np.minimum(flat_starts[block, None] + slots, len(keys) - 1)
+        index = torch.from_numpy(index).to(keys.device)
+        rows = torch.from_numpy(block).to(keys.device)
+        logits = (grouped[rows] * scale) @ keys[index].float().transpose(1, 2)
+        weights = logits.masked_fill_(absent[:, None], -torch.inf).softmax(-1)
+        # Slots past the end may hold anything, also what is not a number.
+        held = values[index].float().masked_fill_(absent[:, :, None], 0.0)
+        output[rows] = weights @ held
+    return output.reshape(queries.shape).to(queries.dtype)
+
+
+def blocks_of_like_length(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Group numbers 0, 1, ... by ``lengths``, so that a group padded to its longest has ``most`` slots.
+
+    One that is longer than that is alone.
+    """
+    # The longest first: it says how many fit beside it.
+    order = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        fitting = max(1, most // int(lengths[order[first]]))
+        yield order[first : first + fitting]
+        first += fitting
+
+
+def _attend_compiled(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    grouped = queries.reshape(starts.size, -1, queries.shape[-1]).contiguous()
+    output = torch.empty_like(grouped)
+    _attend(
+        grouped.numpy(),
+        keys.numpy(),
+        values.numpy(),
+        starts.reshape(-1),
+        lengths.reshape(-1),
+        np.float32(scale),
+        output.numpy(),
+    )
+    return output.reshape(queries.shape)
+
+
+@compiled(nogil=True, fastmath={"nnan", "nsz"})
+def _largest(values, n):
+    # Logits are finite; a maximum vectorises only if NaN may be ignored.
+    best = values[0]
+    for j in range(n):
+        best = max(best, values[j])
+    return best
+
+
+@compiled(nogil=True, fastmath=VECTORISE)
+def _attend(queries, keys, values, starts, lengths, scale, output):
+    n_segments, group_size, width = queries.shape
+    weights = np.empty(lengths.max(), np.float32)
+    for segment in range(n_segments):
+        first, n = starts[segment], lengths[segment]
+        for member in range(group_size):
+            query = queries[segment, member]
+            mixed = output[segment, member]
+            for j in range(n):
+                product = np.float32(0.0)
+                for i in range(width):
+                    product += query[i] * keys[first + j, i]
+                weights[j] = product * scale
+            largest = _largest(weights, n)
+            total = np.float32(0.0)
+            for j in range(n):
+                weights[j] = exp(weights[j] - largest)
+                total += weights[j]
+            mixed[:] = np.float32(0.0)
+            for j in range(n):
+                weight = weights[j]
+                for i in range(width):
+                    mixed[i] += weight * values[first + j, i]
+            for i in range(width):
+                mixed[i] /= total

@@ -1,0 +1,1 @@
+"""Triton kernels of eviction; see ``validate.eviction.device`` for the arrays they take."""

@@ -1,1 +1,0 @@
-"""Triton kernels of eviction; see ``validate.gpu`` for the arrays they take."""

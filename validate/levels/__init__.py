@@ -1,0 +1,1 @@
+"""Real eviction on the tokens of a trace, beside its replay."""

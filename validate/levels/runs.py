@@ -1,0 +1,308 @@
+"""The two levels between a replay and a live run: the trace's tokens go through the model once more.
+
+*Shadow*: the model attends to its full cache, the policy decides and nothing is lost. Who it retains must be
+who the simulator retains. *Forced*: entries are really evicted, and only the tokens are the trace's. How far
+the retained mass moves away from the simulated one is the price of a replay's open loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from simulator.policies.language import Policy
+from simulator.policies.wave import Wave
+from simulator.replay.engine import Engine
+from simulator.replay.full_cache import FullCache
+from simulator.replay.layer import Retained
+from simulator.replay.metrics import LOOKUP, lost_lookups
+from simulator.replay.request import Outcome, Request
+from traces.errors import UserError
+from traces.trace import Trace
+from validate.eviction.cache import EvictingCache, evicting
+from validate.eviction.host.layer import EvictingLayer, to_array
+from validate.models.causal import causal_attention
+from validate.record.recorder import observed_shape
+
+# Tokens of one forced pass: the logits of a whole trace would be the largest tensor of all.
+_FORCED_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shadow:
+    """What the policy decided beside a full-cache run, and what the simulator decided.
+
+    Attributes
+    ----------
+    found, expected : list of Retained
+        After every compression, by layer, compression and KV head.
+    keys_equal : bool
+        Whether the run's keys are the trace's, bit for bit. On another machine or build of torch they need
+        not be, and a near tie may then fall the other way.
+    """
+
+    found: list[Retained]
+    expected: list[Retained]
+    keys_equal: bool
+
+    @property
+    def mismatches(self) -> list[tuple[Retained | None, Retained | None]]:
+        """Pairs (found, expected) that differ; None where one side has no such compression."""
+        sides = [
+            {(r.layer, r.compression, r.kv_head): r for r in side} for side in (self.found, self.expected)
+        ]
+        differing = []
+        for key in sorted(sides[0].keys() | sides[1].keys()):
+            mine, theirs = sides[0].get(key), sides[1].get(key)
+            same = mine is not None and theirs is not None and mine.n_tokens == theirs.n_tokens
+            if not same or not np.array_equal(mine.positions, theirs.positions):
+                differing.append((mine, theirs))
+        return differing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forced:
+    """Retained mass with entries really gone, beside the simulated one.
+
+    Attributes
+    ----------
+    forced, simulated : float32 (n_layers, n_query_heads, n_steps)
+        Share of the attention over the whole history that falls on what is retained: with the queries and
+        keys of the evicting model, and with the trace's.
+    forced_lost, simulated_lost : bool (n_layers, n_query_heads, n_steps)
+        Where more than half of that attention lies on one key, and it is gone.
+    agrees : bool (n_steps - 1,)
+        Whether the trace's next token is the evicting model's most likely one, which for a greedy trace
+        means that it would have written it; the last step, which has no next token, is left out.
+    """
+
+    forced: np.ndarray
+    simulated: np.ndarray
+    forced_lost: np.ndarray
+    simulated_lost: np.ndarray
+    agrees: np.ndarray
+
+    @property
+    def drift(self) -> np.ndarray:
+        """Forced less simulated mass, mean over query heads; float64 (n_layers, n_steps)."""
+        return (self.forced - self.simulated).mean(axis=1, dtype=np.float64)
+
+
+class _WatchedLayer(EvictingLayer):
+    """A layer of one sequence that also keeps what it evicts, and notes who was retained when."""
+
+    def prefill(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.retained: list[Retained] = []
+        self.mass: list[np.ndarray] = []
+        self.lost: list[np.ndarray] = []
+        self.all_keys, self.all_values = key[0], value[0]
+        return super().prefill(query, key, value, scale)
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_ids: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        self.all_keys = torch.cat([self.all_keys, key[0]], 1)
+        self.all_values = torch.cat([self.all_values, value[0]], 1)
+        return super().step(query, key, value, token_ids)
+
+    def _decide(self, row, keys, positions, values):
+        compression = self.compressors[row].n_compressions
+        survivors = super()._decide(row, keys, positions, values)
+        for kv_head, (held, slots) in enumerate(zip(positions, survivors, strict=True)):
+            kept = held if slots is None else held[slots]
+            where = (self.layer, kv_head, compression, int(self.n_tokens[row]))
+            self.retained.append(Retained(*where, np.array(kept)))
+        return survivors
+
+
+class _ShadowLayer(_WatchedLayer):
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        n_tokens = int(self.n_tokens[0])
+        output, _ = causal_attention(
+            query[0, :, None], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
+        )
+        return output[None, :, 0]
+
+
+class _ForcedLayer(_WatchedLayer):
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        n_tokens, n_kv_heads = int(self.n_tokens[0]), len(self.all_keys)
+        grouped = query[0].reshape(n_kv_heads, -1, query.shape[-1]).float()
+        logits = (grouped * self.scale) @ self.all_keys[:, :n_tokens].float().transpose(1, 2)
+        weights = logits.softmax(-1)
+        retained = torch.zeros(weights.shape[::2], dtype=weights.dtype, device=weights.device)
+        for kv_head in range(n_kv_heads):
+            retained[kv_head, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
+        # Attention that lies on one key by more than half lies there uniquely.
+        largest, where = weights.max(-1)
+        lost = (largest > LOOKUP) & (retained.gather(1, where) == 0)
+        self.mass.append(to_array((weights @ retained[..., None]).reshape(-1)))
+        self.lost.append(lost.reshape(-1).cpu().numpy())
+        return super().attend(query)
+
+
+def run_shadow(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    *,
+    seed: int = 0,
+    waves: dict[str, Wave] | None = None,
+) -> Shadow:
+    """Let a policy decide beside a full-cache run of a trace's tokens, and compare with its replay.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The trace's own.
+    trace : Trace
+    policy : Policy
+    entries : int
+        Mean budget in entries per KV head.
+    seed : int
+        For policies that draw at random.
+    waves : dict, optional
+
+    Raises
+    ------
+    UserError
+        If the trace cannot have come from this model.
+    """
+    _require_own_trace(model, trace)
+    expected = _replay(trace, policy, entries, seed, waves)
+    # As in a recording, token by token: passes over several tokens round differently.
+    cache, _ = _run(model, trace, policy, entries, seed, waves, _ShadowLayer, 1)
+    keys_equal = all(
+        np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in cache.evicting_layers
+    )
+    found = [kept for layer in cache.evicting_layers for kept in layer.retained]
+    # A replay ends with the last token and does not compress after it.
+    found = [kept for kept in found if kept.n_tokens < trace.total_tokens]
+    return Shadow(found, expected.retained, keys_equal)
+
+
+def run_forced(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    *,
+    seed: int = 0,
+    waves: dict[str, Wave] | None = None,
+    full: FullCache | None = None,
+) -> Forced:
+    """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`.
+
+    ``full`` is the trace's, if it is at hand: several runs can share it.
+    """
+    _require_own_trace(model, trace)
+    simulated = _replay(trace, policy, entries, seed, waves)
+    # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
+    n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
+    cache, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_together)
+    layers = cache.evicting_layers
+    return Forced(
+        forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
+        simulated=simulated.mass,
+        forced_lost=np.stack([np.stack(layer.lost, axis=1) for layer in layers]),
+        simulated_lost=lost_lookups(trace, simulated, full or FullCache(trace)),
+        agrees=chosen[:-1] == trace.token_ids[trace.prompt_tokens + 1 :],
+    )
+
+
+def level_row(result: Shadow | Forced) -> dict[str, object]:
+    """Reduce a run to the numbers of a row."""
+    if isinstance(result, Shadow):
+        return {
+            "decisions": len(result.expected),
+            "mismatches": len(result.mismatches),
+            "keys_equal": result.keys_equal,
+        }
+    per_layer = {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(result.drift)}
+    return {
+        "simulated_mass": float(result.simulated.mean(dtype=np.float64)),
+        "forced_mass": float(result.forced.mean(dtype=np.float64)),
+        "drift": float(result.drift.mean()),
+        "simulated_lost_lookups": float(result.simulated_lost.mean()),
+        "forced_lost_lookups": float(result.forced_lost.mean()),
+        "agreement": float(result.agrees.mean()) if len(result.agrees) else None,
+    } | per_layer
+
+
+def forced_steps(result: Forced) -> dict[str, np.ndarray]:
+    """Give columns of one row per layer and decode step, means over query heads."""
+    n_layers, _, n_steps = result.forced.shape
+    return {
+        "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
+        "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
+        "simulated_mass": result.simulated.mean(axis=1).reshape(-1),
+        "forced_mass": result.forced.mean(axis=1).reshape(-1),
+        "simulated_lost_lookups": result.simulated_lost.mean(axis=1).reshape(-1),
+        "forced_lost_lookups": result.forced_lost.mean(axis=1).reshape(-1),
+    }
+
+
+def _replay(trace: Trace, policy: Policy, entries: int, seed: int, waves: dict[str, Wave] | None) -> Outcome:
+    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
+    (outcome,) = Engine([request]).run()
+    return outcome
+
+
+def _require_own_trace(model: PreTrainedModel, trace: Trace) -> None:
+    own, (found, _, _) = trace.shape, observed_shape(model)
+    n_known, largest = model.get_input_embeddings().num_embeddings, int(max(trace.token_ids))
+    if own != found or largest >= n_known:
+        both = (
+            f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
+            f"{shape.head_dim} {shape.dtype}"
+            for shape in (own, found)
+        )
+        raise UserError(
+            f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
+            f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
+        )
+    if trace.total_tokens == trace.prompt_tokens:
+        raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
+
+
+@torch.inference_mode()
+def _run(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    seed: int,
+    waves: dict[str, Wave] | None,
+    layer_type: type[EvictingLayer],
+    n_together: int,
+) -> tuple[EvictingCache, np.ndarray]:
+    """Feed a trace's tokens; give the cache, and the most likely next token of every decode step."""
+    cache = EvictingCache(
+        model,
+        policy.resolved(trace.manifest.vocabulary),
+        entries,
+        name=trace.model,
+        revision=trace.manifest.model_revision,
+        waves=waves,
+        seeds=[seed],
+        layer_type=layer_type,
+        prompt_tokens=trace.prompt_tokens,
+    )
+    ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
+    chosen = []
+    with evicting(model, cache):
+        model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
+        for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
+            new = ids[:, first : first + n_together]
+            chosen.append(model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
+    return cache, torch.cat(chosen).cpu().numpy()

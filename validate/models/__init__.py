@@ -1,0 +1,1 @@
+"""Models: loading, shapes, attention hooks, the next token."""

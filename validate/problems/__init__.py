@@ -1,0 +1,1 @@
+"""Problems: prompts, families of generated ones, and grading."""

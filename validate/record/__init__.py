@@ -1,0 +1,1 @@
+"""Recording: decode with the full cache, and write what attention used."""

@@ -1,0 +1,253 @@
+"""Run a model with its full cache and write what attention saw as a trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from traces.errors import UserError
+from traces.trace import Trace
+from traces.writer import TraceWriter
+from validate.models.attention_hook import recording
+from validate.models.load import rope_parameters, stop_token_ids
+from validate.models.next_token import Sampling
+from validate.models.vocabulary import vocabulary_of
+from validate.problems.prompts import graded
+from validate.record.recorder import TraceRecorder, observed_shape
+
+CHUNK = 512
+# Decoded tokens of a layer that wait to be written together. A write per layer and step costs a
+# third of a small model's time on a CPU; a transfer per layer and step costs more on a device, which
+# therefore holds a whole chunk.
+HOLD_ON_HOST = 16
+# Their frequencies follow the longest position of a forward pass, hence how the text is cut.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def record_decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt_ids: Sequence[int],
+    path: str | Path,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    with_values: bool = False,
+    chunk: int = CHUNK,
+    overwrite: bool = False,
+    model_name: str = "custom",
+    model_revision: str = "",
+    task: Mapping[str, object] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Trace:
+    """Decode with the full cache and record queries, keys and log-sum-exp of every token.
+
+    The last token is fed to the model as well, so that every token of the trace has attended.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokenizer : PreTrainedTokenizerBase or None
+        For the trace's vocabulary and the answer; None leaves both out.
+    prompt_ids : sequence of int
+        At least one token; read in passes of ``chunk`` tokens.
+    path : str or Path
+        ``NAME.kvtrace``; it appears only when the recording is complete.
+    max_new_tokens : int
+        At least 1.
+    do_sample, temperature, top_p, seed
+        As `Sampling`.
+    stop_ids : iterable of int, optional
+        Token ids that end the text; by default the model's own.
+    with_values, overwrite : bool
+        As `TraceWriter`.
+    model_name, model_revision : str
+    task : mapping, optional
+        Problem id, family and answer. The answer is graded if the family is one of the reasoner's.
+    on_tokens : callable, optional
+        Told how many tokens have been run so far.
+
+    Raises
+    ------
+    UserError
+        For settings out of range and for a model that cannot be recorded.
+    """
+    sampling = Sampling(do_sample, temperature, top_p, seed)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+    stops = set(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
+    generator = sampling.generator()
+    longest = len(prompt_ids) + max_new_tokens
+    with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
+        logits = run.read(prompt_ids)
+        for _ in range(max_new_tokens):
+            token = sampling.choose(logits, generator)
+            logits = run.read([token])
+            if token in stops:
+                break
+        return run.finish(
+            tokenizer,
+            len(prompt_ids),
+            task,
+            model=model_name,
+            model_revision=model_revision,
+            origin="decoded",
+            sampling=sampling.as_fields() | {"max_new_tokens": max_new_tokens},
+            seed=seed if do_sample else None,
+        )
+
+
+def record_rescore(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    with_values: bool = False,
+    chunk: int = CHUNK,
+    overwrite: bool = False,
+    model_name: str = "custom",
+    model_revision: str = "",
+    task: Mapping[str, object] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Trace:
+    """Record a given completion without decoding it, in passes of ``chunk`` tokens.
+
+    In exact arithmetic this is the trace that decoding the same tokens would give. Parameters are
+    those of `record_decode`.
+
+    Raises
+    ------
+    UserError
+        For an empty completion, for a text longer than a length-dependent RoPE treats alike, and
+        for a model that cannot be recorded.
+    """
+    if len(completion_ids) < 1:
+        raise UserError("the completion has 0 tokens; allowed: 1 or more")
+    longest = len(prompt_ids) + len(completion_ids)
+    _refuse_length_dependent_rope(model, longest)
+    with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
+        # Attention does not see where one pass over the text ends and the next begins.
+        run.read(prompt_ids)
+        run.read(completion_ids)
+        return run.finish(
+            tokenizer,
+            len(prompt_ids),
+            task,
+            model=model_name,
+            model_revision=model_revision,
+            origin="rescored",
+        )
+
+
+class _FullCacheRun:
+    """One sequence through a model, its growing cache and its recording."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recorder: TraceRecorder,
+        chunk: int,
+        on_tokens: Callable[[int], None] | None,
+    ) -> None:
+        self.model = model
+        self.recorder = recorder
+        self.chunk = chunk
+        self.on_tokens = on_tokens
+        self.token_ids: list[int] = []
+        self.cache = DynamicCache()
+        # Logits of a whole pass would be the largest tensor of all; only the last row is used.
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._settings = {"use_cache": True} | ({"logits_to_keep": 1} if keeps else {})
+
+    def read(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Feed tokens to the model and return the logits after the last, on its device."""
+        if len(token_ids) < 1:
+            raise UserError("the prompt has 0 tokens; allowed: 1 or more")
+        n_known = self.model.get_input_embeddings().num_embeddings
+        unknown = [token for token in token_ids if not 0 <= token < n_known]
+        if unknown:
+            raise UserError(f"token id {unknown[0]} found; the model knows 0 to {n_known - 1}")
+        for start in range(0, len(token_ids), self.chunk):
+            ids = [int(token) for token in token_ids[start : start + self.chunk]]
+            batch = torch.tensor([ids], device=self.model.device)
+            output = self.model(input_ids=batch, past_key_values=self.cache, **self._settings)
+            self.token_ids += ids
+            if self.on_tokens is not None:
+                self.on_tokens(len(self.token_ids))
+        # A copy, since a view would keep those of a whole pass alive.
+        return output.logits[0, -1].clone()
+
+    def finish(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt_tokens: int,
+        task: Mapping[str, object] | None,
+        **fields: object,
+    ) -> Trace:
+        """Complete the trace; ``fields`` go to its manifest."""
+        task = dict(task or {})
+        if tokenizer is not None:
+            task = graded(task, tokenizer.decode(self.token_ids[prompt_tokens:], skip_special_tokens=True))
+        self.recorder.flush()
+        return self.recorder.writer.finish(
+            self.token_ids,
+            prompt_tokens=prompt_tokens,
+            rope=rope_parameters(self.model.config),
+            task=task,
+            vocabulary=vocabulary_of(tokenizer, self.token_ids),
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            **fields,
+        )
+
+
+@contextmanager
+def _open_run(
+    model: PreTrainedModel,
+    path: str | Path,
+    longest: int,
+    with_values: bool,
+    chunk: int,
+    overwrite: bool,
+    on_tokens: Callable[[int], None] | None,
+) -> Iterator[_FullCacheRun]:
+    """Check that ``longest`` tokens can be recorded, then open writer and recorder around a run."""
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; allowed: 1 or more")
+    shape, scale, window = observed_shape(model)
+    if window is not None and longest > window:
+        raise UserError(
+            f"{longest} tokens of prompt and completion asked for; the model has a sliding window; "
+            f"allowed: at most its {window} tokens, so that it never leaves the full cache"
+        )
+    hold = HOLD_ON_HOST if model.device.type == "cpu" else chunk
+    with TraceWriter(path, shape, scale=scale, with_values=with_values, overwrite=overwrite) as writer:
+        recorder = TraceRecorder(writer, hold)
+        with torch.inference_mode(), recording(model, recorder):
+            yield _FullCacheRun(model, recorder, chunk, on_tokens)
+
+
+def _refuse_length_dependent_rope(model: PreTrainedModel, longest: int) -> None:
+    """Refuse a text that one pass would rotate differently from decoding it token by token."""
+    config = model.config.get_text_config()
+    parameters = rope_parameters(config)
+    # Models with several kinds of layers have one set of parameters for each.
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > limit:
+            raise UserError(
+                f"{longest} tokens given; RoPE of type '{rope['rope_type']}' changes beyond "
+                f"{limit} and one pass would differ from decoding; allowed: decoding, or fewer tokens"
+            )

@@ -1,0 +1,175 @@
+"""Record the rows of a prompts file one by one; rows that are already recorded are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from traces.errors import TraceError, UserError
+from traces.store import SUFFIX, open_trace
+from traces.trace import Trace
+from validate.models.load import LoadedModel, dtype_name
+from validate.models.next_token import Sampling
+from validate.problems.prompts import Prompt, encode_completion, encode_prompt
+from validate.record.decode import record_decode, record_rescore
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """How each row is recorded.
+
+    Attributes
+    ----------
+    rescore : bool
+        Take each row's completion instead of decoding one.
+    max_new_tokens : int
+    sampling : Sampling
+    use_chat_template, with_values, overwrite : bool
+
+    Raises
+    ------
+    UserError
+        For ``max_new_tokens`` below 1.
+    """
+
+    rescore: bool = False
+    max_new_tokens: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+    use_chat_template: bool = True
+    with_values: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one prompt.
+
+    Attributes
+    ----------
+    name : str
+        File name of the trace, without its ending.
+    status : str
+        ``recorded``, ``kept`` (it was there already) or ``failed``.
+    prompt_tokens, total_tokens : int or None
+    correct : bool or None
+        None where answers of the row's family cannot be read.
+    error : str
+    """
+
+    name: str
+    status: str
+    prompt_tokens: int | None = None
+    total_tokens: int | None = None
+    correct: bool | None = None
+    error: str = ""
+
+
+def record_row(
+    loaded: LoadedModel,
+    prompt: Prompt,
+    out: Path,
+    settings: RowSettings,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Row:
+    """Record one prompt as ``out/NAME.kvtrace``, or report why not; an interrupt passes through."""
+    name = prompt.file_stem
+    try:
+        status, trace = _record(loaded, prompt, out / f"{name}{SUFFIX}", settings, on_tokens)
+    except UserError as error:
+        return Row(name, "failed", error=str(error))
+    except Exception as error:  # a full disk or a full device: the other rows may still fit
+        reason = (str(error).splitlines() or [""])[0]
+        return Row(name, "failed", error=f"{type(error).__name__}: {reason}")
+    correct = trace.manifest.task.get("correct")
+    return Row(name, status, trace.prompt_tokens, trace.total_tokens, correct)
+
+
+def _record(
+    loaded: LoadedModel,
+    prompt: Prompt,
+    path: Path,
+    settings: RowSettings,
+    on_tokens: Callable[[int], None] | None,
+) -> tuple[str, Trace]:
+    prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
+    token_ids = list(prompt_ids)
+    if settings.rescore:
+        token_ids += encode_completion(loaded.tokenizer, prompt.completion or "")
+    if not settings.overwrite and (kept := _open_if_there(path)) is not None:
+        _refuse_other_recording(kept, loaded, token_ids, settings)
+        return "kept", kept
+    common = {
+        "with_values": settings.with_values,
+        "overwrite": settings.overwrite,
+        "model_name": loaded.name,
+        "model_revision": loaded.revision,
+        "task": prompt.task,
+        "on_tokens": on_tokens,
+    }
+    if settings.rescore:
+        completion_ids = token_ids[len(prompt_ids) :]
+        trace = record_rescore(
+            loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer, **common
+        )
+    else:
+        trace = record_decode(
+            loaded.model,
+            loaded.tokenizer,
+            prompt_ids,
+            path,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.sampling.do_sample,
+            temperature=settings.sampling.temperature,
+            top_p=settings.sampling.top_p,
+            seed=settings.sampling.seed,
+            **common,
+        )
+    return "recorded", trace
+
+
+def _open_if_there(path: Path) -> Trace | None:
+    try:
+        return open_trace(path)
+    except TraceError:
+        # Missing or unfinished: record it. What the writer must not touch, it refuses itself.
+        return None
+
+
+def _refuse_other_recording(
+    trace: Trace, loaded: LoadedModel, token_ids: list[int], settings: RowSettings
+) -> None:
+    """Refuse to take a finished trace for this row when it was recorded from something else.
+
+    Parameters
+    ----------
+    token_ids : list of int
+        What the trace has to begin with: the prompt, and the completion when rescoring.
+    """
+    manifest, sampling = trace.manifest, settings.sampling
+    asked = {
+        "model": loaded.name,
+        "model_revision": loaded.revision,
+        "dtype": dtype_name(loaded.model.dtype),
+        "origin": "rescored" if settings.rescore else "decoded",
+    }
+    if not settings.rescore:
+        asked["seed"] = sampling.seed if sampling.do_sample else None
+        asked["sampling"] = sampling.as_fields() | {"max_new_tokens": settings.max_new_tokens}
+    if settings.with_values:
+        asked["has_values"] = True
+    for name, value in asked.items():
+        found = getattr(manifest, name)
+        if found != value:
+            raise UserError(
+                f"{trace.path} is another recording: its {name} is {found!r}, asked {value!r}; "
+                "allowed: --overwrite, or another --out"
+            )
+    if trace.token_ids[: len(token_ids)].tolist() != token_ids:
+        raise UserError(
+            f"{trace.path} is a recording of another text; allowed: --overwrite, or another --out"
+        )
