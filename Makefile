@@ -50,7 +50,7 @@ validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
 	  --out runs/live --simulated runs/simulated.parquet --calibration simulator/calibrations/$(REASONER).json --report runs/report.html
 	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
-	$(BIN)/python -m simulator.results.means runs/simulated.parquet --out validate/reasoner/results/simulated.csv
+	$(BIN)/sim results runs/simulated.parquet --means -o validate/reasoner/results/simulated.csv
 
 others: traces ## the same for 8 policies and 256 problems that no number was chosen on (1 hour, resumes)
 	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
@@ -58,11 +58,11 @@ others: traces ## the same for 8 policies and 256 problems that no number was ch
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
 	  --out runs/live-others --simulated runs/simulated-others.parquet
 	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
-	$(BIN)/python -m simulator.results.means runs/simulated-others.parquet --out validate/reasoner/results/simulated-others.csv
+	$(BIN)/sim results runs/simulated-others.parquet --means -o validate/reasoner/results/simulated-others.csv
 
 grid: traces ## replay 24 variants of R-KV on ten held-out walks, for a notebook (1 minute)
 	$(BIN)/sim replay --trace 'runs/heldout/walk-*-s2-00[0-2]?.kvtrace' --policy $(subst $(space),$(comma),$(GRID)) --budget 10%,20%,40% --buffer 32 -o runs/grid.parquet
-	$(BIN)/python -m simulator.results.means runs/grid.parquet --out validate/reasoner/results/simulated-grid.csv
+	$(BIN)/sim results runs/grid.parquet --means -o validate/reasoner/results/simulated-grid.csv
 
 search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 others, decode the winners (1 hour, resumes)
 	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
@@ -88,7 +88,7 @@ notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 
 	$(BIN)/python notebooks/execute.py
 
 gpu: .venv/.full ## check and measure the kernels on a GPU, for validate/results (10 minutes)
-	$(BIN)/python -m pytest tests/test_gpu_*.py
+	$(BIN)/python -m pytest tests/validate/eviction/test_gpu_*.py
 	mkdir -p validate/results
 	$(BIN)/sim validate bench --gpu --out validate/results
 

@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simulator.budget import Budget, parse_budget
     from simulator.cells import replay, run_replay
+    from simulator.engine.cap import entries_of
+    from simulator.engine.demand import calibrate
+    from simulator.engine.loop import Engine, memory_over_time
+    from simulator.engine.request import Request
     from simulator.policies.language import Policy, parse_policy
     from simulator.policies.wave import Wave, read_wave
-    from simulator.replay.cap import entries_of
-    from simulator.replay.demand import calibrate
-    from simulator.replay.engine import Engine, memory_over_time
-    from simulator.replay.request import Request
 
 _HOMES = {
     "Budget": "budget",
-    "entries_of": "replay.cap",
+    "entries_of": "engine.cap",
     "parse_budget": "budget",
-    "Engine": "replay.engine",
-    "memory_over_time": "replay.engine",
+    "Engine": "engine.loop",
+    "memory_over_time": "engine.loop",
     "Policy": "policies.language",
     "parse_policy": "policies.language",
     "replay": "cells",
     "run_replay": "cells",
-    "Request": "replay.request",
+    "Request": "engine.request",
     "Wave": "policies.wave",
-    "calibrate": "replay.demand",
+    "calibrate": "engine.demand",
     "read_wave": "policies.wave",
 }
 

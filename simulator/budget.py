@@ -44,7 +44,7 @@ class Budget:
     kind : str
         ``kept``: what stays after a compression, window and sinks included; what is added until the next one
         comes on top. ``peak``, written with ``!``: the most that is held at any decode step, all of that
-        included; see ``simulator.replay.cap``.
+        included; see ``simulator.engine.cap``.
     """
 
     amount: float
@@ -69,7 +69,7 @@ class Budget:
     def entries(self, shape: ModelShape, total_tokens: int) -> int:
         """Give the whole entries per KV head that the amount comes to for one text.
 
-        Of a cap that is what may be held; ``simulator.replay.cap.entries_of`` tells what may be kept.
+        Of a cap that is what may be held; ``simulator.engine.cap.entries_of`` tells what may be kept.
 
         Raises
         ------

@@ -13,18 +13,18 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import PEAK, Budget, parse_budget
+from simulator.engine.cap import entries_of
+from simulator.engine.full_cache import FullCache
+from simulator.engine.layer import Retained
+from simulator.engine.loop import Engine
+from simulator.engine.metrics import measure
+from simulator.engine.request import Outcome, Request
+from simulator.engine.sampling import EVERYTHING, Sampling
+from simulator.engine.trajectory import spans
 from simulator.policies.language import Policy, parse_policy, split_list
 from simulator.policies.parts import PolicyError
 from simulator.policies.plugins import failure
 from simulator.policies.wave import Wave, known_waves, read_wave, require_fitting
-from simulator.replay.cap import entries_of
-from simulator.replay.engine import Engine
-from simulator.replay.full_cache import FullCache
-from simulator.replay.layer import Retained
-from simulator.replay.metrics import measure
-from simulator.replay.request import Outcome, Request
-from simulator.replay.sampling import EVERYTHING, Sampling
-from simulator.replay.trajectory import spans
 from simulator.results.tables import GROUP, budget_columns, result_table, retained_table, trajectory_table
 from traces.check import check_trace
 from traces.errors import UserError
@@ -35,7 +35,7 @@ from traces.version import package_version
 
 _ROOT = Path(__file__).parents[1]
 _MAKES_ROWS = (
-    *(f"simulator/{room}/**/*.py" for room in ("kernels", "policies", "replay")),
+    *(f"simulator/{room}/**/*.py" for room in ("kernels", "policies", "engine")),
     *("simulator/waves/*.json", "simulator/budget.py", "simulator/cells.py", "traces/**/*.py"),
 )
 

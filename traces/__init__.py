@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from traces.arrays import write_trace
     from traces.check import check_trace
-    from traces.errors import (
-        InfeasibleBudgetError,
-        MissingDataError,
-        NoDeviceError,
-        TraceError,
-        UserError,
-    )
+    from traces.errors import InfeasibleBudgetError, MissingDataError, NoDeviceError, TraceError, UserError
     from traces.lse import causal_lse
     from traces.manifest import Manifest
     from traces.shape import ModelShape

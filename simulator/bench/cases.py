@@ -21,12 +21,12 @@ from typing import Any
 
 from simulator.bench.machine import PeakMemory, copy_rate, exp_time, n_cores, sgemm_rate
 from simulator.bench.trace import PROMPT_TOKENS, eight_billion, write_bench_trace
+from simulator.engine.full_cache import FullCache
+from simulator.engine.loop import Engine
+from simulator.engine.request import Outcome, Request
+from simulator.engine.sampling import Sampling
 from simulator.kernels.tiles import HAS_PAIRS
 from simulator.policies.language import parse_policy
-from simulator.replay.engine import Engine
-from simulator.replay.full_cache import FullCache
-from simulator.replay.request import Outcome, Request
-from simulator.replay.sampling import Sampling
 from simulator.workers.blas import blas_name, use_one_thread
 from simulator.workers.interrupts import held_back
 from traces.errors import UserError

@@ -76,9 +76,9 @@ def replay(
     tell_compiling()
     from simulator.budget import parse_budgets
     from simulator.cells import run_replay
+    from simulator.engine.sampling import parse_sampling
     from simulator.policies.language import parse_policies
     from simulator.policies.wave import tell_unused
-    from simulator.replay.sampling import parse_sampling
     from simulator.results.labels import row_budget
     from simulator.results.output import (
         choose_format,
@@ -156,7 +156,7 @@ def calibrate(
 
     tell_compiling()
 
-    from simulator.replay.demand import calibrate as measure
+    from simulator.engine.demand import calibrate as measure
     from simulator.results.output import require_place
     from traces.errors import UserError
     from traces.store import find_traces, open_trace

@@ -38,6 +38,9 @@ def results(
         str | None, typer.Option(help="table, csv, json, parquet; markdown with --metric.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    means: Annotated[
+        bool, typer.Option("--means", help="Average rows over traces; csv, json, parquet.")
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(help="With --metric: of the bootstrap over traces.", show_default="0")
     ] = None,
@@ -48,10 +51,12 @@ def results(
 
     from simulator.budget import parse_budgets
     from simulator.policies.language import split_list
+    from simulator.results.means import cell_means
     from simulator.results.output import choose_format, tell_written, write_rows
-    from simulator.results.standings import at_budgets, of_policies, of_traces, read_rows, standings
+    from simulator.results.standings import at_budgets, of_policies, of_traces, standings
     from simulator.results.tables import by_model
     from simulator.results.terminal import print_standings, print_unevicted
+    from simulator.sweep.rows import read_rows
     from traces.errors import UserError
 
     if metric is not None:
@@ -66,6 +71,8 @@ def results(
     chosen = "table" if as_markdown else choose_format(format, output)
     if metric is not None and output is not None and chosen == "table":
         raise UserError(f"-o {output}: standings go to a terminal, or as rows; allowed: csv, json, parquet")
+    if means and (metric is not None or chosen == "table"):
+        raise UserError("--means goes with -o FILE or --format csv, json, parquet, and without --metric")
     table = read_rows(files)
     if family:
         unknown = sorted(set(family) - set(table["family"].drop_nulls()))
@@ -80,6 +87,7 @@ def results(
     if trace:
         table = of_traces(table, trace)
     if metric is None:
+        table = cell_means(table) if means else table
         write_rows(table, output, chosen)
         tell_written(output, len(table))
         return

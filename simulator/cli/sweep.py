@@ -38,8 +38,8 @@ def sweep(
 
     tell_compiling()
     from simulator.cli.replay import worker_count
+    from simulator.engine.sampling import EVERYTHING
     from simulator.policies.wave import tell_unused
-    from simulator.replay.sampling import EVERYTHING
     from simulator.results.labels import row_budget
     from simulator.results.metric_names import DEFAULT_METRIC, DEFAULT_OF_SAMPLES
     from simulator.sweep.folder import SweepFolder

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from msgspec import Meta
 
 from traces.atomic import write_file
@@ -133,3 +134,9 @@ def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
                 f"sim: wave {path} is of model '{wave.model}' and changes nothing for {', '.join(at_hand)}",
                 file=sys.stderr,
             )
+
+
+def entries_to_hold(weights: np.ndarray, rho: float) -> np.ndarray:
+    """Count the fewest entries whose weights sum to ``rho``; float32 (n_rows, n) to int64 (n_rows,)."""
+    running = np.cumsum(-np.sort(-weights, axis=1), axis=1, dtype=np.float64)
+    return np.minimum((running < rho).sum(axis=1) + 1, weights.shape[1])

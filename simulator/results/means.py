@@ -1,24 +1,13 @@
-"""Results averaged over traces, few enough rows to store beside what was measured live.
-
-``python -m simulator.results.means rows.parquet --out means.csv``
-"""
+"""Results averaged over traces, few enough rows to store beside what was measured live."""
 
 from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
 
 import polars as pl
 from scipy import stats
 
 from simulator.results.labels import budget_label
 from simulator.results.metric_names import METRICS
-from simulator.results.output import require_place
-from simulator.results.standings import read_rows
 from simulator.results.tables import BUDGET, GROUP, comparable, with_budget_kind
-from traces.atomic import write_file
-from traces.errors import UserError
 
 # Digits after the point: far below what traces differ by.
 _DIGITS = 7
@@ -83,24 +72,3 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
             | {"spearman": float(stats.spearmanr(own["here"], own["there"]).statistic)}
         )
     return pl.DataFrame(rows)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the means of result rows as CSV; a user's mistake is one line and an exit code."""
-    parser = argparse.ArgumentParser(prog="simulator.results.means", description=main.__doc__)
-    parser.add_argument("rows", type=Path, nargs="+", help="files of sim replay -o")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.csv")
-    options = parser.parse_args(arguments)
-    try:
-        require_place(options.out, "--out")
-        means = cell_means(read_rows(options.rows))
-        write_file(options.out, lambda temporary: means.write_csv(temporary))
-    except UserError as error:
-        print(f"cell_means: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"wrote {options.out}: {len(means)} rows")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

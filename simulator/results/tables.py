@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from simulator.budget import KEPT, Budget
-from simulator.replay.layer import Retained
-from simulator.replay.metrics import RANGES
-from simulator.replay.trajectory import Span
+from simulator.engine.layer import Retained
+from simulator.engine.metrics import RANGES
+from simulator.engine.trajectory import Span
 from simulator.results.metric_names import DEFAULT_METRIC, DEFAULT_OF_SAMPLES, METRICS
 from traces.documents import parse_json, shown
 from traces.errors import UserError

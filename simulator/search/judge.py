@@ -11,9 +11,9 @@ import numpy as np
 
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
+from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.replay.sampling import EVERYTHING, Sampling
 from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from traces.trace import Trace

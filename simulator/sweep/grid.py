@@ -9,9 +9,9 @@ from pathlib import Path
 
 from simulator.budget import Budget
 from simulator.cells import code_version
+from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave, read_wave
-from simulator.replay.sampling import EVERYTHING, Sampling
 from simulator.results.tables import budget_columns
 from simulator.sweep.spec import Setting
 from traces.documents import digest

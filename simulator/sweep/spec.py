@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from simulator.budget import Budget, parse_budget
+from simulator.engine.sampling import EVERYTHING, Sampling, parse_sampling
 from simulator.policies.language import REPLAY_FIELDS, Policy, parse_policy, split_name
-from simulator.replay.sampling import EVERYTHING, Sampling, parse_sampling
 from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
 from traces.seeds import require_seed

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.wave import Wave
-from simulator.replay.sampling import EVERYTHING, Sampling
 from simulator.sweep.grid import SweepCell, SweepTrace, TraceCells
 
 # What a kill may cost of each worker's work.

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 from simulator.cells import PreparedTrace, code_version
-from simulator.replay.sampling import EVERYTHING
+from simulator.engine.sampling import EVERYTHING
 from simulator.results.tables import budget_columns
 from simulator.sweep.grid import SweepCell
 from simulator.sweep.tasks import Task

@@ -109,8 +109,8 @@ def report(
     from simulator.report.contents import report as made
     from simulator.report.search_section import held_out_rows, is_search, search_section
     from simulator.report.sources import chosen, read_parquet
-    from simulator.results.standings import read_rows
     from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
+    from simulator.sweep.rows import read_rows
 
     asked_policies = [name for text in policy or [] for name in split_list(text)]
     asked_budgets = [item for text in budget or [] for item in text.split(",")]

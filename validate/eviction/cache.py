@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
+from simulator.engine.request import divide_over_layers, require_data
 from simulator.policies.contract import checked_table
 from simulator.policies.language import Policy
 from simulator.policies.parts import LayerRequest
 from simulator.policies.wave import Wave, known_waves
-from simulator.replay.request import divide_over_layers, require_data
 from traces.documents import shown
 from traces.errors import UserError
 from validate.eviction.cache_layer import EvictingCacheLayer

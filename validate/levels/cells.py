@@ -36,9 +36,9 @@ def compare_with_traces(
     from transformers.utils import logging
 
     from simulator.cells import cell_labels
+    from simulator.engine.cap import entries_of
+    from simulator.engine.full_cache import FullCache
     from simulator.policies.wave import known_waves, tell_unused
-    from simulator.replay.cap import entries_of
-    from simulator.replay.full_cache import FullCache
     from simulator.results.output import tell_written, write_parquet
     from traces.store import find_traces, open_trace
     from validate.levels.runs import forced_steps, level_row, run_forced, run_shadow

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from simulator.engine.full_cache import FullCache
+from simulator.engine.layer import Retained
+from simulator.engine.loop import Engine
+from simulator.engine.metrics import LOOKUP, lost_lookups
+from simulator.engine.request import Outcome, Request
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.replay.engine import Engine
-from simulator.replay.full_cache import FullCache
-from simulator.replay.layer import Retained
-from simulator.replay.metrics import LOOKUP, lost_lookups
-from simulator.replay.request import Outcome, Request
 from traces.errors import UserError
 from traces.trace import Trace
 from validate.eviction.cache import EvictingCache, evicting

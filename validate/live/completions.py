@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import Budget
+from simulator.engine.cap import entries_of
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.replay.cap import entries_of
 from simulator.results.tables import budget_columns
 from validate.eviction.decode import Completion, decode
 from validate.models.load import LoadedModel, model_shape, stop_token_ids

@@ -23,7 +23,7 @@ def read_simulated(path: Path) -> pl.DataFrame:
         If the file is no such table.
     """
     from simulator.results.metric_names import METRICS
-    from simulator.results.standings import read_rows
+    from simulator.sweep.rows import read_rows
 
     try:
         rows = read_rows([path])

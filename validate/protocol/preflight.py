@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from simulator.engine.cap import entries_of
+from simulator.engine.request import divide_over_layers
 from simulator.policies.contract import checked_table
 from simulator.policies.language import Policy
 from simulator.policies.parts import LayerRequest
 from simulator.policies.wave import Wave
-from simulator.replay.cap import entries_of
-from simulator.replay.request import divide_over_layers
 from traces.errors import MissingDataError, UserError
 from validate.models.load import DTYPES, KnownModel, know_model, model_shape
 from validate.models.shapes import PREFIX

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.replay.full_cache import sampled_steps
+from simulator.engine.full_cache import sampled_steps
 from traces.numbers import to_float32
 from traces.trace import Trace
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from simulator.replay.demand import entries_to_hold
-from simulator.replay.full_cache import group_weights, sampled_steps
+from simulator.engine.full_cache import group_weights, sampled_steps
+from simulator.policies.wave import entries_to_hold
 from traces.atomic import write_file
 from traces.check import check_trace
 from traces.errors import UserError
@@ -54,7 +54,7 @@ class Demand:
 
 
 def measure_demand(trace: Trace, rho: float = RHO, steps_per_trace: int = STEPS_PER_TRACE) -> Demand:
-    """Count the entries that hold attention mass ``rho``, as `simulator.replay.demand.calibrate` does.
+    """Count the entries that hold attention mass ``rho``, as `simulator.engine.demand.calibrate` does.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from simulator.policies.apportion import robustify
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
 from simulator.policies.view import CacheView
-from simulator.replay.demand import entries_to_hold
+from simulator.policies.wave import entries_to_hold
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from simulator.engine.compression import Compressor
 from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
-from simulator.replay.compression import Compressor
 from validate.eviction.host.attention import attend_ragged
 from validate.eviction.host.pool import LayerPool
 from validate.models.causal import causal_attention

@@ -22,7 +22,7 @@ def select(
 ) -> None:
     """Choose each segment's best entries; ties go to the later slot.
 
-    This is ``replay.selection.select_slots`` in chronological order, for segments that are by position.
+    This is ``engine.selection.select_slots`` in chronological order, for segments that are by position.
 
     Parameters
     ----------

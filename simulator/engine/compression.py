@@ -1,0 +1,264 @@
+"""Who stays in one layer of one request, and when that is decided: the same for a replay and a real run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from simulator.engine.selection import select_slots
+from simulator.policies.contract import (
+    asked_allocator,
+    asked_quota,
+    asked_trigger,
+    checked_budgets,
+    checked_notes,
+    checked_scores,
+)
+from simulator.policies.language import Policy
+from simulator.policies.parts import HeadRequest, Scorer
+from simulator.policies.rope import Rope
+from simulator.policies.view import CacheView, Products
+
+
+class Compressor:
+    """A policy at work in one layer of one request. It holds no entries and sees them only when it scores.
+
+    Parameters
+    ----------
+    policy : Policy
+    layer : int
+    entries : int
+        The layer's budget per KV head.
+    n_kv_heads, prompt_tokens : int
+    scale : float
+        Attention scale.
+    seed : int
+        For scorers that draw at random.
+    rope : Rope, optional
+        For scorers that need it.
+    table : float64 (n_kv_heads,), optional
+        What the head allocator knows of the layer's heads beforehand.
+
+    Attributes
+    ----------
+    total : int
+        The layer's budget in entries over all KV heads.
+    budgets : int64 (n_kv_heads,)
+        How it is divided over the heads now.
+    since : int
+        Tokens in the history at the last compression, 0 before the first.
+    n_compressions : int
+    protection_binding : bool
+        Whether protected entries were a lower bound that some head's budget sat on.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layer: int,
+        entries: int,
+        *,
+        n_kv_heads: int,
+        prompt_tokens: int,
+        scale: float,
+        seed: int,
+        rope: Rope | None = None,
+        table: np.ndarray | None = None,
+    ) -> None:
+        self.policy, self.layer, self.prompt_tokens = policy, layer, prompt_tokens
+        self.scale, self.seed, self.rope, self.table = scale, seed, rope, table
+        self.n_kv_heads = n_kv_heads
+        self.resize(entries)
+        self.since = self.n_compressions = 0
+        self.protection_binding = False
+        self._notes: list[np.ndarray] | None = None
+        self._memos: list[dict[str, Any]] = [{} for _ in range(n_kv_heads)]
+        self._n_tokens = prompt_tokens
+
+    def resize(self, entries: int) -> None:
+        """Change the layer's budget per KV head; the heads share it alike until they are divided anew."""
+        self.total = entries * self.n_kv_heads
+        self.budgets = np.full(self.n_kv_heads, entries, np.int64)
+        self._last_reallocation: int | None = None
+
+    def next_compression(self, n_tokens: int, n_entries: int) -> int | None:
+        """Give the token count of the next compression if nothing is evicted before, or None for never.
+
+        A trigger that waits for certain tokens may fire later; see ``Trigger.fires_on``.
+
+        Parameters
+        ----------
+        n_tokens, n_entries : int
+            Tokens in the history, and entries that the layer holds, now.
+        """
+        trigger = self.policy.trigger
+        total = int(self._quotas(n_tokens).sum())
+        is_prefilled = n_tokens == self.prompt_tokens and self.n_compressions == 0
+        if is_prefilled and trigger.prompt == "compress" and n_entries > total:
+            return n_tokens
+        return asked_trigger(trigger, n_tokens, n_entries, total, self.n_kv_heads)
+
+    def reallocation_due(self, n_tokens: int) -> bool:
+        """Say whether the heads' budgets are to be divided anew at a compression at ``n_tokens``."""
+        delta, last = self.policy.heads.delta, self._last_reallocation
+        return delta > 0 and (last is None or n_tokens - last >= delta)
+
+    def n_queries(self, n_tokens: int) -> int:
+        """Give how many of the last queries ``score`` and ``views`` want."""
+        wanted = max(self._n_scored(n_tokens), self.policy.layers.window)
+        return min(wanted, n_tokens)
+
+    def views(
+        self,
+        keys: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        queries: np.ndarray,
+        n_tokens: int,
+        values: Sequence[np.ndarray] | None = None,
+        products: Sequence[np.ndarray] | None = None,
+    ) -> list[CacheView]:
+        """Show what every KV head holds.
+
+        Parameters
+        ----------
+        keys : sequence of float32 (n_entries, head_dim), one per KV head
+        positions : sequence of int32 (n_entries,)
+        queries : float32 (n_query_heads, n_queries, head_dim)
+            The last queries, oldest first.
+        n_tokens : int
+        values : sequence of float32 (n_entries, head_dim), optional
+        products : sequence of float32 (n_entries, n_queries * group_size), optional
+            See ``simulator.policies.view.Products``.
+        """
+        grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
+        grouped.flags.writeable = False
+        own_queries = list(grouped)
+        known: Sequence[Products | None] = [None] * self.n_kv_heads
+        if products is not None:
+            known = [Products(*own) for own in zip(products, keys, own_queries, strict=True)]
+        return [
+            CacheView(
+                keys=keys[kv_head],
+                positions=positions[kv_head],
+                queries=own_queries[kv_head],
+                scale=self.scale,
+                n_tokens=n_tokens,
+                prompt_tokens=self.prompt_tokens,
+                layer=self.layer,
+                kv_head=kv_head,
+                seed=self.seed,
+                values=None if values is None else values[kv_head],
+                budget=int(self.budgets[kv_head]),
+                since=self.since,
+                rope=self.rope,
+                products=known[kv_head],
+                memo=self._memos[kv_head],
+            )
+            for kv_head in range(self.n_kv_heads)
+        ]
+
+    def score(
+        self,
+        keys: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        queries: np.ndarray,
+        n_tokens: int,
+        values: Sequence[np.ndarray] | None = None,
+        products: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        """Score what every KV head holds; parameters as of ``views``.
+
+        ``products`` belong to the queries that the scorer asks for, which may be fewer than are shown.
+
+        Returns
+        -------
+        list of float32 (n_entries,); protected entries are plus infinity.
+        """
+        scorer = self.policy.scorer
+        self._n_tokens = n_tokens
+        queries = queries[:, max(0, queries.shape[1] - self._n_scored(n_tokens)) :]
+        views = self.views(keys, positions, queries, n_tokens, values, products)
+        if scorer.stateful:
+            views = [replace(view, state=self._noted(view)) for view in views]
+            self._notes = checked_notes(scorer, views)
+            views = [replace(view, state=own) for view, own in zip(views, self._notes, strict=True)]
+        return checked_scores(scorer, views, self.policy.trigger.prompt == "keep")
+
+    def reallocate(self, scores: Sequence[np.ndarray], n_tokens: int) -> None:
+        """Divide the layer's budget over its KV heads by their scores."""
+        heads, protected = self.policy.heads, self.policy.protected_of(self.prompt_tokens)
+        request = HeadRequest(scores, self.total, protected, self.layer, self.table)
+        budgets, binding = asked_allocator(heads, request)
+        self.budgets = checked_budgets(heads.name, budgets, len(scores), self.total, protected)
+        self.protection_binding |= binding
+        self._last_reallocation = n_tokens
+
+    def survivors(
+        self, scores: Sequence[np.ndarray], positions: Sequence[np.ndarray]
+    ) -> list[np.ndarray | None]:
+        """Choose who stays in every KV head: slots in their new order, or None where nobody goes."""
+        lengths = np.array([len(held) for held in positions], np.int64)
+        quotas = self._quotas(self._n_tokens)
+        allowed = lend_unused(quotas, lengths) if self.policy.redistribute else quotas
+        order = self.policy.scorer.slot_order
+        self.n_compressions += 1
+        self.since = self._n_tokens
+        chosen = [
+            select_slots(own, held, int(n_kept), order) if len(held) > n_kept else None
+            for own, held, n_kept in zip(scores, positions, allowed, strict=True)
+        ]
+        if self._notes is not None:
+            self._notes = [
+                own if slots is None else own[slots] for own, slots in zip(self._notes, chosen, strict=True)
+            ]
+        return chosen
+
+    def forget(self) -> None:
+        """Let go of what is known of the entries; none will be scored again."""
+        self._notes = None
+        self._memos = [{} for _ in range(self.n_kv_heads)]
+
+    def _n_scored(self, n_tokens: int) -> int:
+        scorer = self.policy.scorer
+        return min(n_tokens - self.since if scorer.sees_span else scorer.window, n_tokens)
+
+    def _noted(self, view: CacheView) -> np.ndarray:
+        noted = np.zeros(view.n_entries, np.float32)
+        if self._notes is not None:
+            before = self._notes[view.kv_head]
+            noted[: len(before)] = before
+        return noted
+
+    def _quotas(self, n_tokens: int) -> np.ndarray:
+        scorer, protected = self.policy.scorer, self.policy.protected_of(self.prompt_tokens)
+        if type(scorer).quota is Scorer.quota:
+            return self.budgets
+        quotas = np.array([asked_quota(scorer, int(budget), n_tokens) for budget in self.budgets], np.int64)
+        # What is protected stays, whatever the scorer grants; no budget is smaller.
+        return np.maximum(quotas, np.minimum(self.budgets, protected))
+
+
+def lend_unused(budgets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Hand budget that short heads cannot use to the others, in equal shares, the neediest first.
+
+    Parameters
+    ----------
+    budgets, lengths : int64 (n_kv_heads,)
+
+    Returns
+    -------
+    int64 (n_kv_heads,), at most ``lengths``, summing to the smaller of both totals.
+    """
+    allowed = np.minimum(budgets, lengths)
+    unused = int(min(budgets.sum(), lengths.sum()) - allowed.sum())
+    while unused:
+        needy = np.flatnonzero(allowed < lengths)
+        share = max(1, unused // len(needy))
+        for head in needy[np.argsort(-(lengths - allowed)[needy], kind="stable")]:
+            lent = min(share, int(lengths[head] - allowed[head]), unused)
+            allowed[head] += lent
+            unused -= lent
+    return allowed

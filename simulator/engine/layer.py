@@ -1,0 +1,288 @@
+"""One layer of one request under a policy: measure a span, reallocate, compress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.engine.compression import Compressor
+from simulator.engine.ledger import Ledger
+from simulator.engine.sampling import Sample
+from simulator.kernels.scratch import scratch
+from simulator.kernels.spans import measure_heads, n_panels
+from simulator.kernels.tiles import WIDTH
+from simulator.kernels.widening import address_of, widen
+from simulator.policies.contract import asked_to_fire
+from simulator.policies.language import Policy
+from simulator.policies.rope import Rope
+from simulator.policies.view import CacheView
+from traces.trace import Trace
+
+_NO_PRODUCTS = np.empty((0, 0, 0), np.float32)
+# Tokens read at once; bounds the memory of long spans.
+_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Retained:
+    """Who one KV head retains after a compression: ``positions`` int32 (n_entries,), in slot order."""
+
+    layer: int
+    kv_head: int
+    compression: int
+    n_tokens: int
+    positions: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """A layer's memory at a compression: head ``budgets`` in force, ``lengths`` after it; (n_kv_heads,)."""
+
+    layer: int
+    compression: int
+    n_tokens: int
+    budgets: np.ndarray
+    lengths: np.ndarray
+
+
+class LayerReplay:
+    """Follows who is retained in one layer and what attention finds there.
+
+    Attributes
+    ----------
+    ledger : Ledger
+    compressor : Compressor
+        Decides who stays.
+    mass : float32 (n_measured_heads, n_sampled)
+        Retained attention mass of the measured query heads at the sampled decode steps.
+    held : int64 (n_steps,)
+        Entries held during the attention of every decode step.
+    retained : list of Retained
+        Filled if ``keep_retained``.
+    divisions : list of Division
+        One per compression.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        layer: int,
+        policy: Policy,
+        entries: int,
+        *,
+        seed: int,
+        keep_retained: bool,
+        sample: Sample,
+        mass: np.ndarray,
+        rope: Rope | None = None,
+        table: np.ndarray | None = None,
+    ) -> None:
+        shape = trace.shape
+        n_steps = trace.total_tokens - trace.prompt_tokens
+        row = sample.row_of(layer)
+        self._kv_heads = [] if row is None else sample.kv_heads[row].tolist()
+        self._steps = sample.steps
+        self.trace, self.layer, self.policy = trace, layer, policy
+        # The trace builds its shape anew each time.
+        self._shape, self._scale = shape, np.float32(trace.scale)
+        self.compressor = Compressor(
+            policy,
+            layer,
+            entries,
+            n_kv_heads=shape.n_kv_heads,
+            prompt_tokens=trace.prompt_tokens,
+            scale=trace.scale,
+            seed=seed,
+            rope=rope,
+            table=table,
+        )
+        self._with_values = policy.evicts and "values" in policy.scorer.needs
+        # Without evictions nothing is scored and every mass is 1: no key will ever be read.
+        width = shape.head_dim if policy.evicts else 0
+        self.ledger = Ledger(
+            shape.n_kv_heads, width, trace.total_tokens, shape.dtype, with_values=self._with_values
+        )
+        # A head that never evicted holds the full cache, whose mass is 1 by definition.
+        self.mass = mass
+        self.mass[:] = 1
+        self.held = np.zeros(n_steps, np.int64)
+        self.retained: list[Retained] = []
+        self.divisions: list[Division] = []
+        self.n_evicted = 0
+        self._keep_retained = keep_retained
+        # Mapped once: a map costs more than the few tokens of a short span.
+        names = ("queries", "keys", "lse", *(("values",) if self._with_values else ()))
+        self._stored = {name: trace.stored(layer, name) for name in names}
+        self._token_ids = trace.token_ids
+        self._n_tokens = 0
+        self._scores: list[np.ndarray] | None = None
+        # What the scorer's window has for products with all that is held, if the last span has told.
+        reused = policy.scorer.window if policy.evicts and policy.scorer.reuses_products else 0
+        # Of a wide window they would take more memory than the keys.
+        is_wide = reused * shape.group_size > shape.head_dim
+        self._n_reused = 0 if is_wide or policy.scorer.sees_span else reused
+        self._products: np.ndarray | None = None
+        self._room_of_products = np.empty(
+            (shape.n_kv_heads, 0, self._n_reused * shape.group_size), np.float32
+        )
+
+    def prefill(self) -> None:
+        """Take in the prompt; its own attention sees all of it."""
+        self._n_tokens = self.trace.prompt_tokens
+        self._append(0, self._n_tokens)
+
+    def next_compression(self) -> int | None:
+        """Give the token count of the next compression, or None for never."""
+        trigger = self.policy.trigger
+        earliest = self.compressor.next_compression(self._n_tokens, self.ledger.n_entries)
+        if earliest is None or (earliest == self._n_tokens == self.trace.prompt_tokens):
+            return earliest
+        if not trigger.reads_tokens:
+            return earliest
+        fires = asked_to_fire(trigger, self._token_ids[earliest - 1 :])
+        return earliest + int(fires.argmax()) if fires.any() else None
+
+    def reallocation_due(self, n_tokens: int) -> bool:
+        """Say whether the heads' budgets are to be divided anew at a compression at ``n_tokens``."""
+        return self.compressor.reallocation_due(n_tokens)
+
+    def advance(self, n_tokens: int) -> None:
+        """Decode up to ``n_tokens`` tokens: append their entries and measure their attention."""
+        while self._n_tokens < n_tokens:
+            self._advance_block(min(n_tokens, self._n_tokens + _BLOCK_TOKENS))
+
+    def _advance_block(self, stop: int) -> None:
+        start, shape = self._n_tokens, self._shape
+        n_tokens, step = stop - start, start - self.trace.prompt_tokens
+        before = self.ledger.n_entries
+        self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
+        self._append(start, stop)
+        self._n_tokens, self._products = stop, None
+        if not self._kv_heads:
+            return
+        sampled = slice(*np.searchsorted(self._steps, (step, step + n_tokens)))
+        offsets = self._steps[sampled] - step
+        # A slice where it is one: no copy of what is mapped.
+        tokens = slice(start, stop) if len(offsets) == n_tokens else start + offsets
+        # A head that still holds everything has mass 1.
+        evicted = [row for row, head in enumerate(self._kv_heads) if self.ledger.lengths[head] != stop]
+        if evicted and len(offsets):
+            self._measure(evicted, tokens, n_tokens, offsets, sampled)
+
+    def _measure(
+        self,
+        rows: list[int],
+        tokens: slice | np.ndarray,
+        n_tokens: int,
+        offsets: np.ndarray,
+        sampled: slice,
+    ) -> None:
+        """Write the mass that queries find in what some of the measured KV heads hold.
+
+        ``tokens`` are those whose queries are measured, at ``offsets`` among the ``n_tokens`` just appended;
+        ``sampled`` is where their mass belongs.
+        """
+        # A slice where it is all of them, which is quicker.
+        is_every = len(rows) == self._shape.n_kv_heads
+        kv_heads = slice(None) if is_every else [self._kv_heads[row] for row in rows]
+        lengths = self.ledger.lengths[kv_heads]
+        queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
+        mass = np.empty(lse.shape, np.float32)
+        is_whole = is_every and len(offsets) == n_tokens
+        products = self._room_for_products() if is_whole and n_tokens >= self._n_reused else _NO_PRODUCTS
+        n_queries = len(offsets) * self._shape.group_size
+        room = scratch(n_panels(n_queries) * WIDTH, self.ledger.form.depth)
+        measure_heads(
+            self.ledger.key_addresses[kv_heads],
+            (lengths - n_tokens)[:, None] + offsets,
+            address_of(queries),
+            np.array(queries.strides[:3]),
+            self.ledger.form,
+            lse,
+            self._scale,
+            room.reshape(-1),
+            products,
+            mass,
+        )
+        self._products = products if products.size else None
+        by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
+        by_head[slice(None) if is_every else rows, :, sampled] = mass
+
+    def _room_for_products(self) -> np.ndarray:
+        """Give an array for the window's products, (n_kv_heads, n_most, n_queries * group_size)."""
+        room, longest = self._room_of_products, int(self.ledger.lengths.max())
+        if room.shape[1] < longest:
+            room = np.empty((room.shape[0], longest + longest // 4, room.shape[2]), np.float32)
+            self._room_of_products = room
+        return room
+
+    def _of_heads(self, name: str, kv_heads: slice | list[int], tokens: slice | np.ndarray) -> np.ndarray:
+        """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""
+        stored = self._stored[name]
+        return stored.reshape(self._shape.n_kv_heads, -1, *stored.shape[1:])[:, :, tokens][kv_heads]
+
+    def reallocate(self) -> None:
+        """Divide the layer's budget over its KV heads by the scores of now."""
+        self._scores = self._score_heads()
+        self.compressor.reallocate(self._scores, self._n_tokens)
+
+    def compress(self) -> None:
+        """Evict from every head what exceeds its budget."""
+        scores = self._scores or self._score_heads()
+        self._scores = None
+        compression = self.compressor.n_compressions
+        n_held = self.ledger.n_entries
+        self.ledger.retain(self.compressor.survivors(scores, self._held()), self._n_tokens)
+        self._products = None
+        self.n_evicted += n_held - self.ledger.n_entries
+        if self._keep_retained:
+            self.retained += [
+                Retained(self.layer, kv_head, compression, self._n_tokens, kept.copy())
+                for kv_head, kept in enumerate(self._held())
+            ]
+        at = self.layer, compression, self._n_tokens
+        self.divisions.append(Division(*at, self.compressor.budgets.copy(), self.ledger.lengths.copy()))
+
+    def complete(self) -> None:
+        """Let go of the keys; what was measured stays."""
+        self.ledger.release()
+        self.compressor.forget()
+        self._products = None
+        self._room_of_products = self._room_of_products[:, :0].copy()
+
+    def views(self) -> list[CacheView]:
+        """Show what every KV head holds, with the queries that the layer allocator observes."""
+        window = self.policy.layers.window
+        first = max(0, self._n_tokens - window)
+        queries = self._read("queries", first, self._n_tokens)
+        return self.compressor.views(self._held_keys(), self._held(), queries, self._n_tokens)
+
+    def resize(self, entries: int) -> None:
+        """Change the layer's budget per KV head."""
+        self.compressor.resize(entries)
+
+    def _append(self, start: int, stop: int) -> None:
+        values = self._stored["values"][:, start:stop] if self._with_values else None
+        self.ledger.append(start, self._stored["keys"][:, start:stop], values)
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        return widen(self._stored[name][:, start:stop], self._shape.dtype)
+
+    def _held(self) -> list[np.ndarray]:
+        return [self.ledger.positions(kv_head) for kv_head in range(self._shape.n_kv_heads)]
+
+    def _held_keys(self) -> list[np.ndarray]:
+        return [self.ledger.keys(kv_head) for kv_head in range(self._shape.n_kv_heads)]
+
+    def _score_heads(self) -> list[np.ndarray]:
+        first = self._n_tokens - self.compressor.n_queries(self._n_tokens)
+        queries = self._read("queries", first, self._n_tokens)
+        values = None
+        if self._with_values:
+            values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
+        products = None
+        if self._products is not None:
+            products = [own[:n] for own, n in zip(self._products, self.ledger.lengths, strict=True)]
+        held = self._held_keys(), self._held()
+        return self.compressor.score(*held, queries, self._n_tokens, values, products)
