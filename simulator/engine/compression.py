@@ -97,7 +97,7 @@ class Compressor:
         trigger = self.policy.trigger
         total = int(self._quotas(n_tokens).sum())
         is_prefilled = n_tokens == self.prompt_tokens and self.n_compressions == 0
-        if is_prefilled and trigger.prompt == "compress" and n_entries > total:
+        if is_prefilled and trigger.cuts_prompt(n_entries, total):
             return n_tokens
         return asked_trigger(trigger, n_tokens, n_entries, total, self.n_kv_heads)
 

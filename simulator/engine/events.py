@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
+from typing import NamedTuple
 
 
 class Kind(IntEnum):
     """What can happen, in the order of simultaneous events: memory is freed before it is taken."""
 
     COMPLETION = 0
-    REALLOCATION = 1
-    COMPRESSION = 2
-    ARRIVAL = 3
+    LAYER_BUDGETS = 1
+    HEAD_BUDGETS = 2
+    COMPRESSION = 3
+    ARRIVAL = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that changes who is retained or who holds memory.
+class Event(NamedTuple):
+    """Something that changes which entries are retained or how much memory is held.
 
     Attributes
     ----------
@@ -28,30 +28,33 @@ class Event:
     kind : Kind
     serial : int
         Order of scheduling; settles events of equal time and kind.
+    request : int
+        Number of the request that it concerns.
     layer : int
-        Whom it concerns; -1 for the whole request.
+        Its layer; -1 for the whole request.
     """
 
     time: int
     kind: Kind
     serial: int
+    request: int
     layer: int = -1
 
 
 class EventQueue:
-    """Events in the order (time, kind, serial); the serial belongs to this queue."""
+    """Events of all requests in the order (time, kind, serial); the serial belongs to this queue."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int, Event]] = []
+        self._heap: list[Event] = []
         self._serial = count()
 
     def __bool__(self) -> bool:
         return bool(self._heap)
 
-    def push(self, time: int, kind: Kind, layer: int = -1) -> Event:
+    def push(self, time: int, kind: Kind, request: int, layer: int = -1) -> Event:
         """Schedule an event and give it."""
-        event = Event(time, kind, next(self._serial), layer)
-        heapq.heappush(self._heap, (time, kind, event.serial, event))
+        event = Event(time, kind, next(self._serial), request, layer)
+        heapq.heappush(self._heap, event)
         return event
 
     def pop_simultaneous(self) -> list[Event]:
@@ -62,8 +65,7 @@ class EventQueue:
         IndexError
             If the queue is empty.
         """
-        batch = [heapq.heappop(self._heap)[3]]
-        first = batch[0]
-        while self._heap and self._heap[0][:2] == (first.time, first.kind):
-            batch.append(heapq.heappop(self._heap)[3])
+        batch = [heapq.heappop(self._heap)]
+        while self._heap and self._heap[0][:2] == batch[0][:2]:
+            batch.append(heapq.heappop(self._heap))
         return batch

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -18,52 +19,164 @@ from simulator.engine.events import Event, EventQueue, Kind
 from simulator.engine.layer import LayerReplay
 from simulator.engine.request import Outcome, Request
 
-# Calls a function on each of many: one after the other, or side by side.
-_Apply = Callable[..., Iterable[Any]]
 # Python's own 5 ms are longer than most of what a thread computes at a small budget.
 _SWITCH_SECONDS = 2e-4
 
 
 class Engine:
-    """One clock over any number of requests.
+    """One clock over any number of requests, and one queue of all that happens to them.
 
-    Layers whose budgets are settled beforehand share nothing: each is a lane that runs to its completion by
-    itself, so that only those at work hold keys. Layers whose budgets move together are one lane. Results
-    do not depend on ``jobs``.
+    Events of all requests are handled in the order of time, simultaneous ones in the order of ``Kind``.
+    Layers whose budgets are settled beforehand share nothing: the clock need not stop at their compressions.
+    Each of them is replayed apart, whole and by itself, at some moment between its request's arrival and
+    completion, so that only layers at work hold keys and threads do not wait for each other. Results do not
+    depend on ``jobs``.
 
     Parameters
     ----------
     requests : sequence of Request
+        Each for one engine only.
     jobs : int
         Threads.
+
+    Notes
+    -----
+    A new kind of event is a member of ``Kind``, at its place in the order, and a handler in ``run``. What
+    requests share, such as a pool of memory, belongs to the engine: every handler can see it, and only
+    requests that it does not concern may be replayed apart (``_is_apart``). Only a ``Request`` knows how its
+    tokens lie on the clock.
     """
 
     def __init__(self, requests: Sequence[Request], jobs: int = 1) -> None:
         self._requests = requests
         self._jobs = jobs
+        self._queue = EventQueue()
+        # By request and layer; a change of layer budgets replaces them.
+        self._standing: dict[tuple[int, int], list[Event]] = {}
+        # By request: layers that are replayed apart, under way or still to do.
+        self._apart: dict[int, Iterable[None]] = {}
+        self._is_stopped = False
+        # Calls a function on each of many: one after the other, or side by side.
+        self._apply: Callable[..., Iterable[Any]] = map
+        for number, request in enumerate(requests):
+            self._queue.push(request.arrival, Kind.ARRIVAL, number)
 
     def run(self) -> list[Outcome]:
         """Replay every request from arrival to completion."""
-        alone: list[_Lane] = []
-        together: list[_Lane] = []
-        for request in self._requests:
-            layers = range(len(request.layers))
-            if request.policy.divides_layers_again:
-                together.append(_Lane(request, layers))
-            else:
-                alone += [_Lane(request, [layer]) for layer in layers]
+        handlers = {
+            Kind.COMPLETION: self._complete,
+            Kind.LAYER_BUDGETS: self._reallocate_layers,
+            Kind.HEAD_BUDGETS: self._reallocate_heads,
+            Kind.COMPRESSION: self._compress,
+            Kind.ARRIVAL: self._arrive,
+        }
         pool = ThreadPoolExecutor(self._jobs) if self._jobs > 1 else None
         with pool or nullcontext(), _quick_switches() if pool else nullcontext():
-            apply = pool.map if pool else map
+            self._apply = pool.map if pool else map
             try:
-                list(apply(_Lane.run, alone))
-                for lane in together:
-                    lane.run(apply)
+                while self._queue:
+                    batch = self._queue.pop_simultaneous()
+                    handlers[batch[0].kind](batch)
             except BaseException:
-                for lane in alone:
-                    lane.stop()
+                self._is_stopped = True
                 raise
         return [request.outcome() for request in self._requests]
+
+    def _is_apart(self, request: Request) -> bool:
+        """Say whether a request's layers are replayed apart: nothing else sees what they hold and when."""
+        return not request.policy.divides_layers_again
+
+    def _arrive(self, batch: list[Event]) -> None:
+        for event in batch:
+            number, request = event.request, self._requests[event.request]
+            self._queue.push(request.completion, Kind.COMPLETION, number)
+            if self._is_apart(request):
+                # With threads it begins now, without them when its request completes.
+                self._apart[number] = self._apply(self._replay_apart, request.layers)
+                continue
+            list(self._apply(LayerReplay.prefill, request.layers))
+            if request.policy.divides_layers_again:
+                self._schedule_layers(number, event.time)
+            for layer in range(len(request.layers)):
+                self._schedule(number, layer)
+
+    def _replay_apart(self, layer: LayerReplay) -> None:
+        """Take a layer from its prompt to its last token, if the engine does not stop before."""
+        if not self._is_stopped:
+            layer.prefill()
+        while not self._is_stopped:
+            due = _next_compression(layer)
+            if due is None:
+                return _complete_layer(layer)
+            layer.advance(due)
+            if layer.reallocation_due(due):
+                layer.reallocate()
+            layer.compress()
+
+    def _reallocate_layers(self, batch: list[Event]) -> None:
+        for event in batch:
+            number, request = event.request, self._requests[event.request]
+            n_tokens = request.tokens_at(event.time)
+            list(self._apply(LayerReplay.advance, request.layers, repeat(n_tokens)))
+            request.reallocate_layers()
+            for layer in range(len(request.layers)):
+                # A compression that is due now stays so; every other one depends on the new budgets.
+                is_due = any(own.time == event.time for own in self._standing[number, layer])
+                self._schedule(number, layer, n_tokens if is_due else None)
+            if delta := request.policy.layers.layer_delta:
+                self._schedule_layers(number, event.time + delta)
+
+    def _reallocate_heads(self, batch: list[Event]) -> None:
+        list(self._apply(lambda event: self._advanced(event).reallocate(), self._still_standing(batch)))
+
+    def _compress(self, batch: list[Event]) -> None:
+        batch = self._still_standing(batch)
+        list(self._apply(lambda event: self._advanced(event).compress(), batch))
+        for event in batch:
+            self._schedule(event.request, event.layer)
+
+    def _complete(self, batch: list[Event]) -> None:
+        for event in batch:
+            left = self._apart.pop(event.request, None)
+            layers = self._requests[event.request].layers
+            list(self._apply(_complete_layer, layers) if left is None else left)
+
+    def _advanced(self, event: Event) -> LayerReplay:
+        """Give the layer that an event concerns, once it has decoded up to it."""
+        request = self._requests[event.request]
+        layer = request.layers[event.layer]
+        layer.advance(request.tokens_at(event.time))
+        return layer
+
+    def _schedule_layers(self, number: int, time: int) -> None:
+        """Schedule a division of the budget over layers, if the request has not completed by then."""
+        if time < self._requests[number].completion:
+            self._queue.push(time, Kind.LAYER_BUDGETS, number)
+
+    def _schedule(self, number: int, layer: int, n_tokens: int | None = None) -> None:
+        """Schedule a layer's next compression, at ``n_tokens`` or when it is due, in place of any other."""
+        request, own = self._requests[number], self._requests[number].layers[layer]
+        self._standing[number, layer] = standing = []
+        n_tokens = _next_compression(own) if n_tokens is None else n_tokens
+        if n_tokens is None:
+            return
+        kinds = [Kind.HEAD_BUDGETS] if own.reallocation_due(n_tokens) else []
+        for kind in (*kinds, Kind.COMPRESSION):
+            standing.append(self._queue.push(request.time_of(n_tokens), kind, number, layer))
+
+    def _still_standing(self, batch: list[Event]) -> list[Event]:
+        return [event for event in batch if event in self._standing[event.request, event.layer]]
+
+
+def _next_compression(layer: LayerReplay) -> int | None:
+    """Give the token count of a layer's next compression; at the last token completion comes first."""
+    due = layer.next_compression()
+    return due if due is not None and due < layer.trace.total_tokens else None
+
+
+def _complete_layer(layer: LayerReplay) -> None:
+    layer.advance(layer.trace.total_tokens)
+    layer.complete()
 
 
 @contextmanager
@@ -75,111 +188,6 @@ def _quick_switches() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
-
-
-class _Lane:
-    """Layers of one request that wait for each other, and the events of theirs that are to come."""
-
-    def __init__(self, request: Request, layers: Sequence[int]) -> None:
-        self._request = request
-        self._layers = layers
-        self._queue = EventQueue()
-        self._valid: dict[tuple[int, Kind], Event] = {}
-        self._is_stopped = False
-
-    def run(self, apply: _Apply = map) -> None:
-        """Handle all events from arrival to completion; layers of one lane by ``apply``, side by side."""
-        handlers = {
-            Kind.ARRIVAL: self._arrive,
-            Kind.REALLOCATION: self._reallocate,
-            Kind.COMPRESSION: self._compress,
-            Kind.COMPLETION: self._complete,
-        }
-        self._queue.push(self._request.arrival, Kind.ARRIVAL)
-        while self._queue and not self._is_stopped:
-            batch = self._queue.pop_simultaneous()
-            handlers[batch[0].kind](batch, apply)
-
-    def stop(self) -> None:
-        """Let the event at hand be the last."""
-        self._is_stopped = True
-
-    def _arrive(self, batch: list[Event], apply: _Apply) -> None:
-        request = self._request
-        list(apply(LayerReplay.prefill, self._replays()))
-        self._queue.push(request.completion, Kind.COMPLETION)
-        if request.policy.divides_layers_again:
-            self._queue.push(batch[0].time, Kind.REALLOCATION)
-        for layer in self._layers:
-            self._schedule(layer)
-
-    def _reallocate(self, batch: list[Event], apply: _Apply) -> None:
-        for event in batch:
-            if event.layer < 0:
-                self._reallocate_layers(event, apply)
-
-        def handle(event: Event) -> None:
-            layer = self._request.layers[event.layer]
-            layer.advance(self._request.tokens_at(event.time))
-            layer.reallocate()
-
-        list(apply(handle, [event for event in batch if event.layer >= 0 and self._is_valid(event)]))
-
-    def _reallocate_layers(self, event: Event, apply: _Apply) -> None:
-        request = self._request
-        n_tokens = request.tokens_at(event.time)
-        list(apply(lambda layer: layer.advance(n_tokens), self._replays()))
-        request.reallocate_layers()
-        for layer in self._layers:
-            # A compression that is due now stays so; every other one depends on the new budgets.
-            due = self._valid.get((layer, Kind.COMPRESSION))
-            is_due = due is not None and due.time == event.time
-            self._schedule(layer, n_tokens if is_due else None)
-        delta = request.policy.layers.layer_delta
-        if delta and event.time + delta < request.completion:
-            self._queue.push(event.time + delta, Kind.REALLOCATION)
-
-    def _compress(self, batch: list[Event], apply: _Apply) -> None:
-        def handle(event: Event) -> None:
-            layer = self._request.layers[event.layer]
-            layer.advance(self._request.tokens_at(event.time))
-            layer.compress()
-
-        batch = [event for event in batch if self._is_valid(event)]
-        list(apply(handle, batch))
-        for event in batch:
-            self._schedule(event.layer)
-
-    def _complete(self, batch: list[Event], apply: _Apply) -> None:
-        total_tokens = self._request.trace.total_tokens
-
-        def handle(layer: LayerReplay) -> None:
-            layer.advance(total_tokens)
-            layer.complete()
-
-        list(apply(handle, self._replays()))
-
-    def _schedule(self, layer: int, n_tokens: int | None = None) -> None:
-        """Schedule a layer's next compression, at ``n_tokens`` or when it is due, and forget any other."""
-        request = self._request
-        for kind in (Kind.REALLOCATION, Kind.COMPRESSION):
-            self._valid.pop((layer, kind), None)
-        if n_tokens is None:
-            n_tokens = request.layers[layer].next_compression()
-        if n_tokens is None or n_tokens >= request.trace.total_tokens:
-            return  # at the last token completion comes first
-        kinds = [Kind.COMPRESSION]
-        if request.layers[layer].reallocation_due(n_tokens):
-            kinds.insert(0, Kind.REALLOCATION)
-        for kind in kinds:
-            self._valid[layer, kind] = self._queue.push(request.time_of(n_tokens), kind, layer)
-
-    def _is_valid(self, event: Event) -> bool:
-        """Say whether an event still stands: a change of layer budgets replaces those scheduled before."""
-        return self._valid.get((event.layer, event.kind)) is event
-
-    def _replays(self) -> list[LayerReplay]:
-        return [self._request.layers[layer] for layer in self._layers]
 
 
 def memory_over_time(requests: Sequence[Request], outcomes: Sequence[Outcome]) -> np.ndarray:

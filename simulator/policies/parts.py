@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from traces.errors import UserError
 
 if TYPE_CHECKING:
     from simulator.policies.wave import Wave
+
+
+# One layer's count, or those of many layers, of any shape.
+Counts = TypeVar("Counts", int, np.ndarray)
 
 
 class PolicyError(UserError):
@@ -268,6 +272,10 @@ class Trigger(ABC):
         """Say at which newest tokens a due compression happens; bool, as ``token_ids``."""
         return np.ones(len(token_ids), bool)
 
+    def cuts_prompt(self, n_entries: Counts, total: Counts) -> Any:
+        """Say whether a prompt that fills so many entries is compressed at its end; bool, as the counts."""
+        return (n_entries > total) & (self.prompt == "compress")
+
     def most_added(self, n_kv_heads: int) -> int | None:
         """Give the most entries beyond its budget that a layer ever holds, or None where nothing bounds it.
 
@@ -284,7 +292,8 @@ class Trigger(ABC):
         n_tokens : int
             Tokens in the cache's history now.
         n_entries, total : int
-            Entries the layer holds now, and its budget, over all KV heads.
+            Entries the layer holds now, and its budget, over all KV heads. Triggers of the package also work
+            on int arrays of these three, of many layers at once.
         n_kv_heads : int
             How many entries each further token adds.
         """

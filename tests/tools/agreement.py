@@ -7,7 +7,7 @@ one, counted, and adopted by the twin, so that the rest of the run can still be 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice, pairwise, product
 from unittest.mock import patch
 
@@ -64,6 +64,19 @@ def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outc
     ):
         (outcome,) = Engine([request], jobs).run()
     return outcome, budgets
+
+
+def assert_equal_outcomes(one: Outcome, other: Outcome) -> None:
+    """Assert that two replays measured and decided the same, bit for bit."""
+    for name in ("mass", "held", "evicted_at"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert (one.n_evicted, one.protection_binding) == (other.n_evicted, other.protection_binding)
+    for name in ("retained", "divisions"):
+        assert [_plain(own) for own in getattr(one, name)] == [_plain(own) for own in getattr(other, name)]
+
+
+def _plain(record) -> list:
+    return [np.asarray(getattr(record, item.name)).tolist() for item in fields(record)]
 
 
 @dataclass

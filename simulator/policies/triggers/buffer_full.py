@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.parts import Trigger, refuse_unless
+import numpy as np
+
+from simulator.policies.parts import Counts, Trigger, refuse_unless
 from simulator.policies.triggers.excess import PROMPT_MODES
 
 
@@ -31,10 +33,10 @@ class BufferFull(Trigger):
         refuse_unless(self.buffer >= 1, "buffer", self.buffer, "1 or more")
         refuse_unless(self.prompt in PROMPT_MODES, "prompt", self.prompt, ", ".join(PROMPT_MODES))
 
-    def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
+    def next_compression(self, n_tokens: Counts, n_entries: Counts, total: Counts, n_kv_heads: int) -> Counts:
         """Give the token count at which the buffer is full; an overfull layer waits for one more token."""
         missing = total + n_kv_heads * self.buffer - n_entries
-        return n_tokens + max(1, -(-missing // n_kv_heads))
+        return n_tokens + np.maximum(1, -(-missing // n_kv_heads))
 
     def most_added(self, n_kv_heads: int) -> int:
         """Give the buffer, and what the token that fills it may add beyond it."""

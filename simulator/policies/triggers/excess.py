@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from simulator.policies.parts import Counts
+
 PROMPT_MODES = ("compress", "wait", "keep")
 
 
-def first_excess(n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int:
+def first_excess(n_tokens: Counts, n_entries: Counts, total: Counts, n_kv_heads: int) -> Counts:
     """Give the first token count, after this one, at which a layer will hold more than ``total`` entries."""
-    return n_tokens + max(1, (total - n_entries) // n_kv_heads + 1)
+    return n_tokens + np.maximum(1, (total - n_entries) // n_kv_heads + 1)

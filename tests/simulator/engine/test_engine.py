@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from agreement import make_wave, replayed
+from agreement import assert_equal_outcomes, make_wave, replayed
 from cases import MODERATE, cases
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,17 +39,6 @@ def request_for(trace, text, entries=14, **options):
     waves = {trace.model: make_wave(trace, range(1, trace.shape.n_layers + 1))}
     policy = parse_policy(text, buffer=5)
     return Request(trace, policy, entries, waves=waves, keep_retained=True, **options)
-
-
-def assert_equal_outcomes(one, other):
-    for name in ("mass", "held", "evicted_at"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    assert (one.n_evicted, one.protection_binding) == (other.n_evicted, other.protection_binding)
-    assert [identity(kept) for kept in one.retained] == [identity(kept) for kept in other.retained]
-
-
-def identity(kept):
-    return kept.layer, kept.kv_head, kept.compression, kept.n_tokens, kept.positions.tolist()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -14,10 +14,10 @@ pushes = st.lists(st.tuples(st.integers(0, 5), st.sampled_from(list(Kind))), max
 
 def test_kinds_at_equal_time_have_an_order():
     queue = EventQueue()
-    for kind in (Kind.ARRIVAL, Kind.COMPRESSION, Kind.COMPLETION, Kind.REALLOCATION):
-        queue.push(3, kind)
-    order = [queue.pop_simultaneous()[0].kind.name for _ in range(4)]
-    assert order == ["COMPLETION", "REALLOCATION", "COMPRESSION", "ARRIVAL"]
+    for number, kind in enumerate(reversed(Kind)):
+        queue.push(3, kind, number)
+    order = [queue.pop_simultaneous()[0].kind.name for _ in Kind]
+    assert order == ["COMPLETION", "LAYER_BUDGETS", "HEAD_BUDGETS", "COMPRESSION", "ARRIVAL"]
     assert not queue
 
 
@@ -26,7 +26,7 @@ def test_kinds_at_equal_time_have_an_order():
 def test_events_come_by_time_kind_and_order_of_scheduling(pushed):
     queue = EventQueue()
     for serial, (time, kind) in enumerate(pushed):
-        queue.push(time, kind, layer=serial)
+        queue.push(time, kind, request=-serial, layer=serial)
     batches = []
     while queue:
         batches.append(queue.pop_simultaneous())
@@ -44,9 +44,9 @@ def test_events_come_by_time_kind_and_order_of_scheduling(pushed):
 def test_serials_belong_to_their_queue():
     for _ in range(2):
         queue = EventQueue()
-        queue.push(0, Kind.ARRIVAL)
+        queue.push(0, Kind.ARRIVAL, 5)
         (event,) = queue.pop_simultaneous()
-        assert (event.serial, event.layer) == (0, -1)
+        assert (event.serial, event.request, event.layer) == (0, 5, -1)
 
 
 def test_empty_queue_has_nothing_to_pop():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,13 @@ def test_next_compression_by_hand():
         assert trigger.next_compression(20, 90, 50, 2) == 21
     assert EveryN(interval=10).next_compression(20, 40, 50, 2) == 30
     assert BufferFull(buffer=1).next_compression(20, 40, 50, 2) == 26
+
+
+@pytest.mark.parametrize("trigger", [BufferFull(buffer=3), EveryN(interval=10), PerStep(), Segment()])
+def test_triggers_work_on_counts_of_many_layers(trigger):
+    counts = np.array([(20, 40, 50), (20, 41, 50), (35, 90, 50), (35, 50, 50), (1, 2, 7)])
+    one_by_one = [trigger.next_compression(*own, 2) for own in counts.tolist()]
+    assert trigger.next_compression(*counts.T, 2).tolist() == one_by_one
+    _, held, totals = counts.T
+    assert trigger.cuts_prompt(held, totals).tolist() == [False, False, True, False, False]
+    assert not replace(trigger, prompt="wait").cuts_prompt(held, totals).any()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from simulator.policies.language import Policy
-from validate.eviction.device.compress import rounds_up
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -46,8 +47,7 @@ class Schedule:
         n_kv_heads: int,
         held: np.ndarray | None = None,
     ) -> None:
-        self._evicts, self._delta = policy.evicts, policy.heads.delta
-        self._buffer = policy.trigger.buffer if policy.evicts else 0
+        self._trigger, self._delta = policy.trigger, policy.heads.delta
         self._n_kv_heads = n_kv_heads
         self.totals, self.n_tokens = entries * n_kv_heads, prompts.astype(np.int64)
         whole = np.broadcast_to(prompts * n_kv_heads, entries.shape)
@@ -59,8 +59,8 @@ class Schedule:
         self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event]] = []
         self._held: np.ndarray | None = None
         self._due = np.full(entries.shape, _NEVER)
-        if self._evicts:
-            self._reckon(np.ones(entries.shape, bool))
+        if policy.evicts:
+            self._reckon(...)
 
     @property
     def held(self) -> np.ndarray:
@@ -69,7 +69,7 @@ class Schedule:
 
     def due_prompts(self, layer: int) -> np.ndarray:
         """Say whose prompt is compressed at its end, bool (n_rows,)."""
-        return self._evicts & (self.n_tokens * self._n_kv_heads > self.totals[layer])
+        return self._trigger.cuts_prompt(self.n_tokens * self._n_kv_heads, self.totals[layer])
 
     def to_divide(self) -> np.ndarray:
         """Say whose heads would be divided anew at a compression now, bool (n_layers, n_rows)."""
@@ -106,16 +106,12 @@ class Schedule:
         self._since[layers, rows] = self.n_tokens[rows]
         self.n_compressions[layers, rows] += 1
         self._divided[layers[divided], rows[divided]] = self.n_tokens[rows[divided]]
-        if not self._delta:
-            # Equal heads are of equal length.
-            self._base[layers, rows] = np.minimum(before, self.totals[layers, rows])
-            mask = np.zeros(self.totals.shape, bool)
-            mask[layers, rows] = True
-            self._reckon(mask)
-            return
-        self._is_counted[layers, rows] = False
-        self._due[layers, rows] = self.n_tokens[rows] + self._buffer
-        self._counts.append(((layers, rows), *_to_host(held)))
+        # Exact for heads of equal length; of others the most that may be left, so that none is due before.
+        self._base[layers, rows] = np.minimum(before, self.totals[layers, rows])
+        self._reckon((layers, rows))
+        if self._delta:
+            self._is_counted[layers, rows] = False
+            self._counts.append(((layers, rows), *_to_host(held)))
 
     def keep_rows(self, rows: np.ndarray) -> None:
         """Forget all other rows."""
@@ -139,12 +135,11 @@ class Schedule:
         if not self._is_counted.all():
             self._reckon(~self._is_counted)
 
-    def _reckon(self, mask: np.ndarray) -> None:
-        """Settle when the masked ones are due, by what they held last."""
-        missing = self.totals + self._n_kv_heads * self._buffer - self._base
-        due = self._since + np.maximum(1, rounds_up(missing, self._n_kv_heads))
-        self._due[mask] = due[mask]
-        self._is_counted[mask] = True
+    def _reckon(self, at: Any) -> None:
+        """Settle when those ``at`` an index are due, by what they held last."""
+        held = self._since[at], self._base[at], self.totals[at]
+        self._due[at] = self._trigger.next_compression(*held, self._n_kv_heads)
+        self._is_counted[at] = True
 
 
 class _Event:
