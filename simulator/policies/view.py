@@ -1,30 +1,13 @@
-"""What a scorer may look at: one KV head's cache at one compression step."""
+"""What a scorer may look at: one layer's cache at one compression step, or one KV head of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from simulator.policies.rope import Rope
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Products:
-    """Dot products of a view's keys with its queries, which are of no meaning for another view.
-
-    Attributes
-    ----------
-    numbers : float32 (n_entries, n_queries * group_size)
-        By query and then member of the group; those with entries of the window itself are of no meaning.
-    keys, queries : np.ndarray
-        The very arrays that they belong to.
-    """
-
-    numbers: np.ndarray
-    keys: np.ndarray
-    queries: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +42,6 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
-    products : Products, optional
-        Dot products of keys and queries where a replay has measured them already; only for scorers that ask
-        for them by ``reuses_products``, and only until they have scored.
-    memo : dict, optional
-        Kept for this KV head from one compression to the next: a scorer may leave here what it would
-        otherwise compute again, by position. It may make scores come sooner, never other; who shows a scorer
-        other keys shows it no memo.
     """
 
     keys: np.ndarray
@@ -82,23 +58,12 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
-    products: Products | None = None
-    memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("keys", "positions", "queries", "values", "state"):
             given = getattr(self, name)
             if given is not None and given.flags.writeable:
-                read_only = given.view()
-                read_only.flags.writeable = False
-                object.__setattr__(self, name, read_only)
-
-    @property
-    def known_products(self) -> np.ndarray | None:
-        """Dot products that belong to these keys and queries, if they are known; see ``Products``."""
-        known = self.products
-        is_ours = known is not None and known.keys is self.keys and known.queries is self.queries
-        return known.numbers if known is not None and is_ours else None
+                object.__setattr__(self, name, _read_only(given))
 
     @property
     def n_entries(self) -> int:
@@ -109,3 +74,110 @@ class CacheView:
     def query_positions(self) -> np.ndarray:
         """Token positions of the queries, int64 (n_queries,)."""
         return np.arange(self.n_tokens - self.queries.shape[1], self.n_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerView:
+    """All KV heads of a layer at a compression step; see ``CacheView``, of whose attributes it has one each.
+
+    Attributes
+    ----------
+    keys : sequence of float32 (n_entries, head_dim)
+    positions : sequence of int32 (n_entries,)
+    queries : float32 (n_kv_heads, group_size, n_queries, head_dim)
+    scale, n_tokens, prompt_tokens, layer, seed, since, rope
+        The same for all.
+    values : sequence of float32 (n_entries, head_dim), optional
+    states : sequence of float32 (n_entries,), optional
+    budgets : int (n_kv_heads,), optional
+    products : sequence of float32 (n_entries, n_queries * group_size), optional
+        Dot products of these very keys and queries, by query and then member of the group, where a replay has
+        measured them already and the scorer ``reuses_products``; those with the last ``n_queries`` entries
+        are of no meaning. A view that is made of this one by ``dataclasses.replace`` has none.
+    """
+
+    keys: Sequence[np.ndarray]
+    positions: Sequence[np.ndarray]
+    queries: np.ndarray
+    scale: float
+    n_tokens: int
+    prompt_tokens: int
+    layer: int
+    seed: int
+    values: Sequence[np.ndarray] | None = None
+    states: Sequence[np.ndarray] | None = None
+    budgets: np.ndarray | None = None
+    since: int = 0
+    rope: Rope | None = None
+    products: Sequence[np.ndarray] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", _read_only(self.queries))
+        for name in ("keys", "positions", "values", "states"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, [_read_only(own) for own in given])
+
+    @classmethod
+    def of(cls, heads: Sequence[CacheView]) -> LayerView:
+        """Put KV heads of one layer, with as many queries each, together: the first becomes KV head 0."""
+        first = heads[0]
+        values, states = ([getattr(head, name) for head in heads] for name in ("values", "state"))
+        return cls(
+            keys=[head.keys for head in heads],
+            positions=[head.positions for head in heads],
+            queries=np.stack([head.queries for head in heads]),
+            scale=first.scale,
+            n_tokens=first.n_tokens,
+            prompt_tokens=first.prompt_tokens,
+            layer=first.layer,
+            seed=first.seed,
+            values=None if first.values is None else values,
+            states=None if first.state is None else states,
+            budgets=np.array([head.budget for head in heads]),
+            since=first.since,
+            rope=first.rope,
+        )
+
+    @property
+    def n_kv_heads(self) -> int:
+        """KV heads."""
+        return len(self.keys)
+
+    @property
+    def heads(self) -> list[CacheView]:
+        """Every KV head by itself."""
+        return [self.head(kv_head) for kv_head in range(self.n_kv_heads)]
+
+    def head(self, kv_head: int) -> CacheView:
+        """Give one KV head by itself."""
+        return CacheView(
+            keys=self.keys[kv_head],
+            positions=self.positions[kv_head],
+            queries=self.queries[kv_head],
+            scale=self.scale,
+            n_tokens=self.n_tokens,
+            prompt_tokens=self.prompt_tokens,
+            layer=self.layer,
+            kv_head=kv_head,
+            seed=self.seed,
+            values=None if self.values is None else self.values[kv_head],
+            state=None if self.states is None else self.states[kv_head],
+            budget=0 if self.budgets is None else int(self.budgets[kv_head]),
+            since=self.since,
+            rope=self.rope,
+        )
+
+    def with_products(self, products: Sequence[np.ndarray] | None) -> LayerView:
+        """Give the same view that also shows ``products``."""
+        shown = replace(self)
+        object.__setattr__(shown, "products", products)
+        return shown
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    if not array.flags.writeable:
+        return array
+    shown = array.view()
+    shown.flags.writeable = False
+    return shown
