@@ -150,7 +150,7 @@ class Compressor:
             layer=self.layer,
             seed=self.seed,
             values=held.values,
-            budgets=self.budgets,
+            budget=self.budgets.tolist(),
             since=self.since,
             rope=self.rope,
         )
@@ -177,9 +177,9 @@ class Compressor:
         queries = queries[:, max(0, queries.shape[1] - self._n_scored(n_tokens)) :]
         layer = self.view(held, queries, n_tokens)
         if scorer.stateful:
-            layer = replace(layer, states=self._noted(held.positions))
+            layer = replace(layer, state=self._noted(held.positions))
             self._notes = checked_notes(scorer, layer)
-            layer = replace(layer, states=self._notes)
+            layer = replace(layer, state=self._notes)
         layer = layer.with_products(held.products)
         return checked_scores(scorer, layer, self.policy.trigger.prompt == "keep", self._memory)
 

@@ -241,30 +241,12 @@ def add_similarity(keys, inverse, newest, sums):
 def share_redundancy(
     keys, head_dim, positions, lengths, before, threshold, epsilon, spare_column0, newest, inverse, shares
 ):
-    """Write each key's share of its KV head's repetition, the softmax of its mean similarity.
+    """Write what ``Redundancy.shares`` gives to ``shares``, float32 (n_kv_heads, n_most).
 
-    Parameters
-    ----------
-    keys : int64 (n_kv_heads,)
-        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
-    head_dim : int
-    positions : int32 (n_kv_heads, n_most)
-        In slot order.
-    lengths : int64 (n_kv_heads,)
-    before : tuple
-        The positions, lengths, newest and inverse of an earlier call; lengths are 0 where nothing is known.
-    threshold : float32
-        Cosine above which, strictly, one key duplicates another.
-    epsilon : float32
-        Added to norms.
-    spare_column0 : bool
-        Whether a key without duplicate spares slot 0.
-    newest : int32 (n_kv_heads, n_most)
-        Written with the slot of each one's newest duplicate, -1 for none.
-    inverse : float32 (n_kv_heads, n_most)
-        Written with the inverse norms of the keys.
-    shares : float32 (n_kv_heads, n_most)
-        Written for entries.
+    ``keys``, int64 (n_kv_heads,), are addresses of each head's keys, row by row; ``positions`` is int32
+    (n_kv_heads, n_most). Also written are ``newest``, int32, with the slot of each one's newest duplicate, -1
+    for none, and ``inverse``, float32, with the inverse norms of the keys: with ``positions`` and ``lengths``
+    they are the next call's ``before``, whose lengths are 0 where nothing is known.
     """
     known_positions, known_lengths, known_newest, known_inverse = before
     may_pair = can_pair(head_dim)

@@ -110,19 +110,11 @@ def retain(
 # For so few numbers the interpreter is kept: to hand it to another thread and wait for it takes longer.
 @compiled()
 def append_entries(stored, strides, kinds, n_rows, first, keys, values, pairs, positions, lengths):
-    """Write the entries of ``n_rows`` tokens, from position ``first`` on, behind those that each head holds.
+    """Do what ``append`` does with ``n_rows`` tokens.
 
-    Parameters
-    ----------
-    stored : int64 (3,)
-        Addresses of what is stored for ``keys``, ``values`` and ``pairs``, of which nothing is read for those
-        without width; otherwise with ``strides``, int64 (3, 2), and ``kinds``, int64 (3,), as of
-        ``simulator.kernels.widening.widen_blocks``.
-    n_rows, first : int
-    keys, values, pairs : float32 (n_kv_heads, capacity, width)
-    positions : int32 (n_kv_heads, capacity)
-    lengths : int64 (n_kv_heads,)
-        These five are updated.
+    ``stored``, int64 (3,), are addresses of what becomes ``keys``, ``values`` and ``pairs``; ``strides``,
+    int64 (3, 2), and ``kinds``, int64 (3,), are as of ``widen_blocks``. Of those without width nothing is
+    read.
     """
     for i, rows in enumerate((keys, values, pairs)):
         if rows.shape[2]:
@@ -135,22 +127,10 @@ def append_entries(stored, strides, kinds, n_rows, first, keys, values, pairs, p
 
 @compiled(nogil=True)
 def retain_entries(slots, counts, n_tokens, keys, values, pairs, positions, lengths, evicted_at):
-    """Keep some entries of each head, in a given order, and evict the others.
+    """Do what ``retain`` does.
 
-    Parameters
-    ----------
-    slots : int64 (n,)
-        Those that stay, of one head after the other.
-    counts : int64 (n_kv_heads,)
-        How many of them belong to each head; -1 where everybody stays.
-    n_tokens : int
-        When the others are evicted.
-    keys, values, pairs : float32 (n_kv_heads, capacity, width)
-    positions : int32 (n_kv_heads, capacity)
-    lengths : int64 (n_kv_heads,)
-        These five are updated.
-    evicted_at : int32 (n_kv_heads, total_tokens)
-        Updated.
+    ``slots``, int64 (n,), are those of one head after the other; ``counts``, int64 (n_kv_heads,), says how
+    many belong to each, -1 where everybody stays.
     """
     start = 0
     for kv_head in range(counts.shape[0]):

@@ -163,31 +163,14 @@ def _reach(slots, group_size, first):
 
 @compiled(nogil=True)
 def measure_heads(keys, own, queries, strides, form, lse, scale, room, products, mass):
-    """Write the full-cache attention mass that a span's queries find in what their KV heads hold.
+    """Write what ``span_mass`` gives to ``mass``; parameters are as there, except for these.
 
-    Parameters
-    ----------
-    keys : int64 (n_kv_heads,)
-        Addresses of each head's keys, row by row: float32 (n_entries, head_dim), or as stored if ``form`` has
-        pairs.
-    own : int64 (n_kv_heads, n_tokens)
-        Slot of each token's own entry, the last that its queries see; rising.
-    queries : int
-        Address of what is stored of them, (n_kv_heads, group_size, n_tokens, head_dim); the numbers of one
-        stand side by side.
-    strides : int64 (3,)
-        Bytes from one KV head, member of its group, and token to the next.
-    form : simulator.kernels.tiles.Form
-    lse : float32 (n_kv_heads, group_size, n_tokens)
-        Log-sum-exp of each query over the full causal cache.
-    scale : float32
-    room : float32 (n,)
-        ``n_panels(group_size * n_tokens) * WIDTH * form.depth`` numbers.
-    products : float32 (n_kv_heads, n_most, n_kept)
-        Written with what the last of the queries, by token and then member of the group, have for dot
-        products with the entries that all of them see.
-    mass : float32 (n_kv_heads, group_size, n_tokens)
-        Written.
+    ``keys``, int64 (n_kv_heads,), are addresses of the measured heads' keys, row by row in ``form``; ``own``
+    is called ``slots`` there. ``queries`` is the address of what is stored of them, and ``strides``, int64
+    (3,), are the bytes from one KV head, member of its group, and token to the next. ``room`` has
+    ``n_panels(group_size * n_tokens) * WIDTH * form.depth`` numbers. ``products``, float32 (n_kv_heads,
+    n_most, n_kept), is written with those of the last queries, by token and then member, and the entries that
+    all of these see.
     """
     n_kv_heads, group_size, n_tokens = lse.shape
     kind, depth, paired = form
@@ -242,18 +225,10 @@ def _keep(tile, slot, stop, first, first_kept, products, kv_head):
 
 @compiled(nogil=True)
 def find_strongest(keys, slots, queries, strides, form, room, largest, strongest):
-    """Write each query's largest product with the keys that it sees, and that key's slot, ties to the later.
+    """Write what ``strongest_keys`` gives, of queries that are not spread out.
 
-    Parameters
-    ----------
-    keys : int
-        Address of a KV head's keys, as of ``measure_heads``.
-    slots : int64 (n_tokens,)
-        Slot of each token's own entry, the last that its queries see; rising.
-    queries, strides, form, room
-        As of ``measure_heads``, of one KV head; ``strides`` keeps its first number.
-    largest, strongest : float32 and int32 (group_size, n_tokens)
-        Written.
+    ``keys`` is the address of the KV head's keys, ``slots`` are the tokens. ``queries``, ``strides``,
+    ``form`` and ``room`` are as of ``measure_heads``, but the first of the strides is of no meaning.
     """
     group_size, n_tokens = largest.shape
     kind, depth, paired = form

@@ -116,27 +116,12 @@ def _multiply_window(keys, n, queries, group_size, n_queries, paired, panels, pr
 def pool_window_attention(
     keys, n_candidates, queries, group_size, n_queries, head_dim, scale, kernel_size, known, room, scores
 ):
-    """Write the window's mean attention to the candidates of every KV head, pooled over their neighbours.
+    """Write what ``window_importance`` gives to ``scores``, float32 (n_kv_heads, n_most).
 
-    Parameters
-    ----------
-    keys : int64 (n_kv_heads,)
-        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
-    n_candidates : int64 (n_kv_heads,)
-        Leading entries that are judged.
-    queries : int64 (n_kv_heads,)
-        Addresses of the window's queries, float32 (group_size, n_queries, head_dim), row by row.
-    group_size, n_queries, head_dim : int
-    scale : float32
-    kernel_size : int
-    known : int64 (n_kv_heads,)
-        Addresses of the dot products of keys and queries, float32 (n_entries, n_queries * group_size), row by
-        row and by query and then member of the group; 0 where they have to be found.
-    room : float32 (n,)
-        ``n_panels(group_size * n_queries) * WIDTH + n_queries + 1`` numbers for each of the most candidates
-        and of ``ROWS`` more.
-    scores : float32 (n_kv_heads, n_most)
-        Written for candidates.
+    ``keys``, ``queries`` and ``known``, int64 (n_kv_heads,), are addresses of each head's keys, queries and
+    products, row by row, 0 where products have to be found; ``n_candidates``, int64 (n_kv_heads,), says how
+    many leading entries are judged. ``room`` has ``n_panels(group_size * n_queries) * WIDTH + n_queries + 1``
+    numbers for each of the most candidates and of ``ROWS`` more.
     """
     n_columns = group_size * n_queries
     n_used = n_panels(n_columns)

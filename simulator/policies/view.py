@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from simulator.policies.rope import Rope
+
+# What the KV heads of a layer have each for themselves, and what is the same for all.
+_PER_HEAD = ("keys", "positions", "queries", "values", "state", "budget")
+_SHARED = ("scale", "n_tokens", "prompt_tokens", "layer", "seed", "since", "rope")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,22 +83,18 @@ class CacheView:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerView:
-    """All KV heads of a layer at a compression step; see ``CacheView``, of whose attributes it has one each.
+    """All KV heads of a layer at a compression step. Attributes are those of ``CacheView``.
 
     Attributes
     ----------
-    keys : sequence of float32 (n_entries, head_dim)
-    positions : sequence of int32 (n_entries,)
-    queries : float32 (n_kv_heads, group_size, n_queries, head_dim)
+    keys, positions, queries, values, state, budget
+        One per KV head; queries in one array, float32 (n_kv_heads, group_size, n_queries, head_dim).
     scale, n_tokens, prompt_tokens, layer, seed, since, rope
         The same for all.
-    values : sequence of float32 (n_entries, head_dim), optional
-    states : sequence of float32 (n_entries,), optional
-    budgets : int (n_kv_heads,), optional
     products : sequence of float32 (n_entries, n_queries * group_size), optional
         Dot products of these very keys and queries, by query and then member of the group, where a replay has
         measured them already and the scorer ``reuses_products``; those with the last ``n_queries`` entries
-        are of no meaning. A view that is made of this one by ``dataclasses.replace`` has none.
+        are of no meaning. A view that ``dataclasses.replace`` makes of this one has none.
     """
 
     keys: Sequence[np.ndarray]
@@ -105,15 +106,15 @@ class LayerView:
     layer: int
     seed: int
     values: Sequence[np.ndarray] | None = None
-    states: Sequence[np.ndarray] | None = None
-    budgets: np.ndarray | None = None
+    state: Sequence[np.ndarray] | None = None
+    budget: Sequence[int] | None = None
     since: int = 0
     rope: Rope | None = None
     products: Sequence[np.ndarray] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "queries", _read_only(self.queries))
-        for name in ("keys", "positions", "values", "states"):
+        for name in ("keys", "positions", "values", "state"):
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, [_read_only(own) for own in given])
@@ -122,22 +123,13 @@ class LayerView:
     def of(cls, heads: Sequence[CacheView]) -> LayerView:
         """Put KV heads of one layer, with as many queries each, together: the first becomes KV head 0."""
         first = heads[0]
-        values, states = ([getattr(head, name) for head in heads] for name in ("values", "state"))
-        return cls(
-            keys=[head.keys for head in heads],
-            positions=[head.positions for head in heads],
-            queries=np.stack([head.queries for head in heads]),
-            scale=first.scale,
-            n_tokens=first.n_tokens,
-            prompt_tokens=first.prompt_tokens,
-            layer=first.layer,
-            seed=first.seed,
-            values=None if first.values is None else values,
-            states=None if first.state is None else states,
-            budgets=np.array([head.budget for head in heads]),
-            since=first.since,
-            rope=first.rope,
-        )
+        each: dict[str, Any] = {
+            name: [getattr(head, name) for head in heads]
+            for name in _PER_HEAD
+            if getattr(first, name) is not None
+        }
+        each["queries"] = np.stack(each["queries"])
+        return cls(**each, **{name: getattr(first, name) for name in _SHARED})
 
     @property
     def n_kv_heads(self) -> int:
@@ -151,22 +143,9 @@ class LayerView:
 
     def head(self, kv_head: int) -> CacheView:
         """Give one KV head by itself."""
-        return CacheView(
-            keys=self.keys[kv_head],
-            positions=self.positions[kv_head],
-            queries=self.queries[kv_head],
-            scale=self.scale,
-            n_tokens=self.n_tokens,
-            prompt_tokens=self.prompt_tokens,
-            layer=self.layer,
-            kv_head=kv_head,
-            seed=self.seed,
-            values=None if self.values is None else self.values[kv_head],
-            state=None if self.states is None else self.states[kv_head],
-            budget=0 if self.budgets is None else int(self.budgets[kv_head]),
-            since=self.since,
-            rope=self.rope,
-        )
+        shared = {name: getattr(self, name) for name in _SHARED}
+        own = {name: given[kv_head] for name in _PER_HEAD if (given := getattr(self, name)) is not None}
+        return CacheView(kv_head=kv_head, **shared, **own)
 
     def with_products(self, products: Sequence[np.ndarray] | None) -> LayerView:
         """Give the same view that also shows ``products``."""

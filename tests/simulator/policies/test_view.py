@@ -25,8 +25,8 @@ def layer(rng):
         layer=7,
         seed=11,
         values=[rng.normal(size=(n, 4)).astype(np.float32) for n in LENGTHS],
-        states=[np.ones(n, np.float32) for n in LENGTHS],
-        budgets=np.array([2, 6]),
+        state=[np.ones(n, np.float32) for n in LENGTHS],
+        budget=[2, 6],
         since=5,
     )
 
@@ -36,10 +36,9 @@ def test_a_head_is_the_layers_own(layer):
         assert (view.layer, view.kv_head, view.n_entries) == (7, kv_head, LENGTHS[kv_head])
         for name in ("scale", "n_tokens", "prompt_tokens", "seed", "since", "rope"):
             assert getattr(view, name) == getattr(layer, name)
-        for own, name in (("state", "states"), *((name, name) for name in ("keys", "positions", "values"))):
-            assert np.shares_memory(getattr(view, own), getattr(layer, name)[kv_head])
-        assert np.shares_memory(view.queries, layer.queries[kv_head])
-        assert view.budget == layer.budgets[kv_head]
+        for name in ("keys", "positions", "queries", "values", "state"):
+            assert np.shares_memory(getattr(view, name), getattr(layer, name)[kv_head])
+        assert view.budget == layer.budget[kv_head]
 
 
 def test_heads_put_together_are_the_layer(layer):
@@ -56,7 +55,7 @@ def test_heads_put_together_are_the_layer(layer):
 def test_a_layer_is_read_only_and_its_source_is_not(layer):
     source = np.zeros((3, 4), np.float32)
     shown = replace(layer, keys=[source, source])
-    for array in (*shown.keys, *shown.positions, shown.queries, *shown.values, *shown.states):
+    for array in (*shown.keys, *shown.positions, shown.queries, *shown.values, *shown.state):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 1
     source[:] = 1
