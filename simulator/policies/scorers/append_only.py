@@ -54,14 +54,13 @@ class AppendOnly(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score arrivals by attention, admitted entries above them."""
-        return self._admitted(SnapKV.score(self, view), view.positions, view.since)
+        return self.prefer_admitted(SnapKV.score(self, view), view.positions, view.since)
 
     def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        scores = self.importance(layer)
-        return [
-            self._admitted(own, held, layer.since) for own, held in zip(scores, layer.positions, strict=True)
-        ]
+        pairs = zip(self.importance(layer), layer.positions, strict=True)
+        return [self.prefer_admitted(scores, positions, layer.since) for scores, positions in pairs]
 
-    def _admitted(self, scores: np.ndarray, positions: np.ndarray, since: int) -> np.ndarray:
+    def prefer_admitted(self, scores: np.ndarray, positions: np.ndarray, since: int) -> np.ndarray:
+        """Put admitted entries above all others; float32 (n_entries,)."""
         return preferred(scores, np.flatnonzero(positions < since - self.window))

@@ -208,9 +208,9 @@ def _attention_alone(self, view):
     return H2O.score(self, view)
 
 
-def _window_is_admitted(self, view, score=AppendOnly.score):
-    scores = score(self, view)
-    scores[(view.positions < view.since) & (view.positions >= view.since - self.window)] = scores.max()
+def _window_is_admitted(self, scores, positions, since, prefer=AppendOnly.prefer_admitted):
+    scores = prefer(self, scores, positions, since)
+    scores[(positions < since) & (positions >= since - self.window)] = scores.max()
     return scores
 
 
@@ -244,7 +244,7 @@ MUTATIONS = [
     (LagKV, "score_source", "keys", "lagkv:buffer=4,lag=4"),
     (ExpectedAttention, "future_queries", _turned_forward, "expected-attention:buffer=4,window=9,n_future=3"),
     (ExpectedAttention, "sinks", 3, "expected-attention:buffer=4,window=9"),
-    (AppendOnly, "score", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
+    (AppendOnly, "prefer_admitted", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
     (AppendOnly, "rate", 0.2, "append-only:buffer=4,window=3"),
 ]
 
