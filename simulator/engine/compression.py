@@ -180,7 +180,8 @@ class Compressor:
             layer = replace(layer, state=self._noted(held.positions))
             self._notes = checked_notes(scorer, layer)
             layer = replace(layer, state=self._notes)
-        layer = layer.with_products(held.products)
+        if held.products is not None:
+            layer = layer.with_products(held.products)
         return checked_scores(scorer, layer, self.policy.trigger.prompt == "keep", self._memory)
 
     def reallocate(self, scores: Sequence[np.ndarray], n_tokens: int) -> None:
