@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from simulator.engine.selection import select_slots
 from simulator.policies.contract import (
     asked_allocator,
+    asked_memory,
     asked_quota,
     asked_trigger,
     checked_budgets,
@@ -20,7 +21,25 @@ from simulator.policies.contract import (
 from simulator.policies.language import Policy
 from simulator.policies.parts import HeadRequest, Scorer
 from simulator.policies.rope import Rope
-from simulator.policies.view import CacheView, Products
+from simulator.policies.view import LayerView
+
+
+class Held(NamedTuple):
+    """What the KV heads of a layer hold, one array of each kind per KV head, in slot order.
+
+    Attributes
+    ----------
+    keys : sequence of float32 (n_entries, head_dim)
+    positions : sequence of int32 (n_entries,)
+    values : sequence of float32 (n_entries, head_dim), optional
+    products : sequence of float32 (n_entries, n_queries * group_size), optional
+        Of the keys with the queries that the scorer asks for; see ``LayerView``.
+    """
+
+    keys: Sequence[np.ndarray]
+    positions: Sequence[np.ndarray]
+    values: Sequence[np.ndarray] | None = None
+    products: Sequence[np.ndarray] | None = None
 
 
 class Compressor:
@@ -75,7 +94,7 @@ class Compressor:
         self.since = self.n_compressions = 0
         self.protection_binding = False
         self._notes: list[np.ndarray] | None = None
-        self._memos: list[dict[str, Any]] = [{} for _ in range(n_kv_heads)]
+        self._memory = asked_memory(policy.scorer)
         self._n_tokens = prompt_tokens
 
     def resize(self, entries: int) -> None:
@@ -107,71 +126,47 @@ class Compressor:
         return delta > 0 and (last is None or n_tokens - last >= delta)
 
     def n_queries(self, n_tokens: int) -> int:
-        """Give how many of the last queries ``score`` and ``views`` want."""
+        """Give how many of the last queries ``score`` and ``view`` want."""
         wanted = max(self._n_scored(n_tokens), self.policy.layers.window)
         return min(wanted, n_tokens)
 
-    def views(
-        self,
-        keys: Sequence[np.ndarray],
-        positions: Sequence[np.ndarray],
-        queries: np.ndarray,
-        n_tokens: int,
-        values: Sequence[np.ndarray] | None = None,
-        products: Sequence[np.ndarray] | None = None,
-    ) -> list[CacheView]:
-        """Show what every KV head holds.
+    def view(self, held: Held, queries: np.ndarray, n_tokens: int) -> LayerView:
+        """Show what the layer holds.
 
         Parameters
         ----------
-        keys : sequence of float32 (n_entries, head_dim), one per KV head
-        positions : sequence of int32 (n_entries,)
+        held : Held
         queries : float32 (n_query_heads, n_queries, head_dim)
             The last queries, oldest first.
         n_tokens : int
-        values : sequence of float32 (n_entries, head_dim), optional
-        products : sequence of float32 (n_entries, n_queries * group_size), optional
-            See ``simulator.policies.view.Products``.
         """
-        grouped = queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:])
-        grouped.flags.writeable = False
-        own_queries = list(grouped)
-        known: Sequence[Products | None] = [None] * self.n_kv_heads
-        if products is not None:
-            known = [Products(*own) for own in zip(products, keys, own_queries, strict=True)]
-        return [
-            CacheView(
-                keys=keys[kv_head],
-                positions=positions[kv_head],
-                queries=own_queries[kv_head],
-                scale=self.scale,
-                n_tokens=n_tokens,
-                prompt_tokens=self.prompt_tokens,
-                layer=self.layer,
-                kv_head=kv_head,
-                seed=self.seed,
-                values=None if values is None else values[kv_head],
-                budget=int(self.budgets[kv_head]),
-                since=self.since,
-                rope=self.rope,
-                products=known[kv_head],
-                memo=self._memos[kv_head],
-            )
-            for kv_head in range(self.n_kv_heads)
-        ]
+        return LayerView(
+            keys=held.keys,
+            positions=held.positions,
+            queries=queries.reshape(self.n_kv_heads, len(queries) // self.n_kv_heads, *queries.shape[1:]),
+            scale=self.scale,
+            n_tokens=n_tokens,
+            prompt_tokens=self.prompt_tokens,
+            layer=self.layer,
+            seed=self.seed,
+            values=held.values,
+            budget=self.budgets.tolist(),
+            since=self.since,
+            rope=self.rope,
+        )
 
-    def score(
-        self,
-        keys: Sequence[np.ndarray],
-        positions: Sequence[np.ndarray],
-        queries: np.ndarray,
-        n_tokens: int,
-        values: Sequence[np.ndarray] | None = None,
-        products: Sequence[np.ndarray] | None = None,
-    ) -> list[np.ndarray]:
-        """Score what every KV head holds; parameters as of ``views``.
+    def decide(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray | None]:
+        """Score, divide the budget over the KV heads anew where that is due, and choose who stays.
 
-        ``products`` belong to the queries that the scorer asks for, which may be fewer than are shown.
+        Parameters as of ``view``, returns as of ``survivors``.
+        """
+        scores = self.score(held, queries, n_tokens)
+        if self.reallocation_due(n_tokens):
+            self.reallocate(scores, n_tokens)
+        return self.survivors(scores, held.positions)
+
+    def score(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray]:
+        """Score what every KV head holds; parameters as of ``view``.
 
         Returns
         -------
@@ -180,12 +175,14 @@ class Compressor:
         scorer = self.policy.scorer
         self._n_tokens = n_tokens
         queries = queries[:, max(0, queries.shape[1] - self._n_scored(n_tokens)) :]
-        views = self.views(keys, positions, queries, n_tokens, values, products)
+        layer = self.view(held, queries, n_tokens)
         if scorer.stateful:
-            views = [replace(view, state=self._noted(view)) for view in views]
-            self._notes = checked_notes(scorer, views)
-            views = [replace(view, state=own) for view, own in zip(views, self._notes, strict=True)]
-        return checked_scores(scorer, views, self.policy.trigger.prompt == "keep")
+            layer = replace(layer, state=self._noted(held.positions))
+            self._notes = checked_notes(scorer, layer)
+            layer = replace(layer, state=self._notes)
+        if held.products is not None:
+            layer = layer.with_products(held.products)
+        return checked_scores(scorer, layer, self.policy.trigger.prompt == "keep", self._memory)
 
     def reallocate(self, scores: Sequence[np.ndarray], n_tokens: int) -> None:
         """Divide the layer's budget over its KV heads by their scores."""
@@ -218,18 +215,16 @@ class Compressor:
 
     def forget(self) -> None:
         """Let go of what is known of the entries; none will be scored again."""
-        self._notes = None
-        self._memos = [{} for _ in range(self.n_kv_heads)]
+        self._notes = self._memory = None
 
     def _n_scored(self, n_tokens: int) -> int:
         scorer = self.policy.scorer
         return min(n_tokens - self.since if scorer.sees_span else scorer.window, n_tokens)
 
-    def _noted(self, view: CacheView) -> np.ndarray:
-        noted = np.zeros(view.n_entries, np.float32)
-        if self._notes is not None:
-            before = self._notes[view.kv_head]
-            noted[: len(before)] = before
+    def _noted(self, positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        noted = [np.zeros(len(held), np.float32) for held in positions]
+        for own, before in zip(noted, self._notes or (), strict=False):
+            own[: len(before)] = before
         return noted
 
     def _quotas(self, n_tokens: int) -> np.ndarray:

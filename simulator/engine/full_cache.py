@@ -8,15 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from simulator.engine.sampling import EVERYTHING, Sample
-from simulator.kernels.scratch import scratch
-from simulator.kernels.spans import find_strongest, n_panels
-from simulator.kernels.tiles import WIDTH, form_of
-from simulator.kernels.widening import address_of
+from simulator.kernels.spans import strongest_keys
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-# Tokens whose queries are read at once.
-_BLOCK_TOKENS = 512
 # Weights of one block of queries, float32: 16 MB.
 _BLOCK_WEIGHTS = 2**22
 # Weights kept for the oracle, float32: at most 128 MB, at least this many decode steps.
@@ -146,36 +141,14 @@ class FullCache:
         layer, kv_head = int(self.sample.layers[row]), int(self.sample.kv_heads[row, at])
         group = slice(kv_head * shape.group_size, (kv_head + 1) * shape.group_size)
         measured = slice(at * shape.group_size, (at + 1) * shape.group_size)
-        stored, lse = trace.stored(layer, "queries"), trace.stored(layer, "lse")
-        form = form_of(shape.dtype, shape.head_dim)
-        keys = trace.stored(layer, "keys")[kv_head]
-        keys = np.ascontiguousarray(keys) if form.paired else to_float32(keys, shape.dtype)
-        positions = self.sample.steps + self._prompt_tokens
-        for first in range(0, len(positions), _BLOCK_TOKENS):
-            tokens = positions[first : first + _BLOCK_TOKENS]
-            is_run = tokens[-1] - tokens[0] == len(tokens) - 1
-            # A slice where it is one: no copy of what is mapped.
-            where = slice(tokens[0], tokens[-1] + 1) if is_run else tokens
-            queries = stored[group, where]
-            largest = np.empty(queries.shape[:2], np.float32)
-            block = slice(first, first + len(tokens))
-            strongest = np.empty(largest.shape, np.int32)
-            find_strongest(
-                address_of(keys),
-                tokens,
-                address_of(queries),
-                np.array([0, *queries.strides[:2]]),
-                form,
-                scratch(n_panels(largest.size) * WIDTH, form.depth).reshape(-1),
-                largest,
-                strongest,
-            )
-            self.strongest[row, measured, block] = strongest
-            # Numbers that do not fit together may overflow; the row they make is refused.
-            with np.errstate(over="ignore"):
-                self.largest[row, measured, block] = np.exp(
-                    largest * np.float32(trace.scale) - lse[group, where]
-                )
+        tokens = self.sample.steps + self._prompt_tokens
+        keys, queries, lse = (trace.stored(layer, name) for name in ("keys", "queries", "lse"))
+        largest, self.strongest[row, measured] = strongest_keys(
+            keys[kv_head], queries[group], tokens, dtype=shape.dtype
+        )
+        # Numbers that do not fit together may overflow; the row they make is refused.
+        with np.errstate(over="ignore"):
+            self.largest[row, measured] = np.exp(largest * np.float32(trace.scale) - lse[group, tokens])
 
     def _collect_weights(self, trace: Trace, layer: int) -> None:
         positions = self.sample.steps[self.oracle_at] + self._prompt_tokens

@@ -6,20 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.engine.compression import Compressor
+from simulator.engine.compression import Compressor, Held
 from simulator.engine.ledger import Ledger
 from simulator.engine.sampling import Sample
-from simulator.kernels.scratch import scratch
-from simulator.kernels.spans import measure_heads, n_panels
-from simulator.kernels.tiles import WIDTH
-from simulator.kernels.widening import address_of, widen
+from simulator.kernels.spans import WindowProducts, span_mass
+from simulator.kernels.widening import widen
 from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
 from traces.trace import Trace
 
-_NO_PRODUCTS = np.empty((0, 0, 0), np.float32)
 # Tokens read at once; bounds the memory of long spans.
 _BLOCK_TOKENS = 512
 
@@ -85,7 +82,7 @@ class LayerReplay:
         self._steps = sample.steps
         self.trace, self.layer, self.policy = trace, layer, policy
         # The trace builds its shape anew each time.
-        self._shape, self._scale = shape, np.float32(trace.scale)
+        self._shape, self._scale = shape, trace.scale
         self.compressor = Compressor(
             policy,
             layer,
@@ -117,15 +114,11 @@ class LayerReplay:
         self._token_ids = trace.token_ids
         self._n_tokens = 0
         self._scores: list[np.ndarray] | None = None
-        # What the scorer's window has for products with all that is held, if the last span has told.
         reused = policy.scorer.window if policy.evicts and policy.scorer.reuses_products else 0
         # Of a wide window they would take more memory than the keys.
         is_wide = reused * shape.group_size > shape.head_dim
         self._n_reused = 0 if is_wide or policy.scorer.sees_span else reused
-        self._products: np.ndarray | None = None
-        self._room_of_products = np.empty(
-            (shape.n_kv_heads, 0, self._n_reused * shape.group_size), np.float32
-        )
+        self._products = WindowProducts(shape.n_kv_heads, self._n_reused * shape.group_size)
 
     def prefill(self) -> None:
         """Take in the prompt; its own attention sees all of it."""
@@ -158,7 +151,8 @@ class LayerReplay:
         before = self.ledger.n_entries
         self.held[step : step + n_tokens] = before + shape.n_kv_heads * np.arange(1, n_tokens + 1)
         self._append(start, stop)
-        self._n_tokens, self._products = stop, None
+        self._n_tokens = stop
+        self._products.forget()
         if not self._kv_heads:
             return
         sampled = slice(*np.searchsorted(self._steps, (step, step + n_tokens)))
@@ -186,36 +180,19 @@ class LayerReplay:
         # A slice where it is all of them, which is quicker.
         is_every = len(rows) == self._shape.n_kv_heads
         kv_heads = slice(None) if is_every else [self._kv_heads[row] for row in rows]
-        lengths = self.ledger.lengths[kv_heads]
-        queries, lse = (self._of_heads(name, kv_heads, tokens) for name in ("queries", "lse"))
-        mass = np.empty(lse.shape, np.float32)
         is_whole = is_every and len(offsets) == n_tokens
-        products = self._room_for_products() if is_whole and n_tokens >= self._n_reused else _NO_PRODUCTS
-        n_queries = len(offsets) * self._shape.group_size
-        room = scratch(n_panels(n_queries) * WIDTH, self.ledger.form.depth)
-        measure_heads(
-            self.ledger.key_addresses[kv_heads],
-            (lengths - n_tokens)[:, None] + offsets,
-            address_of(queries),
-            np.array(queries.strides[:3]),
-            self.ledger.form,
-            lse,
-            self._scale,
-            room.reshape(-1),
-            products,
-            mass,
+        mass = span_mass(
+            self.ledger.multiplied,
+            kv_heads,
+            (self.ledger.lengths[kv_heads] - n_tokens)[:, None] + offsets,
+            self._of_heads("queries", kv_heads, tokens),
+            self._of_heads("lse", kv_heads, tokens),
+            dtype=self._shape.dtype,
+            scale=self._scale,
+            products=self._products if is_whole and 0 < self._n_reused <= n_tokens else None,
         )
-        self._products = products if products.size else None
         by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
         by_head[slice(None) if is_every else rows, :, sampled] = mass
-
-    def _room_for_products(self) -> np.ndarray:
-        """Give an array for the window's products, (n_kv_heads, n_most, n_queries * group_size)."""
-        room, longest = self._room_of_products, int(self.ledger.lengths.max())
-        if room.shape[1] < longest:
-            room = np.empty((room.shape[0], longest + longest // 4, room.shape[2]), np.float32)
-            self._room_of_products = room
-        return room
 
     def _of_heads(self, name: str, kv_heads: slice | list[int], tokens: slice | np.ndarray) -> np.ndarray:
         """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""
@@ -233,13 +210,13 @@ class LayerReplay:
         self._scores = None
         compression = self.compressor.n_compressions
         n_held = self.ledger.n_entries
-        self.ledger.retain(self.compressor.survivors(scores, self._held()), self._n_tokens)
-        self._products = None
+        self.ledger.retain(self.compressor.survivors(scores, self.ledger.positions()), self._n_tokens)
+        self._products.forget()
         self.n_evicted += n_held - self.ledger.n_entries
         if self._keep_retained:
             self.retained += [
                 Retained(self.layer, kv_head, compression, self._n_tokens, kept.copy())
-                for kv_head, kept in enumerate(self._held())
+                for kv_head, kept in enumerate(self.ledger.positions())
             ]
         at = self.layer, compression, self._n_tokens
         self.divisions.append(Division(*at, self.compressor.budgets.copy(), self.ledger.lengths.copy()))
@@ -248,15 +225,13 @@ class LayerReplay:
         """Let go of the keys; what was measured stays."""
         self.ledger.release()
         self.compressor.forget()
-        self._products = None
-        self._room_of_products = self._room_of_products[:, :0].copy()
+        self._products.release()
 
     def views(self) -> list[CacheView]:
         """Show what every KV head holds, with the queries that the layer allocator observes."""
-        window = self.policy.layers.window
-        first = max(0, self._n_tokens - window)
-        queries = self._read("queries", first, self._n_tokens)
-        return self.compressor.views(self._held_keys(), self._held(), queries, self._n_tokens)
+        n_queries = min(self._n_tokens, self.policy.layers.window)
+        held = Held(self.ledger.keys(), self.ledger.positions())
+        return self.compressor.view(held, self._last_queries(n_queries), self._n_tokens).heads
 
     def resize(self, entries: int) -> None:
         """Change the layer's budget per KV head."""
@@ -266,23 +241,17 @@ class LayerReplay:
         values = self._stored["values"][:, start:stop] if self._with_values else None
         self.ledger.append(start, self._stored["keys"][:, start:stop], values)
 
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        return widen(self._stored[name][:, start:stop], self._shape.dtype)
-
-    def _held(self) -> list[np.ndarray]:
-        return [self.ledger.positions(kv_head) for kv_head in range(self._shape.n_kv_heads)]
-
-    def _held_keys(self) -> list[np.ndarray]:
-        return [self.ledger.keys(kv_head) for kv_head in range(self._shape.n_kv_heads)]
+    def _last_queries(self, n: int) -> np.ndarray:
+        """Give the last queries, oldest first; float32 (n_query_heads, n, head_dim)."""
+        last = self._stored["queries"][:, self._n_tokens - n : self._n_tokens]
+        return widen(last, self._shape.dtype)
 
     def _score_heads(self) -> list[np.ndarray]:
-        first = self._n_tokens - self.compressor.n_queries(self._n_tokens)
-        queries = self._read("queries", first, self._n_tokens)
-        values = None
-        if self._with_values:
-            values = [self.ledger.values(kv_head) for kv_head in range(self._shape.n_kv_heads)]
-        products = None
-        if self._products is not None:
-            products = [own[:n] for own, n in zip(self._products, self.ledger.lengths, strict=True)]
-        held = self._held_keys(), self._held()
-        return self.compressor.score(*held, queries, self._n_tokens, values, products)
+        held = Held(
+            self.ledger.keys(),
+            self.ledger.positions(),
+            self.ledger.values() if self._with_values else None,
+            self._products.known(self.ledger.lengths),
+        )
+        n_queries = self.compressor.n_queries(self._n_tokens)
+        return self.compressor.score(held, self._last_queries(n_queries), self._n_tokens)

@@ -1,6 +1,8 @@
-"""Compiled loops over keys that repeat others: arrays and scalars in, arrays out."""
+"""How much each key of a layer repeats the others (R-KV), kept up to date as entries come and go."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numba import carray
@@ -8,10 +10,71 @@ from numba import carray
 from simulator.kernels.attention import VECTORISE
 from simulator.kernels.compiled import compiled
 from simulator.kernels.tiles import ROWS, WIDTH, can_pair, fill_panel, multiply
-from simulator.kernels.widening import floats_at, narrow
+from simulator.kernels.widening import addresses, floats_at, narrow
 
 # Stands for a slot that was known and is held no more.
 LOST = -2
+
+
+# Added to the norm, as the published code does; it keeps a zero key finite.
+_NORM_EPSILON = np.float32(1e-8)
+
+
+class Redundancy:
+    """The redundancy of a layer's keys; asked again, only what came since is compared with all.
+
+    Parameters
+    ----------
+    threshold : float
+        Cosine above which, strictly, one key duplicates another.
+    spare_column0 : bool
+        Whether a key without duplicate spares slot 0.
+    """
+
+    def __init__(self, threshold: float, *, spare_column0: bool) -> None:
+        self._threshold, self._spare_column0 = np.float32(threshold), spare_column0
+        # Of the entries held when it was last asked: positions, how many, newest duplicates, inverse norms.
+        self._before: tuple[np.ndarray, ...] | None = None
+
+    def shares(self, keys: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Give each key's share of its KV head's repetition, summing to 1.
+
+        Parameters
+        ----------
+        keys : sequence of float32 (n_entries, head_dim), one per KV head
+            Of the same KV heads each time, where a position always has the same key.
+        positions : sequence of int32 (n_entries,)
+
+        Returns
+        -------
+        list of float32 (n_entries,)
+        """
+        keys = [np.ascontiguousarray(own) for own in keys]
+        lengths = np.array([len(own) for own in positions])
+        shape = len(keys), int(lengths.max())
+        held = np.zeros(shape, np.int32)
+        for row, own in zip(held, positions, strict=True):
+            row[: len(own)] = own
+        newest, inverse, shares = (
+            np.empty(shape, np.int32),
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+        )
+        share_redundancy(
+            addresses(keys),
+            keys[0].shape[1],
+            held,
+            lengths,
+            self._before or (held, np.zeros_like(lengths), newest, inverse),
+            self._threshold,
+            _NORM_EPSILON,
+            self._spare_column0,
+            newest,
+            inverse,
+            shares,
+        )
+        self._before = held, lengths, newest, inverse
+        return [own[:n] for own, n in zip(shares, lengths, strict=True)]
 
 
 @compiled(nogil=True)
@@ -178,30 +241,12 @@ def add_similarity(keys, inverse, newest, sums):
 def share_redundancy(
     keys, head_dim, positions, lengths, before, threshold, epsilon, spare_column0, newest, inverse, shares
 ):
-    """Write each key's share of its KV head's repetition, the softmax of its mean similarity.
+    """Write what ``Redundancy.shares`` gives to ``shares``, float32 (n_kv_heads, n_most).
 
-    Parameters
-    ----------
-    keys : int64 (n_kv_heads,)
-        Addresses of each head's keys, float32 (n_entries, head_dim), row by row.
-    head_dim : int
-    positions : int32 (n_kv_heads, n_most)
-        In slot order.
-    lengths : int64 (n_kv_heads,)
-    before : tuple
-        The positions, lengths, newest and inverse of an earlier call; lengths are 0 where nothing is known.
-    threshold : float32
-        Cosine above which, strictly, one key duplicates another.
-    epsilon : float32
-        Added to norms.
-    spare_column0 : bool
-        Whether a key without duplicate spares slot 0.
-    newest : int32 (n_kv_heads, n_most)
-        Written with the slot of each one's newest duplicate, -1 for none.
-    inverse : float32 (n_kv_heads, n_most)
-        Written with the inverse norms of the keys.
-    shares : float32 (n_kv_heads, n_most)
-        Written for entries.
+    ``keys``, int64 (n_kv_heads,), are addresses of each head's keys, row by row; ``positions`` is int32
+    (n_kv_heads, n_most). Also written are ``newest``, int32, with the slot of each one's newest duplicate, -1
+    for none, and ``inverse``, float32, with the inverse norms of the keys: with ``positions`` and ``lengths``
+    they are the next call's ``before``, whose lengths are 0 where nothing is known.
     """
     known_positions, known_lengths, known_newest, known_inverse = before
     may_pair = can_pair(head_dim)

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, register_jitable
 
 from simulator.kernels.compiled import compiled
 from simulator.kernels.cpu import cpu_features, is_arm, multiplies_pairs
-from simulator.kernels.widening import KINDS, floats_at
+from simulator.kernels.widening import KINDS, floats_at, widen_rows
 
 
 def _register_plan() -> tuple[int, int, int]:
@@ -284,6 +284,41 @@ def fill_panel(rows, panel):
             numbers = carray(floats_at(rows[query]), (depth,))
             for d in range(n_whole, depth):
                 panel[d, query] = numbers[d]
+
+
+@register_jitable
+def n_panels(n_queries):
+    """Count the panels that queries fill."""
+    return -(-n_queries // WIDTH)
+
+
+@compiled(nogil=True)
+def fill_panels(queries, strides, kind, group_size, n_tokens, panels):
+    """Turn stored queries of a KV head, those of a token side by side, into panels; the rest is zero."""
+    n_queries, depth = n_tokens * group_size, panels.shape[1]
+    # Those that are to be widened first, and at the end a query of zeros.
+    flat = np.zeros((WIDTH + 1) * depth, np.float32)
+    nothing = np.int64(flat.ctypes.data) + 4 * WIDTH * depth
+    rows = np.empty(WIDTH, np.int64)
+    for panel in range(panels.shape[0]):
+        first = panel * WIDTH
+        for column in range(WIDTH):
+            token, member = divmod(first + column, group_size)
+            rows[column] = nothing
+            if first + column < n_queries:
+                rows[column] = queries + member * strides[1] + token * strides[2]
+        if kind != 0:
+            for member in range(group_size):
+                # Its queries within the panel, one in every ``group_size``.
+                start = max(-(-(first - member) // group_size), 0)
+                stop = min(-(-(first + WIDTH - member) // group_size), n_tokens)
+                at, target = member * strides[1] + start * strides[2], start * group_size + member - first
+                step = group_size * depth
+                widen_rows(queries + at, strides[2], kind, stop - start, depth, flat, target * depth, step)
+            for column in range(min(n_queries - first, WIDTH)):
+                rows[column] = np.int64(flat.ctypes.data) + 4 * column * depth
+        fill_panel(rows, panels[panel])
+    flat[0] = 0  # it has to live until here: rows are read by address
 
 
 @njit(inline="always")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -196,3 +196,14 @@ def widen(stored: np.ndarray, dtype: str) -> np.ndarray:
     at, strides = address_of(stored), np.array(stored.strides[:2])
     widen_blocks(at, strides, KINDS[dtype], stored.shape[1], np.zeros(len(blocks), np.int64), blocks)
     return blocks
+
+
+@compiled()
+def _first_of(numbers):
+    """Do what ``address_of`` does in an eighth of the time, but not for float16, unknown to Numba."""
+    return numbers.ctypes.data
+
+
+def addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Give where float32 arrays begin, int64 (n,), 0 for None; to be kept while those are used."""
+    return np.array([0 if own is None else _first_of(own) for own in arrays], np.int64)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Scorer,
         Trigger,
     )
-    from simulator.policies.view import CacheView
+    from simulator.policies.view import CacheView, LayerView
     from simulator.policies.wave import Wave, known_waves, read_wave
 
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "HeadRequest": "parts",
     "LayerAllocator": "parts",
     "LayerRequest": "parts",
+    "LayerView": "view",
     "Policy": "language",
     "PolicyError": "parts",
     "Scorer": "parts",
@@ -44,6 +45,7 @@ __all__ = [
     "HeadRequest",
     "LayerAllocator",
     "LayerRequest",
+    "LayerView",
     "Policy",
     "PolicyError",
     "Scorer",

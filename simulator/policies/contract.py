@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -18,20 +19,23 @@ from simulator.policies.parts import (
     Scorer,
     Trigger,
 )
-from simulator.policies.view import CacheView
+from simulator.policies.view import LayerView
 from traces.errors import InfeasibleBudgetError, UserError
 
 
-def checked_scores(scorer: Scorer, views: Sequence[CacheView], keep_prompt: bool = False) -> list[np.ndarray]:
+def checked_scores(
+    scorer: Scorer, layer: LayerView, keep_prompt: bool = False, memory: Any = None
+) -> list[np.ndarray]:
     """Score the KV heads of a layer and put protected entries above all others.
 
     Parameters
     ----------
     scorer : Scorer
-    views : sequence of CacheView
-        One per KV head.
+    layer : LayerView
     keep_prompt : bool
         Protect the prompt too.
+    memory : object
+        The scorer's, of this layer.
 
     Returns
     -------
@@ -43,23 +47,24 @@ def checked_scores(scorer: Scorer, views: Sequence[CacheView], keep_prompt: bool
         If the scorer raises, returns other shapes, or a score that is not finite.
     """
     with _guarded("scorer", scorer.name):
-        found = list(scorer.score_heads(views))
-    if len(found) != len(views):
+        found = list(scorer.score_layer(layer, memory))
+    if len(found) != layer.n_kv_heads:
         raise PolicyError(
-            f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {len(views)}"
+            f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {layer.n_kv_heads}"
         )
-    n_leading = max(scorer.sinks, views[0].prompt_tokens) if keep_prompt else scorer.sinks
+    n_leading = max(scorer.sinks, layer.prompt_tokens) if keep_prompt else scorer.sinks
+    first_recent = layer.n_tokens - scorer.recent
     checked = []
-    for view, given in zip(views, found, strict=True):
-        scores = _checked_array(scorer, "scores", given, view)
-        protected = np.empty(view.n_entries, np.float32)
-        bad = protect(scores, view.positions, n_leading, view.n_tokens - scorer.recent, protected)
-        _refuse_infinite(scorer, "scores", scores, view, bad)
+    for kv_head, (given, positions) in enumerate(zip(found, layer.positions, strict=True)):
+        scores = _checked_array(scorer, "scores", given, positions)
+        protected = np.empty(len(positions), np.float32)
+        bad = protect(scores, positions, n_leading, first_recent, protected)
+        _refuse_infinite(scorer, "scores", scores, (layer.layer, kv_head), bad)
         checked.append(protected)
     return checked
 
 
-def checked_notes(scorer: Scorer, views: Sequence[CacheView]) -> list[np.ndarray]:
+def checked_notes(scorer: Scorer, layer: LayerView) -> list[np.ndarray]:
     """Let a stateful scorer note something of every entry; float32 (n_entries,) per KV head.
 
     Raises
@@ -68,12 +73,19 @@ def checked_notes(scorer: Scorer, views: Sequence[CacheView]) -> list[np.ndarray
         As for scores.
     """
     with _guarded("scorer", scorer.name):
-        found = [scorer.observe(view) for view in views]
-    notes = [_checked_array(scorer, "notes", own, view) for own, view in zip(found, views, strict=True)]
-    for own, view in zip(notes, views, strict=True):
+        found = [scorer.observe(view) for view in layer.heads]
+    notes = []
+    for kv_head, (given, positions) in enumerate(zip(found, layer.positions, strict=True)):
+        notes.append(own := _checked_array(scorer, "notes", given, positions))
         bad = np.flatnonzero(~np.isfinite(own))
-        _refuse_infinite(scorer, "notes", own, view, int(bad[0]) if len(bad) else -1)
+        _refuse_infinite(scorer, "notes", own, (layer.layer, kv_head), int(bad[0]) if len(bad) else -1)
     return notes
+
+
+def asked_memory(scorer: Scorer) -> Any:
+    """Ask for what a scorer remembers a layer by; a ``PolicyError`` if it raises."""
+    with _guarded("scorer", scorer.name):
+        return scorer.new_memory()
 
 
 def asked_quota(scorer: Scorer, budget: int, n_tokens: int) -> int:
@@ -105,12 +117,12 @@ def _guarded(kind: str, name: str) -> Iterator[None]:
         raise PolicyError(f"{kind} '{name}' raised {type(error).__name__}: {error}") from error
 
 
-def _checked_array(scorer: Scorer, what: str, given: np.ndarray, view: CacheView) -> np.ndarray:
+def _checked_array(scorer: Scorer, what: str, given: np.ndarray, positions: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
         found = _as_numbers(given, f"scorer '{scorer.name}' returned {what}").astype(np.float32, copy=False)
-    if found.shape != view.positions.shape:
+    if found.shape != positions.shape:
         raise PolicyError(
-            f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {view.positions.shape}"
+            f"scorer '{scorer.name}' returned {what} of shape {found.shape}; allowed: {positions.shape}"
         )
     return np.ascontiguousarray(found)
 
@@ -128,11 +140,12 @@ def _as_numbers(given: object, where: str) -> np.ndarray:
     return found
 
 
-def _refuse_infinite(scorer: Scorer, what: str, found: np.ndarray, view: CacheView, bad: int) -> None:
+def _refuse_infinite(scorer: Scorer, what: str, found: np.ndarray, place: tuple[int, int], bad: int) -> None:
     if bad >= 0:
+        layer, kv_head = place
         raise PolicyError(
-            f"scorer '{scorer.name}' returned {found[bad]} at slot {bad} of layer {view.layer}, "
-            f"KV head {view.kv_head}; allowed: finite {what}"
+            f"scorer '{scorer.name}' returned {found[bad]} at slot {bad} of layer {layer}, "
+            f"KV head {kv_head}; allowed: finite {what}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 from traces.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,13 +49,17 @@ class Scorer(ABC):
     stateful : bool
         Whether the scorer notes something of each entry, by ``observe``.
     reuses_products : bool
-        Whether the view should show the window's dot products with the keys, where a replay has measured
-        them already.
+        Whether ``LayerView.products`` are of use to ``score_layer``.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     stateful: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "score" in vars(cls) and "score_layer" not in vars(cls):
+            cls.score_layer = Scorer.score_layer  # type: ignore[method-assign]
 
     @property
     def window(self) -> int:
@@ -89,16 +93,27 @@ class Scorer(ABC):
 
     @property
     def reuses_products(self) -> bool:
-        """Whether ``CacheView.products`` are of use."""
+        """Whether ``LayerView.products`` are of use."""
         return False
 
     @abstractmethod
     def score(self, view: CacheView) -> np.ndarray:
         """Score every entry, higher is kept; float32 (n_entries,). Protected entries' scores are ignored."""
 
-    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
-        """Score a layer's KV heads; for scorers that judge them together."""
-        return [self.score(view) for view in views]
+    def score_layer(self, layer: LayerView, memory: Any = None) -> Sequence[np.ndarray]:
+        """Score all KV heads of a layer; for scorers that judge them together, or sooner than one by one.
+
+        ``memory`` is what ``new_memory`` gave for this layer of this request. A subclass that overrides
+        ``score`` and not this is asked head by head.
+        """
+        return [self.score(view) for view in layer.heads]
+
+    def new_memory(self) -> Any:
+        """Give an object that ``score_layer`` may change to remember what it would otherwise compute again.
+
+        It may make scores come sooner, never other.
+        """
+        return None
 
     def observe(self, view: CacheView) -> np.ndarray:
         """Give what to note of each entry, float32 (n_entries,); ``view.state`` holds what was noted."""

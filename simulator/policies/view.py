@@ -1,30 +1,18 @@
-"""What a scorer may look at: one KV head's cache at one compression step."""
+"""What a scorer may look at: one layer's cache at one compression step, or one KV head of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from simulator.policies.rope import Rope
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Products:
-    """Dot products of a view's keys with its queries, which are of no meaning for another view.
-
-    Attributes
-    ----------
-    numbers : float32 (n_entries, n_queries * group_size)
-        By query and then member of the group; those with entries of the window itself are of no meaning.
-    keys, queries : np.ndarray
-        The very arrays that they belong to.
-    """
-
-    numbers: np.ndarray
-    keys: np.ndarray
-    queries: np.ndarray
+# What the KV heads of a layer have each for themselves, and what is the same for all.
+_PER_HEAD = ("keys", "positions", "queries", "values", "state", "budget")
+_SHARED = ("scale", "n_tokens", "prompt_tokens", "layer", "seed", "since", "rope")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +47,6 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
-    products : Products, optional
-        Dot products of keys and queries where a replay has measured them already; only for scorers that ask
-        for them by ``reuses_products``, and only until they have scored.
-    memo : dict, optional
-        Kept for this KV head from one compression to the next: a scorer may leave here what it would
-        otherwise compute again, by position. It may make scores come sooner, never other; who shows a scorer
-        other keys shows it no memo.
     """
 
     keys: np.ndarray
@@ -82,23 +63,12 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
-    products: Products | None = None
-    memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("keys", "positions", "queries", "values", "state"):
             given = getattr(self, name)
             if given is not None and given.flags.writeable:
-                read_only = given.view()
-                read_only.flags.writeable = False
-                object.__setattr__(self, name, read_only)
-
-    @property
-    def known_products(self) -> np.ndarray | None:
-        """Dot products that belong to these keys and queries, if they are known; see ``Products``."""
-        known = self.products
-        is_ours = known is not None and known.keys is self.keys and known.queries is self.queries
-        return known.numbers if known is not None and is_ours else None
+                object.__setattr__(self, name, _read_only(given))
 
     @property
     def n_entries(self) -> int:
@@ -109,3 +79,98 @@ class CacheView:
     def query_positions(self) -> np.ndarray:
         """Token positions of the queries, int64 (n_queries,)."""
         return np.arange(self.n_tokens - self.queries.shape[1], self.n_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerView:
+    """All KV heads of a layer at a compression step. Attributes are those of ``CacheView``.
+
+    Attributes
+    ----------
+    keys, positions, queries, values, state, budget
+        One per KV head; queries in one array, float32 (n_kv_heads, group_size, n_queries, head_dim).
+    scale, n_tokens, prompt_tokens, layer, seed, since, rope
+        The same for all.
+    products : sequence of float32 (n_entries, n_queries * group_size), optional
+        Dot products of these very keys and queries, by query and then member of the group, where a replay has
+        measured them already and the scorer ``reuses_products``; those with the last ``n_queries`` entries
+        are of no meaning. A view that ``dataclasses.replace`` makes of this one has none.
+    """
+
+    keys: Sequence[np.ndarray]
+    positions: Sequence[np.ndarray]
+    queries: np.ndarray
+    scale: float
+    n_tokens: int
+    prompt_tokens: int
+    layer: int
+    seed: int
+    values: Sequence[np.ndarray] | None = None
+    state: Sequence[np.ndarray] | None = None
+    budget: Sequence[int] | None = None
+    since: int = 0
+    rope: Rope | None = None
+    products: Sequence[np.ndarray] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "queries", _read_only(self.queries))
+        for name in ("keys", "positions", "values", "state"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, [_read_only(own) for own in given])
+
+    @classmethod
+    def of(cls, heads: Sequence[CacheView]) -> LayerView:
+        """Put KV heads of one layer, with as many queries each, together: the first becomes KV head 0."""
+        first = heads[0]
+        each: dict[str, Any] = {
+            name: [getattr(head, name) for head in heads]
+            for name in _PER_HEAD
+            if getattr(first, name) is not None
+        }
+        each["queries"] = np.stack(each["queries"])
+        return cls(**each, **{name: getattr(first, name) for name in _SHARED})
+
+    @property
+    def n_kv_heads(self) -> int:
+        """KV heads."""
+        return len(self.keys)
+
+    @property
+    def heads(self) -> list[CacheView]:
+        """Every KV head by itself."""
+        return [self.head(kv_head) for kv_head in range(self.n_kv_heads)]
+
+    def head(self, kv_head: int) -> CacheView:
+        """Give one KV head by itself."""
+        # Spelt out, since simple scorers wait for it: a loop over the names takes twice as long.
+        return CacheView(
+            self.keys[kv_head],
+            self.positions[kv_head],
+            self.queries[kv_head],
+            self.scale,
+            self.n_tokens,
+            self.prompt_tokens,
+            self.layer,
+            kv_head,
+            self.seed,
+            None if self.values is None else self.values[kv_head],
+            None if self.state is None else self.state[kv_head],
+            0 if self.budget is None else self.budget[kv_head],
+            self.since,
+            self.rope,
+        )
+
+    def with_products(self, products: Sequence[np.ndarray]) -> LayerView:
+        """Give the same view that also shows ``products``."""
+        shown = replace(self)
+        object.__setattr__(shown, "products", products)
+        return shown
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    if not array.flags.writeable:
+        return array
+    shown = array.view()
+    shown.flags.writeable = False
+    return shown

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from simulator.engine.compression import Held
 from simulator.engine.full_cache import FullCache
 from simulator.engine.layer import Retained
 from simulator.engine.loop import Engine
@@ -114,11 +115,11 @@ class _WatchedLayer(EvictingLayer):
         self.all_values = torch.cat([self.all_values, value[0]], 1)
         return super().step(query, key, value, token_ids)
 
-    def _decide(self, row, keys, positions, values):
+    def _decide(self, row: int, held: Held) -> list[np.ndarray | None]:
         compression = self.compressors[row].n_compressions
-        survivors = super()._decide(row, keys, positions, values)
-        for kv_head, (held, slots) in enumerate(zip(positions, survivors, strict=True)):
-            kept = held if slots is None else held[slots]
+        survivors = super()._decide(row, held)
+        for kv_head, (own, slots) in enumerate(zip(held.positions, survivors, strict=True)):
+            kept = own if slots is None else own[slots]
             where = (self.layer, kv_head, compression, int(self.n_tokens[row]))
             self.retained.append(Retained(*where, np.array(kept)))
         return survivors

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from simulator.policies.parts import refuse_unless
 from simulator.policies.scorers.h2o import preferred
 from simulator.policies.scorers.snapkv import SnapKV
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,13 @@ class AppendOnly(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score arrivals by attention, admitted entries above them."""
-        admitted = np.flatnonzero(view.positions < view.since - self.window)
-        return preferred(SnapKV.score(self, view), admitted)
+        return self.prefer_admitted(SnapKV.score(self, view), view.positions, view.since)
+
+    def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
+        """Score all KV heads at once."""
+        pairs = zip(self.importance(layer), layer.positions, strict=True)
+        return [self.prefer_admitted(scores, positions, layer.since) for scores, positions in pairs]
+
+    def prefer_admitted(self, scores: np.ndarray, positions: np.ndarray, since: int) -> np.ndarray:
+        """Put admitted entries above all others; float32 (n_entries,)."""
+        return preferred(scores, np.flatnonzero(positions < since - self.window))

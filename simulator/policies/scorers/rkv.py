@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.kernels.attention import take_off
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.scorers.redundancy import redundancy
+from simulator.kernels.duplicates import Redundancy
+from simulator.policies.parts import refuse_unless
 from simulator.policies.scorers.snapkv import SnapKV
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 NO_MATCH = ("skip", "column0")
 
@@ -57,27 +57,22 @@ class RKV(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""
-        return self._less_repeated([view])[0]
+        return self._less_repeated(LayerView.of([view]), self._redundancy())[0]
 
-    def score_heads(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
-        """Score a layer's KV heads at once."""
-        if type(self).score is not RKV.score:
-            return Scorer.score_heads(self, views)
-        return self._less_repeated(views)
+    def score_layer(self, layer: LayerView, memory: Redundancy | None = None) -> Sequence[np.ndarray]:
+        """Score all KV heads at once."""
+        return self._less_repeated(layer, memory or self._redundancy())
 
-    def _less_repeated(self, views: Sequence[CacheView]) -> Sequence[np.ndarray]:
-        found = self.importance(views)
-        judged = [(own, view) for own, view in zip(found, views, strict=True) if view.n_entries > self.window]
-        if not judged:
-            return found
-        repeated = redundancy(
-            [view.keys for _, view in judged],
-            [view.positions for _, view in judged],
-            self.similarity_threshold,
-            spare_column0=self.no_match == "column0",
-            memos=[view.memo if self.slot_order == "chronological" else None for _, view in judged],
-        )
-        for (scores, view), shares in zip(judged, repeated, strict=True):
-            n_candidates = view.n_entries - self.window
-            take_off(scores[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
-        return found
+    def new_memory(self) -> Redundancy | None:
+        """Give what remembers which entries repeat each other, if those keep their order."""
+        return self._redundancy() if self.slot_order == "chronological" else None
+
+    def _redundancy(self) -> Redundancy:
+        return Redundancy(self.similarity_threshold, spare_column0=self.no_match == "column0")
+
+    def _less_repeated(self, layer: LayerView, redundancy: Redundancy) -> list[np.ndarray]:
+        scores = self.importance(layer)
+        for own, shares in zip(scores, redundancy.shares(layer.keys, layer.positions), strict=True):
+            n_candidates = max(0, len(own) - self.window)
+            take_off(own[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
+        return scores

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,16 @@ class TOVA(Scorer):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score one head's entries as if it were alone in its layer."""
-        return self.score_heads([view])[0]
+        return _over_heads([view])[0]
 
-    def score_heads(self, views: Sequence[CacheView]) -> list[np.ndarray]:
+    def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score every position once and give each head the scores of those it holds."""
-        by_position = np.zeros(max(view.n_tokens for view in views))
-        for view in views:
-            by_position[view.positions] += held_attention(view)[:, -1].sum(axis=0, dtype=np.float64)
-        by_position /= sum(len(view.queries) for view in views)
-        return [by_position[view.positions].astype(np.float32) for view in views]
+        return _over_heads(layer.heads)
+
+
+def _over_heads(views: Sequence[CacheView]) -> list[np.ndarray]:
+    by_position = np.zeros(max(view.n_tokens for view in views))
+    for view in views:
+        by_position[view.positions] += held_attention(view)[:, -1].sum(axis=0, dtype=np.float64)
+    by_position /= sum(len(view.queries) for view in views)
+    return [by_position[view.positions].astype(np.float32) for view in views]

@@ -12,6 +12,7 @@ from naive_rules import Rules
 
 from simulator.engine import full_cache
 from simulator.engine.full_cache import FullCache, group_weights, sampled_steps
+from simulator.kernels import spans
 
 
 def dense_weights(trace):
@@ -80,7 +81,7 @@ def test_strongest_key_is_found_and_ties_go_to_the_later(make_trace, rng, monkey
                     expected[layer, head, step] = max(j for j, weight in enumerate(row) if weight == best)
         np.testing.assert_array_equal(FullCache(trace).strongest, expected)
         with monkeypatch.context() as patched:
-            patched.setattr(full_cache, "_BLOCK_TOKENS", 11)
+            patched.setattr(spans, "_BLOCK_TOKENS", 11)
             np.testing.assert_array_equal(FullCache(trace).strongest, expected)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from simulator.engine.selection import select_slots
 from simulator.policies.contract import checked_scores
 from simulator.policies.parts import PolicyError, Scorer
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 INFINITY = np.float32(np.inf)
 
@@ -86,11 +86,12 @@ class Given(Scorer):
 
     name: ClassVar[str] = "given"
     scores: object = None
+    kv_head: int = 0
     sinks: int = 0
     recent: int = 0
 
     def score(self, view):
-        return self.scores
+        return self.scores if view.kv_head == self.kv_head else np.zeros(view.n_entries)
 
 
 def view_of(n, n_tokens=None, **changes):
@@ -106,7 +107,7 @@ def view_of(n, n_tokens=None, **changes):
 
 def test_protected_entries_are_beyond_any_score():
     view = view_of(5, positions=np.array([0, 2, 5, 8, 9], np.int32), n_tokens=10)
-    (scores,) = checked_scores(Given([1.0, 2, 3, 4, 5], sinks=2, recent=2), [view])
+    (scores,) = checked_scores(Given([1.0, 2, 3, 4, 5], sinks=2, recent=2), LayerView.of([view]))
     np.testing.assert_array_equal(scores, [INFINITY, 2, 3, INFINITY, INFINITY])
     assert scores.dtype == np.float32
 
@@ -124,7 +125,7 @@ def test_protected_entries_are_beyond_any_score():
 )
 def test_broken_scores_are_refused_in_words(scores, named):
     with pytest.raises(PolicyError, match=named):
-        checked_scores(Given(scores), [view_of(4)])
+        checked_scores(Given(scores, kv_head=1), LayerView.of([view_of(4), view_of(4)]))
 
 
 def test_view_is_read_only_and_its_source_is_not():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.kernels.spans import measure_heads, n_panels
-from simulator.kernels.tiles import WIDTH, form_of
+from simulator.kernels.spans import measure_heads
+from simulator.kernels.tiles import WIDTH, form_of, n_panels
 from simulator.kernels.widening import KINDS, widen_rows
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 SCALE = np.float32(0.3)
@@ -139,9 +139,23 @@ def test_heads_are_judged_alike_together_and_one_by_one(rng, scorer):
         )
         for kv_head, n in enumerate((4, 60, 5, 31))
     ]
-    together = scorer.score_heads(views)
+    together = scorer.score_layer(LayerView.of(views))
     for view, found in zip(views, together, strict=True):
         np.testing.assert_array_equal(scorer.score(view), found)
+
+
+def _view(rng, n):
+    return CacheView(
+        keys=rng.normal(size=(n, 16)).astype(np.float32),
+        positions=np.arange(n, dtype=np.int32),
+        queries=rng.normal(size=(2, 8, 16)).astype(np.float32),
+        scale=0.25,
+        n_tokens=n,
+        prompt_tokens=5,
+        layer=0,
+        kv_head=0,
+        seed=0,
+    )
 
 
 def test_a_subclass_that_scores_a_head_in_its_own_way_is_asked(rng):
@@ -149,15 +163,15 @@ def test_a_subclass_that_scores_a_head_in_its_own_way_is_asked(rng):
         def score(self, view):
             return np.full(view.n_entries, 7, np.float32)
 
-    view = CacheView(
-        keys=rng.normal(size=(9, 16)).astype(np.float32),
-        positions=np.arange(9, dtype=np.int32),
-        queries=rng.normal(size=(2, 8, 16)).astype(np.float32),
-        scale=0.25,
-        n_tokens=9,
-        prompt_tokens=5,
-        layer=0,
-        kv_head=0,
-        seed=0,
-    )
-    assert (Flat().score_heads([view])[0] == 7).all()
+    view = _view(rng, 9)
+    assert (Flat().score_layer(LayerView.of([view]), Flat().new_memory())[0] == 7).all()
+
+
+def test_a_subclass_may_change_the_score_that_it_inherits(rng):
+    class Negative(RKV):
+        def score(self, view):
+            return -super().score(view)
+
+    layer = LayerView.of([_view(rng, 9), _view(rng, 23)])
+    for own, other in zip(Negative().score_layer(layer), RKV().score_layer(layer), strict=True):
+        np.testing.assert_array_equal(own, -other)

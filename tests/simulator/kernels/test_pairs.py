@@ -15,9 +15,8 @@ from places import ROOT
 
 from simulator.engine.full_cache import FullCache
 from simulator.kernels import tiles
-from simulator.policies.scorers.redundancy import redundancy
-from simulator.policies.scorers.snapkv import SnapKV, window_attention
-from simulator.policies.view import CacheView
+from simulator.kernels.duplicates import Redundancy
+from simulator.kernels.windows import window_attention, window_importance
 from traces.numbers import round_to_storage, to_float32
 
 has_pairs = pytest.mark.skipif(not tiles.HAS_PAIRS, reason="this processor multiplies no pairs")
@@ -75,30 +74,13 @@ def _stored_exactly(rng, shape):
     return to_float32(round_to_storage(rng.normal(size=shape).astype(np.float32), "bfloat16"), "bfloat16")
 
 
-def _view(keys, queries):
-    n = len(keys)
-    return CacheView(
-        keys=keys,
-        positions=np.arange(n, dtype=np.int32),
-        queries=queries,
-        scale=0.2,
-        n_tokens=n,
-        prompt_tokens=5,
-        layer=0,
-        kv_head=0,
-        seed=0,
-    )
-
-
 @pytest.mark.parametrize("head_dim", [6, 33, 64])
 def test_windows_score_bfloat16_numbers_as_any(rng, head_dim):
-    lengths = (100, 9, 61)
-    views = [
-        _view(_stored_exactly(rng, (n, head_dim)), _stored_exactly(rng, (3, 8, head_dim))) for n in lengths
-    ]
-    found = SnapKV(kernel_size=1).importance(views)
-    for view, own in zip(views, found, strict=True):
-        expected = window_attention(view, view.n_entries - 8, "max_logits")
+    keys = [_stored_exactly(rng, (n, head_dim)) for n in (100, 9, 61)]
+    queries = _stored_exactly(rng, (3, 3, 8, head_dim))
+    found = window_importance(keys, queries, scale=0.2, n_left_out=8, kernel_size=1)
+    for held, asked, own in zip(keys, queries, found, strict=True):
+        expected = window_attention(held[:-8], asked, 0.2, "max_logits")
         np.testing.assert_allclose(own[:-8], expected, rtol=1e-5)
 
 
@@ -109,11 +91,11 @@ def test_redundancy_of_bfloat16_numbers_is_that_of_any(rng, head_dim):
         for n in (100, 9, 61)
     ]
     keys = [to_float32(round_to_storage(own, "bfloat16"), "bfloat16") for own in keys]
-    memos = [{} for _ in keys]
+    redundancy = Redundancy(0.5, spare_column0=False)
     for share in (0.4, 1):
         some = [own[: int(len(own) * share)] for own in keys]
         positions = [np.arange(len(own), dtype=np.int32) for own in some]
-        found = redundancy(some, positions, 0.5, spare_column0=False, memos=memos)
+        found = redundancy.shares(some, positions)
         for own, shares in zip(some, found, strict=True):
             expected = _shares(own)
             np.testing.assert_allclose(shares, expected, rtol=2e-5)

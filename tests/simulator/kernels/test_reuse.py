@@ -24,13 +24,13 @@ class Compares(Compressor):
 
     n_known = n_unknown = 0
 
-    def score(self, keys, positions, queries, n_tokens, values=None, products=None):
-        found = super().score(keys, positions, queries, n_tokens, values, products)
-        if products is None:
+    def score(self, held, queries, n_tokens):
+        found = super().score(held, queries, n_tokens)
+        if held.products is None:
             Compares.n_unknown += 1
         else:
             Compares.n_known += 1
-            anew = super().score(keys, positions, queries, n_tokens, values)
+            anew = super().score(held._replace(products=None), queries, n_tokens)
             for own, other in zip(found, anew, strict=True):
                 np.testing.assert_array_equal(own, other)
         return found
@@ -84,11 +84,11 @@ class Changed(SnapKV):
     last: int = 4
     centred: bool = False
 
-    def importance(self, views):
-        views = [replace(view, queries=view.queries[:, -self.last :]) for view in views]
+    def importance(self, layer):
+        layer = replace(layer, queries=layer.queries[:, :, -self.last :])
         if self.centred:
-            views = [replace(view, keys=view.keys - view.keys.mean(axis=0)) for view in views]
-        return super().importance(views)
+            layer = replace(layer, keys=[own - own.mean(axis=0) for own in layer.keys])
+        return super().importance(layer)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from places import GOLDEN
 from simulator.engine.selection import select_slots
 from simulator.policies.contract import checked_scores
 from simulator.policies.language import parse_policy
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 from traces import write_trace
 
 VECTORS = sorted(GOLDEN.glob("*-seed*.npz"))
@@ -109,7 +109,7 @@ def test_every_published_step_keeps_the_best_scores(vector):
     policy = parse_policy(vector.policy)
     n_compared = 0
     for view, published in vector.views():
-        (scores,) = checked_scores(policy.scorer, [view])
+        (scores,) = checked_scores(policy.scorer, LayerView.of([view]))
         ours = select_slots(scores, view.positions, vector.budget, "score")
         slot_of = {position: slot for slot, position in enumerate(view.positions.tolist())}
         theirs = [slot_of[position] for position in published.tolist()]

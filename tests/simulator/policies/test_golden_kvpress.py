@@ -9,7 +9,7 @@ from places import GOLDEN
 from simulator.policies.contract import checked_scores
 from simulator.policies.rope import read_rope
 from simulator.policies.shipped import SCORERS
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 LARGEST = np.finfo(np.float32).max
 N_TOKENS = 80
@@ -49,7 +49,7 @@ def scored(name, parameters, arrays, n_queries, **changes):
     views = views_of(arrays, **changes)
     queries = [view.queries[:, N_TOKENS - n_queries :] for view in views]
     views = views_of(arrays, **changes, queries=lambda kv_head: queries[kv_head])
-    return np.stack(checked_scores(SCORERS[name](**parameters), views))
+    return np.stack(checked_scores(SCORERS[name](**parameters), LayerView.of(views)))
 
 
 def agree(ours, theirs, **tolerance):

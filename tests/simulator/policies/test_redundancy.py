@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from simulator.engine.compression import Compressor
 from simulator.engine.loop import Engine
 from simulator.engine.request import Request
+from simulator.kernels.duplicates import Redundancy
 from simulator.policies.language import parse_policy
-from simulator.policies.scorers.redundancy import redundancy as redundancy_of_heads
 
 TOTAL, WIDTH = 160, 4
 
 histories = st.lists(st.tuples(st.integers(0, 25), st.floats(0, 1)), min_size=1, max_size=8)
 
 
-def redundancy(keys, positions, threshold, *, spare_column0, memo=None):
-    """Ask about one KV head."""
-    asked = {"spare_column0": spare_column0, "memos": [memo]}
-    return redundancy_of_heads([keys], [positions], threshold, **asked)[0]
+def redundancy(keys, positions, threshold, *, spare_column0=False, memory=None):
+    """Ask about one KV head, anew unless there is a memory."""
+    memory = memory or Redundancy(threshold, spare_column0=spare_column0)
+    return memory.shares([keys], [positions])[0]
 
 
 def whole(keys, threshold, spare_column0):
@@ -56,7 +56,8 @@ def alike(threshold, seed):
 @MODERATE
 def test_incremental_is_whole_over_any_history(history, threshold, spare_column0, seed):
     keys, rng = alike(threshold, seed), np.random.default_rng(seed)
-    held, n_tokens, memo = np.empty(0, np.int32), 0, {}
+    held, n_tokens = np.empty(0, np.int32), 0
+    memory = Redundancy(threshold, spare_column0=spare_column0)
     for n_added, share in history:
         stop = min(TOTAL, n_tokens + n_added)
         held = np.concatenate([held, np.arange(n_tokens, stop, dtype=np.int32)])
@@ -64,50 +65,49 @@ def test_incremental_is_whole_over_any_history(history, threshold, spare_column0
         if not len(held):
             continue
         asked = {"spare_column0": spare_column0}
-        kept_up = redundancy(keys[held], held, threshold, memo=memo, **asked)
+        kept_up = redundancy(keys[held], held, threshold, memory=memory, **asked)
         np.testing.assert_allclose(kept_up, redundancy(keys[held], held, threshold, **asked), rtol=2e-6)
         np.testing.assert_allclose(kept_up, whole(keys[held], threshold, spare_column0), rtol=2e-6)
         # Asked twice, it says the same, bit for bit.
-        np.testing.assert_array_equal(kept_up, redundancy(keys[held], held, threshold, memo=memo, **asked))
+        np.testing.assert_array_equal(
+            kept_up, redundancy(keys[held], held, threshold, memory=memory, **asked)
+        )
         held = held[rng.random(len(held)) < share]
 
 
 def test_what_came_since_is_compared_with_all():
-    keys, held, memo = alike(0.5, 1), np.arange(TOTAL, dtype=np.int32), {}
-    redundancy(keys[:100], held[:100], 0.5, spare_column0=False, memo=memo)
+    keys, held, memory = alike(0.5, 1), np.arange(TOTAL, dtype=np.int32), Redundancy(0.5, spare_column0=False)
+    redundancy(keys[:100], held[:100], 0.5, memory=memory)
     kept = np.delete(held, np.arange(5, 95, 2))
-    found = redundancy(keys[kept], kept, 0.5, spare_column0=False, memo=memo)
+    found = redundancy(keys[kept], kept, 0.5, memory=memory)
     np.testing.assert_allclose(found, whole(keys[kept], 0.5, False), rtol=2e-6)
 
 
-def test_foreign_memos_and_other_thresholds_are_not_believed():
-    keys, held, memo = alike(0.5, 2), np.arange(TOTAL, dtype=np.int32), {}
-    for threshold, slots in (
-        (0.5, held[:90]),
-        (0.2, held[:90]),
-        (0.2, held[30:60][::-1]),
-        (0.2, held[20:80]),
-    ):
-        found = redundancy(keys[slots], slots, threshold, spare_column0=False, memo=memo)
-        expected = redundancy(keys[slots], slots, threshold, spare_column0=False)
-        np.testing.assert_allclose(found, expected, rtol=2e-6)
+def test_only_entries_in_their_old_order_are_remembered():
+    keys, held, memory = alike(0.2, 2), np.arange(TOTAL, dtype=np.int32), Redundancy(0.2, spare_column0=False)
+    for slots in (held[:90], held[30:60][::-1], held[20:80]):
+        found = redundancy(keys[slots], slots, 0.2, memory=memory)
+        np.testing.assert_allclose(found, redundancy(keys[slots], slots, 0.2), rtol=2e-6)
 
 
 def test_heads_may_be_asked_about_together_or_apart():
-    keys, memos = [alike(0.5, seed) for seed in (3, 4, 5)], [{}, {}, {}]
-    for n, heads in ((90, (0, 1, 2)), (110, (2, 0, 1)), (120, (1,)), (130, (0, 1, 2)), (TOTAL, (0, 2))):
-        asked = [keys[head][:n] for head in heads], [np.arange(n, dtype=np.int32)] * len(heads), 0.5
-        found = redundancy_of_heads(*asked, spare_column0=False, memos=[memos[head] for head in heads])
-        for head, shares in zip(heads, found, strict=True):
-            np.testing.assert_allclose(shares, whole(keys[head][:n], 0.5, False), rtol=2e-6)
+    keys, memory = [alike(0.5, seed) for seed in (3, 4, 5)], Redundancy(0.5, spare_column0=False)
+    for lengths in ((90, 90, 90), (110, 0, 130), (120, 100, 130), (TOTAL, TOTAL, TOTAL)):
+        some = [own[:n] for own, n in zip(keys, lengths, strict=True)]
+        found = memory.shares(some, [np.arange(n, dtype=np.int32) for n in lengths])
+        for own, shares in zip(some, found, strict=True):
+            if len(own):
+                np.testing.assert_allclose(shares, whole(own, 0.5, False), rtol=2e-6)
+                alone = redundancy(own, np.arange(len(own), dtype=np.int32), 0.5)
+                np.testing.assert_array_equal(shares, alone)
 
 
 class Forgets(Compressor):
     """Has no memory of what was compared before."""
 
-    def views(self, *given):
-        self._memos = [{} for _ in self._memos]
-        return super().views(*given)
+    def score(self, *given):
+        self._memory = self.policy.scorer.new_memory()
+        return super().score(*given)
 
 
 POLICIES = [

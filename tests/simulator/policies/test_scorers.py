@@ -11,7 +11,7 @@ from cases import MODERATE, OTHER_SCORERS, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.engine.compression import Compressor
+from simulator.engine.compression import Compressor, Held
 from simulator.engine.loop import Engine
 from simulator.engine.request import Request
 from simulator.policies.contract import checked_scores
@@ -27,7 +27,7 @@ from simulator.policies.scorers.snapkv_paper import PaperSnapKV, average_pool
 from simulator.policies.scorers.tova import TOVA
 from simulator.policies.scorers.vatp import VATP
 from simulator.policies.shipped import SCORERS
-from simulator.policies.view import CacheView
+from simulator.policies.view import CacheView, LayerView
 
 NAMES = [name for name in SCORERS if name != "fullkv"]
 ROPE = {"rope_theta": 50.0}
@@ -63,13 +63,12 @@ class Sequence:
 
     def scores(self):
         first = self.n_tokens - self.compressor.n_queries(self.n_tokens)
-        return self.compressor.score(
+        held = Held(
             [self.keys[head][held] for head, held in enumerate(self.positions)],
             self.positions,
-            self.queries[:, first : self.n_tokens],
-            self.n_tokens,
             [self.values[head][held] for head, held in enumerate(self.positions)],
         )
+        return self.compressor.score(held, self.queries[:, first : self.n_tokens], self.n_tokens)
 
     def compress(self):
         """Compress; give what each head held before and the slots it keeps, None for all."""
@@ -197,8 +196,8 @@ def test_replay_is_the_twin_on_anything(name, shared_folder):
 # ---- mutations: the twin has to notice --------------------------------------------------------------------
 
 
-def _alone(self, views, together=TOVA.score_heads):
-    return [together(self, [view])[0] for view in views]
+def _alone(self, layer, memory=None, together=TOVA.score_layer):
+    return [together(self, LayerView.of([view]))[0] for view in layer.heads]
 
 
 def _forgetful(self, view, observe=H2O.observe):
@@ -209,9 +208,9 @@ def _attention_alone(self, view):
     return H2O.score(self, view)
 
 
-def _window_is_admitted(self, view, score=AppendOnly.score):
-    scores = score(self, view)
-    scores[(view.positions < view.since) & (view.positions >= view.since - self.window)] = scores.max()
+def _window_is_admitted(self, scores, positions, since, prefer=AppendOnly.prefer_admitted):
+    scores = prefer(self, scores, positions, since)
+    scores[(positions < since) & (positions >= since - self.window)] = scores.max()
     return scores
 
 
@@ -235,7 +234,7 @@ MUTATIONS = [
     (H2O, "observe", _forgetful, "h2o:buffer=4"),
     (H2O, "recent_share", 0.4, "h2o:buffer=4"),
     (VATP, "score", _attention_alone, "vatp:buffer=4,sinks=2"),
-    (TOVA, "score_heads", _alone, "tova:buffer=4"),
+    (TOVA, "score_layer", _alone, "tova:buffer=4"),
     (TOVA, "recent", 2, "tova:buffer=1"),
     (PaperSnapKV, "kernel_size", 3, "snapkv-paper:buffer=4,window=4"),
     (CriticalKV, "first_stage_share", 0.9, "criticalkv:buffer=4,window=4"),
@@ -245,7 +244,7 @@ MUTATIONS = [
     (LagKV, "score_source", "keys", "lagkv:buffer=4,lag=4"),
     (ExpectedAttention, "future_queries", _turned_forward, "expected-attention:buffer=4,window=9,n_future=3"),
     (ExpectedAttention, "sinks", 3, "expected-attention:buffer=4,window=9"),
-    (AppendOnly, "score", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
+    (AppendOnly, "prefer_admitted", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
     (AppendOnly, "rate", 0.2, "append-only:buffer=4,window=3"),
 ]
 
@@ -369,7 +368,7 @@ def test_sinks_alone_are_all_there_is_to_expect(rng):
         seed=0,
         rope=read_rope(ROPE, 6),
     )
-    (scores,) = checked_scores(SCORERS["expected-attention"](), [view])
+    (scores,) = checked_scores(SCORERS["expected-attention"](), LayerView.of([view]))
     assert np.isinf(scores).all()
-    (scores,) = checked_scores(SCORERS["expected-attention"](sinks=2), [view])
+    (scores,) = checked_scores(SCORERS["expected-attention"](sinks=2), LayerView.of([view]))
     assert np.isfinite(scores[2])

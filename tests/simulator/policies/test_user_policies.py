@@ -315,7 +315,7 @@ FIRES = NEXT + ": return 50\n    def fires_on(self, token_ids)"
         ("Scorer", QUOTA, "return 1 / 0", "scorer 'bad' raised ZeroDivisionError"),
         (
             "Scorer",
-            "score(self, view): pass\n    def score_heads(self, views)",
+            "score(self, view): pass\n    def score_layer(self, layer, memory=None)",
             "return None",
             "raised TypeError",
         ),

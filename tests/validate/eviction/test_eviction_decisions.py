@@ -217,13 +217,14 @@ class CompressesLate(Compressor):
 
 
 class MissesTheNewestQuery(Compressor):
-    def score(self, keys, positions, queries, n_tokens, values=None):
-        return super().score(keys, positions, queries[:, [0, *range(queries.shape[1] - 1)]], n_tokens)
+    def score(self, held, queries, n_tokens):
+        return super().score(held, queries[:, [0, *range(queries.shape[1] - 1)]], n_tokens)
 
 
 class TakesWrongPositions(Compressor):
-    def score(self, keys, positions, queries, n_tokens, values=None):
-        return super().score(keys, [own + 1 for own in positions], queries, n_tokens)
+    def score(self, held, queries, n_tokens):
+        shifted = [own + 1 for own in held.positions]
+        return super().score(held._replace(positions=shifted), queries, n_tokens)
 
 
 @pytest.mark.parametrize(

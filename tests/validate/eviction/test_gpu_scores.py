@@ -10,9 +10,10 @@ import torch
 from gpu_device import DEVICE, ragged_pool
 
 from simulator.engine.selection import select_slots
-from simulator.policies.scorers.redundancy import redundancy as reference_redundancy
+from simulator.kernels.duplicates import Redundancy
+from simulator.kernels.windows import window_attention
 from simulator.policies.scorers.rkv import RKV
-from simulator.policies.scorers.snapkv import SnapKV, window_attention
+from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.view import CacheView
 from validate.eviction.kernels import twins_scores
 
@@ -103,7 +104,7 @@ def expected_importance(pool, queries, scale, window=WINDOW):
         n_candidates = slots.stop - slots.start - window
         if n_candidates > 0:
             view = view_of(keys, positions, queries, slots, segment, scale)
-            attention = window_attention(view, n_candidates, "max_logits")
+            attention = window_attention(view.keys[:n_candidates], view.queries, scale, "max_logits")
             yield slice(slots.start, slots.start + n_candidates), attention
 
 
@@ -112,7 +113,7 @@ def expected_redundancy(pool, threshold):
     for slots in segments(starts, lengths):
         if slots.start < slots.stop:
             held = [on_host(keys[slots])], [positions[slots].cpu().numpy()]
-            yield slots, reference_redundancy(*held, threshold, spare_column0=False, memos=[None])[0]
+            yield slots, Redundancy(threshold, spare_column0=False).shares(*held)[0]
 
 
 @both

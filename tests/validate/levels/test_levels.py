@@ -135,8 +135,8 @@ class Late(Compressor):
 class Forgetful(Compressor):
     """Does not score by the newest query."""
 
-    def score(self, keys, positions, queries, n_tokens, values=None, products=None):
-        return super().score(keys, positions, queries[:, :-1], n_tokens, values)
+    def score(self, held, queries, n_tokens):
+        return super().score(held._replace(products=None), queries[:, :-1], n_tokens)
 
 
 class Unscaled(Compressor):

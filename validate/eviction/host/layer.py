@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from simulator.engine.compression import Compressor
+from simulator.engine.compression import Compressor, Held
 from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
 from simulator.policies.rope import Rope
@@ -172,9 +172,9 @@ class EvictingLayer:
 
     def views(self, row: int) -> list[CacheView]:
         """Show what every KV head of a row holds, with the queries that the layer allocator observes."""
-        keys, positions, _ = self._held(row)
-        queries = self._last_queries(row, min(self.policy.layers.window, int(self.n_tokens[row])))
-        return self.compressors[row].views(keys, positions, queries, int(self.n_tokens[row]))
+        n_tokens = int(self.n_tokens[row])
+        queries = self._last_queries(row, min(self.policy.layers.window, n_tokens))
+        return self.compressors[row].view(self._held(row), queries, n_tokens).heads
 
     def resize(self, row: int, entries: int) -> None:
         """Change a row's budget per KV head; a compression that is due now stays so."""
@@ -190,11 +190,11 @@ class EvictingLayer:
 
     def compress(self, row: int) -> None:
         """Evict from every KV head of one row what exceeds its budget."""
-        keys, positions, values = self._held(row)
-        survivors = self._decide(row, keys, positions, values)
+        held = self._held(row)
+        survivors = self._decide(row, held)
         n_kept = sum(
-            len(held) if slots is None else len(slots)
-            for held, slots in zip(positions, survivors, strict=True)
+            len(own) if slots is None else len(slots)
+            for own, slots in zip(held.positions, survivors, strict=True)
         )
         self._schedule(row, n_kept)
         self.pool.retain(row, survivors, int(self._room()[row]))
@@ -216,31 +216,20 @@ class EvictingLayer:
         self._overdue[row] = due and self._waits
         if not due or self._waits:
             return held
-        survivors = self._decide(
-            row, list(to_array(keys)), held, list(to_array(values)) if self._with_values else None
-        )
+        own_values = list(to_array(values)) if self._with_values else None
+        survivors = self._decide(row, Held(list(to_array(keys)), held, own_values))
         return [everyone if slots is None else slots for slots in survivors]
 
-    def _held(self, row: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray] | None]:
-        """Give keys, positions and, if the scorer needs them, values of a row's KV heads."""
+    def _held(self, row: int) -> Held:
         heads = [self.pool.segment(row, kv_head) for kv_head in range(self.pool.lengths.shape[1])]
         keys = [to_array(self.pool.keys[slots]) for slots in heads]
         values = [to_array(self.pool.values[slots]) for slots in heads] if self._with_values else None
-        return keys, [self.pool.positions[slots] for slots in heads], values
+        return Held(keys, [self.pool.positions[slots] for slots in heads], values)
 
-    def _decide(
-        self,
-        row: int,
-        keys: Sequence[np.ndarray],
-        positions: Sequence[np.ndarray],
-        values: Sequence[np.ndarray] | None,
-    ) -> list[np.ndarray | None]:
+    def _decide(self, row: int, held: Held) -> list[np.ndarray | None]:
         compressor, n_tokens = self.compressors[row], int(self.n_tokens[row])
         queries = self._last_queries(row, compressor.n_queries(n_tokens))
-        scores = compressor.score(keys, positions, queries, n_tokens, values)
-        if compressor.reallocation_due(n_tokens):
-            compressor.reallocate(scores, n_tokens)
-        return compressor.survivors(scores, positions)
+        return compressor.decide(held, queries, n_tokens)
 
     def _recent_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Start a ring of every row's last queries, as many as the policy may ask for after the prompts."""
