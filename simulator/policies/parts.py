@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from simulator.policies.ranges import Ranges
 from simulator.policies.view import CacheView
 from traces.errors import UserError
 
@@ -27,6 +28,8 @@ class Scorer(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        How far a search may turn a parameter; the others stay at their defaults.
     name : str
         What it is called on the command line.
     source : str
@@ -51,6 +54,7 @@ class Scorer(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     stateful: ClassVar[bool] = False
 
     @property
@@ -170,6 +174,8 @@ class LayerAllocator(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        As for scorers.
     dynamic : bool
         Whether it looks at what the layers hold: it then divides after the prompt was read, and again every
         ``layer_delta`` decode steps.
@@ -185,6 +191,7 @@ class LayerAllocator(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     dynamic: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ()
@@ -212,6 +219,8 @@ class HeadAllocator(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        As for scorers.
     delta : int
         Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share.
     files : tuple of str
@@ -220,6 +229,7 @@ class HeadAllocator(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     files: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from simulator.policies.apportion import divide
 from simulator.policies.heads.shares import ONCE, equal_shares
 from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.tables import head_table
 
 
@@ -43,6 +44,7 @@ class Duo(HeadAllocator):
     name: ClassVar[str] = "duo"
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     files: ClassVar[tuple[str, ...]] = ("head_table",)
+    searched: ClassVar[Ranges] = {"streaming_share": Range(0.1, 0.9), "stream_budget": Range(0.05, 0.9)}
     head_table: str = ""
     streaming_share: float = 0.5
     stream_budget: float = 0.25

@@ -13,6 +13,7 @@ from simulator.kernels.scratch import scratch
 from simulator.kernels.spans import addresses, n_panels, pool_window_attention
 from simulator.kernels.tiles import ROWS, WIDTH
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
 from simulator.policies.view import CacheView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
@@ -49,6 +50,11 @@ class SnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469; decode-time form of R-KV"
+    searched: ClassVar[Ranges] = {
+        "window": Range(1, 32, log=True),
+        "kernel_size": Range(1, 15, step=2),
+        "group_reduce": Choices(("max_logits", "mean_weights", "max_weights")),
+    }
     window: int = 8
     kernel_size: int = 7
     group_reduce: str = "max_logits"
