@@ -197,6 +197,11 @@ class LayerAllocator(ABC):
     files: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What has to be known of the model beforehand: ``wave``, or nothing."""
+        return frozenset()
+
+    @property
     def layer_delta(self) -> int:
         """Decode steps between reallocations."""
         return 0
@@ -231,6 +236,11 @@ class HeadAllocator(ABC):
     source: ClassVar[str] = ""
     searched: ClassVar[Ranges] = {}
     files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As for layers."""
+        return frozenset()
 
     @property
     def delta(self) -> int:

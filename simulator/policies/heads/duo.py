@@ -54,6 +54,11 @@ class Duo(HeadAllocator):
         refuse_unless(0 <= self.stream_budget <= 1, "stream_budget", self.stream_budget, "0 to 1")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
+
+    @property
     def delta(self) -> int:
         """Divide once."""
         return ONCE

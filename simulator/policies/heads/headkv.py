@@ -54,6 +54,11 @@ class HeadKV(HeadAllocator):
         refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
+
+    @property
     def delta(self) -> int:
         """Divide once."""
         return ONCE

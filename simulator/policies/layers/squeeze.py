@@ -38,6 +38,7 @@ class Squeeze(LayerAllocator):
 
     name: ClassVar[str] = "squeeze"
     source: ClassVar[str] = "Wang et al. 2024, arXiv 2404.04793"
+    needs: ClassVar[frozenset[str]] = frozenset({"wave"})
     searched: ClassVar[Ranges] = {"squeeze_share": Range(0.1, 0.9)}
     squeeze_share: float = 0.4
 

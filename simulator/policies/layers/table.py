@@ -41,6 +41,11 @@ class TableLayers(LayerAllocator):
     def __post_init__(self) -> None:
         refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
+
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool.
 

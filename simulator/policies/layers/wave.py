@@ -31,6 +31,7 @@ class WaveLayers(LayerAllocator):
 
     name: ClassVar[str] = "wave"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level I"
+    needs: ClassVar[frozenset[str]] = frozenset({"wave"})
     searched: ClassVar[Ranges] = {
         "gamma": Range(0.1, 2.0),
         "layer_floor": Range(0.05, 0.9),
