@@ -318,7 +318,7 @@ class TestSearch:
         assert counts["judged"] == 3
 
     def test_a_worker_that_dies_is_one_line(self, asked, run_sim, monkeypatch):
-        monkeypatch.setattr(workers, "_search", _die)
+        monkeypatch.setattr(workers, "search", _die)
         code, _, err = run_sim(*asked, "--jobs", 2)
         assert code == 1
         assert "a search process was killed" in err
