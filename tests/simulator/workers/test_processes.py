@@ -73,7 +73,9 @@ def test_a_process_that_is_killed_breaks_them_all():
 
 
 def test_an_interrupt_leaves_no_process_and_nothing_waiting():
+    def interrupt(number):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt), processes(1) as workers:
-        for _ in workers.run(square, range(50)):
-            raise KeyboardInterrupt
+        interrupt(next(workers.run(square, range(50))))
     assert not multiprocessing.active_children()
