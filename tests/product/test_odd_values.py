@@ -1,4 +1,4 @@
-"""Names that a terminal would act on, and numbers that nothing has: shown as they are, or refused in a line."""
+"""Names that a terminal would act on, numbers that nothing has: shown as they are, or refused in a line."""
 
 from __future__ import annotations
 
