@@ -28,7 +28,8 @@ _ALLOWED = (
     "entries per KV head (128), a share of the full cache (5%) or bytes of the whole cache (64MiB), "
     "with ! (64MiB!) as a cap on the peak"
 )
-KEPT, PEAK = "kept", "peak"
+KEPT, PEAK = KINDS = "kept", "peak"
+UNITS = ("entries", "%", *_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ _ROPE_SIZES = (
 # What is read of a task, and put into tables.
 _TASK_TEXTS = ("id", "family", "answer", "decoded_answer")
 
+# Control characters would move a terminal's cursor wherever the name is shown.
+Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 TokenCount = Annotated[int, Meta(ge=1, lt=2**31)]
 
@@ -64,8 +66,8 @@ class Manifest:
     """
 
     trace_id: Sha256
-    model: str
-    model_revision: str
+    model: Name
+    model_revision: Name
     n_layers: int
     n_query_heads: int
     n_kv_heads: int
@@ -215,8 +217,11 @@ def _check_fields(path: Path | str, manifest: Manifest) -> None:
             f"allowed: 1 to total_tokens ({manifest.total_tokens})"
         )
     for name in _TASK_TEXTS:
-        if not isinstance(manifest.task.get(name), str | None):
-            raise TraceError(f"{path}: task.{name} is {shown(manifest.task[name])}; allowed: text")
+        told = manifest.task.get(name)
+        if not isinstance(told, str | None):
+            raise TraceError(f"{path}: task.{name} is {shown(told)}; allowed: text")
+        if name in ("id", "family") and told and not told.isprintable():
+            raise TraceError(f"{path}: task.{name} is {shown(told)}; allowed: no control characters")
     _check_rope(path, manifest.rope)
 
 

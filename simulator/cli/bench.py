@@ -58,13 +58,12 @@ def bench(
 
 def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the machine's rates, a table of the cases and how time grows, as ``run_bench`` gives them."""
-    import sys
-
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(width=None if sys.stdout.isatty() else 110)
+    from simulator.results.layout import plain_console
+
+    console = console or plain_console(110)
     machine, cases = result["machine"], result["cases"]
     cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
     forced = f", OPENBLAS_CORETYPE={machine['openblas_coretype']}" if machine["openblas_coretype"] else ""

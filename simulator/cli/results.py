@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +46,10 @@ def results(
 ) -> None:
     """Read, filter and compare rows of replays and sweeps."""
     import polars as pl
-    from rich.console import Console
 
     from simulator.budget import parse_budgets
     from simulator.policies.language import split_list
+    from simulator.results.layout import plain_console
     from simulator.results.means import cell_means
     from simulator.results.output import choose_format, tell_written, write_rows
     from simulator.results.standings import at_budgets, of_policies, of_traces, standings
@@ -103,7 +102,7 @@ def results(
         ]
         write_rows(found[0] if len(found) == 1 else pl.concat(named, how="diagonal"), output, chosen)
         return
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = plain_console(200)
     for own, of_model in zip(found, of_models, strict=True):
         if len(found) > 1:
             console.print(f"{of_model['model'][0]}:", highlight=False)

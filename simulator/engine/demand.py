@@ -9,8 +9,11 @@ import numpy as np
 from simulator.engine.full_cache import group_weights, sampled_steps
 from simulator.policies.wave import Wave, entries_to_hold
 from traces.check import check_trace
-from traces.errors import UserError
+from traces.errors import TraceError, UserError
 from traces.trace import Trace
+
+# More than sums of 16-bit products differ by.
+_TOLERANCE = 0.05
 
 
 def calibrate(
@@ -55,6 +58,7 @@ def calibrate(
         n_steps += len(steps)
         for layer in range(shape.n_layers):
             for weights in group_weights(trace, layer, steps + trace.prompt_tokens):
+                _require_softmax(trace, layer, weights)
                 demand[layer] += entries_to_hold(weights, rho)
     demand /= n_steps
     return Wave(
@@ -66,3 +70,13 @@ def calibrate(
         trace_ids=tuple(trace.trace_id for trace in traces),
         n_steps=n_steps,
     )
+
+
+def _require_softmax(trace: Trace, layer: int, weights: np.ndarray) -> None:
+    """Refuse weights, (n_rows, n), that are none: a trace that was not checked may have a wrong scale."""
+    sums = weights.sum(axis=1, dtype=np.float64)
+    worst = sums[np.argmax(np.abs(sums - 1))]
+    if not abs(worst - 1) <= _TOLERANCE:
+        raise TraceError(
+            f"trace {trace.path}: weights of layer {layer} sum to {worst:g}; allowed: 1, by its log-sum-exp"
+        )

@@ -10,10 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from simulator.policies.language import TABLES, parse_policy, split_name
-from simulator.policies.parts import LayerRequest
 from simulator.policies.plugins import ROLES, find_part, installed, sources
 from simulator.policies.shipped import ALIASES
-from traces.errors import MissingDataError, UserError
+from traces.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,7 @@ def _card(role: str, part: Any, name: str) -> Card:
         summary=_plain(sections.get("", "").split("\n\n")[0]),
         source=part.source,
         code=sources([part]),
-        needs=_needs(role, part),
+        needs=_needs(part),
         parameters=[
             Parameter(item.name, getattr(part, item.name), _default(item), _meaning(type(part), item.name))
             for item in fields(part)
@@ -181,22 +180,13 @@ def _default(item: Any) -> Any:
     return None if item.default is MISSING else item.default
 
 
-def _needs(role: str, part: Any) -> list[str]:
-    if role == "scorer":
-        words = {"values": "values (a trace recorded with --values)", "rope": "the model's RoPE parameters"}
-        return [words[need] for need in sorted(part.needs)]
-    # An allocator does not say what it will ask for: let it divide for a model that nothing is known of.
-    request = LayerRequest(2, 64, 8, "none", "", "", waves={}, n_kv_heads=2)
-    try:
-        if role == "layers" and not part.dynamic:
-            part.allocate(request)
-        elif role == "heads":
-            part.table(request)
-    except MissingDataError as error:
-        return ["a wave of the model (sim calibrate)"] if "wave" in str(error) else [str(error)]
-    except Exception:
-        return []  # it wants a real model; that is no need of data
-    return []
+def _needs(part: Any) -> list[str]:
+    words = {
+        "rope": "the model's RoPE parameters",
+        "values": "values (a trace recorded with --values)",
+        "wave": "a wave of the model (sim calibrate)",
+    }
+    return [words[need] for need in sorted(getattr(part, "needs", ()))]
 
 
 def _summary(part: type) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from simulator.policies.ranges import Ranges
 from simulator.policies.view import CacheView, LayerView
 from traces.errors import UserError
 
@@ -31,6 +32,8 @@ class Scorer(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        How far a search may turn a parameter; the others stay at their defaults.
     name : str
         What it is called on the command line.
     source : str
@@ -54,6 +57,7 @@ class Scorer(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     stateful: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -189,6 +193,8 @@ class LayerAllocator(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        As for scorers.
     dynamic : bool
         Whether it looks at what the layers hold: it then divides after the prompt was read, and again every
         ``layer_delta`` decode steps.
@@ -204,9 +210,15 @@ class LayerAllocator(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     dynamic: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What has to be known of the model beforehand: ``wave``, or nothing."""
+        return frozenset()
 
     @property
     def layer_delta(self) -> int:
@@ -231,6 +243,8 @@ class HeadAllocator(ABC):
 
     Attributes
     ----------
+    searched : mapping of str to Range or Choices
+        As for scorers.
     delta : int
         Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share.
     files : tuple of str
@@ -239,7 +253,13 @@ class HeadAllocator(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    searched: ClassVar[Ranges] = {}
     files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """As for layers."""
+        return frozenset()
 
     @property
     def delta(self) -> int:

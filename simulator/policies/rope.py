@@ -11,6 +11,8 @@ import numpy as np
 
 from traces.errors import MissingDataError
 
+# A thousand times that of any published model.
+_MOST_THETA = 1e13
 KINDS = ("default", "linear", "llama3")
 
 
@@ -62,10 +64,10 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
         If there are none, or they are of a kind that is not known here.
     """
     theta, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not isinstance(theta, int | float) or not 1 < theta <= _MOST_THETA:
         raise MissingDataError(
-            f"RoPE parameters are {dict(parameters) or 'missing'}; allowed: a rope_theta above 0, as a trace "
-            "recorded from a model with RoPE has"
+            f"RoPE parameters are {dict(parameters) or 'missing'}; allowed: a rope_theta of 1 to "
+            f"{_MOST_THETA:g}, as a trace recorded from a model with RoPE has"
         )
     if kind not in KINDS:
         raise MissingDataError(f"rope_type is '{kind}'; allowed: {', '.join(KINDS)}")
@@ -91,6 +93,8 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarra
     """Slow the low frequencies down, leave the high ones, blend between (Llama 3.1's scaling)."""
     factor = float(parameters["factor"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    if not 0 < low < high:
+        raise ValueError(f"its low_freq_factor {low:g} is not below its high_freq_factor {high:g}")
     turns = float(parameters["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (kept + (1 - kept) / factor)

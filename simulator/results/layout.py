@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -10,6 +12,12 @@ from rich.table import Table
 
 # Characters of a policy's name in a table that it would make too wide; the second where that is not enough.
 _LONG, _SHORT = 36, 20
+
+
+def plain_console(width: int, file: TextIO | None = None) -> Console:
+    """Return a console as wide as the terminal, else ``width``, that shows text as it is."""
+    asked = None if file is None and sys.stdout.isatty() else width
+    return Console(width=asked, file=file, markup=False, emoji=False, highlight=False)
 
 
 def fitted(

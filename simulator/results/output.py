@@ -9,8 +9,8 @@ from io import StringIO
 from pathlib import Path
 
 import polars as pl
-from rich.console import Console
 
+from simulator.results.layout import plain_console
 from simulator.results.store import sealed_parquet
 from simulator.results.terminal import print_results
 from traces.atomic import write_file
@@ -95,7 +95,7 @@ def write_rows(table: pl.DataFrame, path: Path | None, chosen: str) -> None:
     """Write full rows, or for ``table`` the readable summary, to a file or standard output."""
     if path is None:
         if chosen == "table":
-            print_results(table, Console(width=None if sys.stdout.isatty() else 160))
+            print_results(table, plain_console(160))
         else:
             sys.stdout.write(_text(table, chosen))
         return
@@ -119,7 +119,7 @@ def tell_written(path: Path | None, n: int, quiet: bool = False, what: str = "ro
 
 def _rendered(table: pl.DataFrame) -> str:
     text = StringIO()
-    print_results(table, Console(width=160, file=text))
+    print_results(table, plain_console(160, text))
     return text.getvalue()
 
 

@@ -75,6 +75,8 @@ def read_table(
         As ``error``, if the file cannot be read, is of another format, or a column is missing or of another
         type.
     """
+    if not path.exists():
+        raise error(f"{what}: cannot be read: No such file or directory")
     if path.suffix not in FORMATS:
         raise error(f"{what}: suffix is '{path.suffix}'; allowed: {', '.join(FORMATS)}")
     return parse_table(

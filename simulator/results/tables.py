@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.budget import KEPT, Budget
+from simulator.budget import KEPT, KINDS, UNITS, Budget
 from simulator.engine.layer import Retained
 from simulator.engine.metrics import RANGES
 from simulator.engine.trajectory import Span
@@ -339,7 +339,17 @@ def require_sound_rows(table: pl.DataFrame, what: str) -> None:
     refuse_rows(table, ~pl.col("status").is_in(["ok", "error"]), "status", "ok, error", what)
     for parameters in table["policy_params"].unique().sort():
         parse_json(parameters, f"{what}: policy_params", dict[str, Any])
+    for name in ("trace", "family", "model", "policy"):
+        if name in table.columns:
+            has_controls = pl.col(name).str.contains(r"[\x00-\x1f\x7f]")
+            refuse_rows(table, has_controls, name, "no control characters", what)
+    asked = pl.col("budget_asked")
+    refuse_rows(table, ~(asked.is_finite() & (asked > 0)), "budget_asked", "a number above 0", what)
+    for name, known in (("budget_unit", UNITS), ("budget_kind", KINDS)):
+        if name in table.columns:
+            refuse_rows(table, ~pl.col(name).is_in(list(known)), name, ", ".join(known), what)
     done = pl.col("status") == "ok"
+    refuse_rows(table, done & (pl.col("n_steps") < 1), "n_steps", "1 or more", what)
     refuse_rows(table, done & pl.col("model").is_null(), "model", "a name", what)
     for name, (low, high) in RANGES.items():
         if name not in table.columns:

@@ -12,6 +12,7 @@ from optuna.trial import BaseTrial, FixedTrial
 
 from simulator.budget import parse_budget
 from simulator.policies.language import Policy, parse_policy
+from simulator.policies.ranges import Choices, Range, Ranges
 from simulator.policies.shipped import LAYER_ALLOCATORS
 from traces.documents import read_toml
 from traces.errors import UserError
@@ -22,66 +23,6 @@ DEFAULT_PARTS = {
     "scorer": ("rkv", "snapkv", "snapkv-paper"),
     "layers": ("uniform", "wave", "wave-dynamic", "pyramid", "cake", "squeeze"),
     "heads": ("uniform", "utility", "adakv"),
-}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both included; ``log`` spreads the draws evenly over magnitudes.
-
-    ``step`` is for whole numbers.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    step: int = 1
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of some values."""
-
-    values: tuple[Any, ...]
-
-
-# By the parameter's name, which means the same in every part. What is not here stays at its default.
-RANGES: dict[str, Range | Choices] = {
-    # scorers
-    "alpha": Range(0.01, 1.0, log=True),
-    "window": Range(1, 32, log=True),
-    "kernel_size": Range(1, 15, step=2),
-    "group_reduce": Choices(("max_logits", "mean_weights", "max_weights")),
-    "similarity_threshold": Range(0.2, 0.95),
-    "pool": Choices(("max", "avg")),
-    "recent_share": Range(0.05, 0.95),
-    "recent": Range(0, 32),
-    "sinks": Range(0, 16),
-    "lag": Range(8, 128, log=True),
-    "first_stage_share": Range(0.1, 0.9),
-    "rate": Range(0.05, 1.0),
-    # layers
-    "gamma": Range(0.1, 2.0),
-    "layer_floor": Range(0.05, 0.9),
-    "layer_cap": Range(1.1, 4.0),
-    "layer_delta": Range(32, 512, log=True),
-    "rho": Range(0.7, 0.99),
-    "pyramid_beta": Range(2.0, 100.0, log=True),
-    "cake_window": Range(4, 32, log=True),
-    "tau1": Range(0.2, 3.0),
-    "tau2": Range(0.2, 3.0),
-    "squeeze_share": Range(0.1, 0.9),
-    # heads
-    "delta": Range(32, 512, log=True),
-    "beta": Range(0.1, 2.0),
-    "mu": Range(0.0, 0.9),
-    "head_cap": Range(1.1, 4.0),
-    "pooling": Choices(("none", "length")),
-    "form": Choices(("blend", "floor")),
-    "uniform_share": Range(0.05, 0.95),
-    "head_beta": Range(0.2, 3.0),
-    "streaming_share": Range(0.1, 0.9),
-    "stream_budget": Range(0.05, 0.9),
 }
 
 
@@ -97,13 +38,13 @@ class Space:
     fixed : dict
         Parameters of every policy, such as the buffer.
     ranges : dict
-        By parameter name.
+        By parameter name, in place of the parts' own.
     """
 
     parts: Mapping[str, tuple[str, ...]]
     budgets: tuple[str, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    ranges: Mapping[str, Range | Choices] = field(default_factory=lambda: RANGES)
+    ranges: Ranges = field(default_factory=dict)
 
     def suggest(self, trial: BaseTrial) -> tuple[str, str]:
         """Draw a policy and a budget, both as they are written on a command line."""
@@ -111,18 +52,19 @@ class Space:
         chosen = {role: trial.suggest_categorical(role, self.parts[role]) for role in ROLES}
         drawn: dict[str, Any] = {}
         for role, part in chosen.items():
-            for name, default in self.parameters(role, part):
-                value = _draw(trial, f"{part}.{name}", self.ranges[name], default)
+            for name, default, allowed in self.parameters(role, part):
+                value = _draw(trial, f"{part}.{name}", allowed, default)
                 if value != default:
                     drawn[name] = value
         return write_policy(chosen, drawn), budget
 
-    def parameters(self, role: str, part: str) -> Iterator[tuple[str, Any]]:
-        """List a part's parameters that have a range, with their defaults."""
+    def parameters(self, role: str, part: str) -> Iterator[tuple[str, Any, Range | Choices]]:
+        """List a part's parameters that have a range, with their defaults and ranges."""
         found = _part_of(role, part)
+        ranges = {**found.searched, **self.ranges}
         for own in fields(found):
-            if own.name in self.ranges and own.name not in self.fixed:
-                yield own.name, getattr(found, own.name)
+            if own.name in ranges and own.name not in self.fixed:
+                yield own.name, getattr(found, own.name), ranges[own.name]
 
     def parse(self, text: str) -> Policy:
         """Read a policy with the parameters that all share.
@@ -149,8 +91,8 @@ class Space:
             if part is None:
                 return None
             found[role] = part
-            for name, _ in self.parameters(role, part):
-                value, allowed = getattr(own, name), self.ranges[name]
+            for name, _, allowed in self.parameters(role, part):
+                value = getattr(own, name)
                 inside = (
                     value in allowed.values
                     if isinstance(allowed, Choices)
@@ -185,10 +127,10 @@ def make_space(
     for name in given:
         if name not in known:
             raise UserError(f"--ranges {ranges}: '{name}' is unknown; allowed: {', '.join(sorted(known))}")
-    return Space(asked, tuple(dict.fromkeys(budgets)), dict(fixed), RANGES | given)
+    return Space(asked, tuple(dict.fromkeys(budgets)), dict(fixed), given)
 
 
-def read_ranges(path: Path | None) -> dict[str, Range | Choices]:
+def read_ranges(path: Path | None) -> Ranges:
     """Read ranges from TOML: ``alpha = { low = 0.01, high = 0.5, log = true }`` or ``alpha = [0.1, 0.2]``.
 
     Raises

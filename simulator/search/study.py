@@ -133,7 +133,7 @@ def search(
     _silence()
     # Trials of another process that are under way count as bad, so that two do not try the same.
     sampler = optuna.samplers.TPESampler(
-        seed=question.seed + worker,
+        seed=(question.seed + worker) % 2**32,  # as many as Optuna takes
         n_startup_trials=_STARTUP_TRIALS,
         multivariate=True,
         group=True,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import polars as pl
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from simulator.results.layout import plain_console
 from simulator.results.metric_names import METRICS
 from simulator.results.terminal import format_bytes
 from simulator.search.study import Question
@@ -27,7 +26,7 @@ def print_search(
     console: Console | None = None,
 ) -> None:
     """Print the front on the search's own traces, and the verdict of the held-out ones."""
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or plain_console(160)
     better = "more" if METRICS[question.metric].more_is_better else "less"
     fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
     console.print(

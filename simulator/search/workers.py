@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from simulator.search.study import Question, search
-from simulator.workers.blas import use_one_thread
-from simulator.workers.interrupts import held_back
+from simulator.workers.processes import processes
 from traces.errors import UserError
 
 _POLL_SECONDS = 0.5
@@ -42,57 +38,18 @@ def search_together(
     if jobs == 1:
         search(path, question, 0, deadline, n_trials, on_moment)
         return
-    # Read by the workers' NumPy when they start.
-    use_one_thread()
-    context = multiprocessing.get_context("spawn")
-    processes, ends = [], []
     try:
-        for worker in range(jobs):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = path, question, worker, deadline, n_trials
-            process = context.Process(target=_search, args=(theirs, arguments), daemon=True)
-            with held_back():
-                process.start()
-            theirs.close()
-            processes.append(process)
-            ends.append(ours)
-        while ends:
-            for end in wait(ends, timeout=_POLL_SECONDS):
-                assert isinstance(end, Connection)
-                _take(end)
-                ends.remove(end)
-            on_moment()
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _take(end: Connection) -> None:
-    try:
-        error = end.recv()
-    except EOFError:
+        with processes(jobs) as workers:
+            running = {
+                workers.submit(search, path, question, worker, deadline, n_trials) for worker in range(jobs)
+            }
+            while running:
+                done, running = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                on_moment()
+    except BrokenProcessPool:
         raise WorkerError(
             "a search process was killed, perhaps for want of memory; run the same command again, with fewer "
             "--jobs: its trials are kept"
         ) from None
-    if error is not None:
-        raise error
-
-
-def _search(end: Connection, arguments: tuple[Path, Question, int, float, int | None]) -> None:
-    # An interrupt is for the parent, which ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def on_trial() -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-
-    try:
-        search(*arguments, on_trial)
-        end.send(None)
-    except Exception as error:
-        # A traceback does not travel.
-        error.add_note(traceback.format_exc())
-        end.send(error)

@@ -6,12 +6,12 @@ import errno
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from simulator.cells import code_version
 from simulator.policies.wave import Wave, known_waves, require_fitting
@@ -20,7 +20,8 @@ from simulator.sweep.grid import TraceCells, find_sweep_traces, lay_out, read_wa
 from simulator.sweep.spec import Spec
 from simulator.sweep.tasks import Portions, Task
 from simulator.sweep.worker import Done, replay_task
-from simulator.workers.engines import Engine, Workers, connected
+from simulator.workers.engines import Engine, connected
+from simulator.workers.processes import Workers
 from traces.errors import Interrupted
 from traces.wording import counted
 
@@ -171,7 +172,7 @@ def _resumable(out: Path, progress: Progress) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted: run the same command again: {_kept(out, progress)}") from None
-    except TerminatedWorkerError:
+    except BrokenProcessPool:
         raise OutputError(
             "a worker process was killed, perhaps for want of memory; run the same command again, with "
             f"fewer --jobs: {_kept(out, progress)}"

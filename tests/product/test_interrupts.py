@@ -29,7 +29,7 @@ if __name__ == "__main__":
         print(ours.recv(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         process.join()
 """
-LOKY = """
+WORKERS = """
 import signal
 from simulator.workers.engines import Engine, connected
 
@@ -57,7 +57,9 @@ def test_no_process_sees_an_interrupt_and_the_parent_does_again(tmp_path):
 
 
 def test_no_worker_of_a_sweep_sees_an_interrupt(tmp_path):
-    ran = subprocess.run([sys.executable, script(tmp_path, LOKY)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, script(tmp_path, WORKERS)], capture_output=True, text=True, check=True
+    )
     assert ran.stdout.split() == ["True"] * 4
 
 

@@ -162,9 +162,9 @@ def _write(result: dict[str, Any], folder: Path) -> Path:
 
 def print_device_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the device, its kernels, its decode steps and what was aimed at, as ``run_bench`` gives them."""
-    from rich.console import Console
+    from simulator.results.layout import plain_console
 
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or plain_console(120)
     machine, model, settings = result["machine"], result["model"], result["settings"]
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "transformers", "triton") if machine[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -19,6 +20,7 @@ from simulator.policies.parts import LayerRequest
 from simulator.policies.wave import Wave, known_waves
 from traces.documents import shown
 from traces.errors import UserError
+from traces.shape import ModelShape
 from validate.eviction.cache_layer import EvictingCacheLayer
 from validate.eviction.calls import Calls, watch_calls
 from validate.eviction.host.layer import EvictingLayer
@@ -28,6 +30,8 @@ from validate.models.load import model_shape, rope_parameters
 
 IMPLEMENTATION = "kvbudget_evict"
 _ATTRIBUTE = "_kvbudget_evicting_cache"
+# Of entries and tokens; far above any, and within what arrays of the device count.
+_MOST = 2**31 - 1
 
 
 class EvictingCache(Cache):
@@ -77,12 +81,14 @@ class EvictingCache(Cache):
         if not isinstance(policy, Policy):
             raise UserError(f"policy is {shown(policy)}; allowed: what parse_policy gives")
         if prompt_tokens is not None:
-            prompt_tokens = _whole(prompt_tokens, "prompt_tokens", 1)
+            prompt_tokens = whole_number(prompt_tokens, "prompt_tokens", 1)
+        if isinstance(entries, torch.Tensor):
+            entries = entries.tolist()
         self._one_budget = isinstance(entries, Integral)
         self._asked = _whole_numbers([entries] if self._one_budget else entries, "entries", 1)
-        shape, rope = model_shape(model.config, model.dtype), rope_parameters(model.config)
-        self.shape = shape
+        self.shape, self.rope = shape, rope = _kind_of(model)
         super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(shape.n_layers)])
+        self.owner: weakref.ref[PreTrainedModel] | None = None
         self.calls = Calls(shape.n_layers, prompt_tokens, self._reads_values)
         self.policy, self._layer_type = policy, layer_type
         self._seeds = None if seeds is None else _whole_numbers(seeds, "seeds", 0)
@@ -111,6 +117,8 @@ class EvictingCache(Cache):
 
     def reset(self, prompt_tokens: int | None = None) -> None:
         """Forget the text; the next prompts have ``prompt_tokens`` tokens, if that is known."""
+        if prompt_tokens is not None:
+            prompt_tokens = whole_number(prompt_tokens, "prompt_tokens", 1)
         super().reset()
         self.calls.forget(prompt_tokens)
         self._prompts = np.zeros(0, np.int64)
@@ -274,16 +282,40 @@ class _Views(Sequence):
         return self._layers[layer].views(self._row)
 
 
-def _whole(number: object, name: str, least: int) -> int:
-    if not isinstance(number, Integral) or isinstance(number, bool | np.bool_) or number < least:
+def _require_own(model: PreTrainedModel, cache: EvictingCache) -> None:
+    """Refuse a cache of another model, or that a model attends through already; note whose it is."""
+    if not isinstance(cache, EvictingCache):
+        raise UserError(f"cache is {shown(cache)}; allowed: an EvictingCache or a DeviceCache")
+    if cache.calls.is_open:
+        raise UserError("evicting(model, cache) is entered twice with one cache; allowed: leaving it first")
+    found, allowed = _kind_of(model), (cache.shape, cache.rope)
+    if found != allowed:
+        raise UserError(f"the cache was made for a model of {allowed}; found: one of {found}")
+    if cache.get_seq_length() and cache.owner is not None and cache.owner() is not model:
+        raise UserError("the cache holds a text that another model has read; allowed: cache.reset()")
+    cache.owner = weakref.ref(model)
+
+
+def _kind_of(model: PreTrainedModel) -> tuple[ModelShape, dict[str, object]]:
+    return model_shape(model.config, model.dtype), rope_parameters(model.config)
+
+
+def whole_number(number: object, name: str, least: int) -> int:
+    """Give an argument as an int; raises UserError if it is none, below ``least`` or beyond measure."""
+    if (
+        not isinstance(number, Integral)
+        or isinstance(number, bool | np.bool_)
+        or not least <= number <= _MOST
+    ):
         raise UserError(f"{name} has {shown(number)}; allowed: whole numbers, {least} or more")
     return int(number)
 
 
 def _whole_numbers(given: object, name: str, least: int) -> list[int]:
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+    is_row = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim == 1)
+    if not is_row or isinstance(given, str | bytes) or not len(given):
         raise UserError(f"{name} is {shown(given)}; allowed: a whole number, or one for each sequence")
-    return [_whole(number, name, least) for number in given]
+    return [whole_number(number, name, least) for number in given]
 
 
 def evict_attention(
@@ -342,6 +374,7 @@ def evicting(model: PreTrainedModel, cache: EvictingCache) -> Iterator[EvictingC
         When the model's attention cannot be replaced, and from any call that is not one of these two kinds or
         does not continue the text in the cache.
     """
+    _require_own(model, cache)
     AttentionInterface.register(IMPLEMENTATION, evict_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
     with replaced_attention(model, IMPLEMENTATION, _ATTRIBUTE, cache):

@@ -28,7 +28,7 @@ class Calls:
     prompt_tokens : int or None
         Tokens of the prompts, padding included, if they are known.
     reads_values : bool
-        Whether ids, positions and masks of later passes may be looked at, which waits for a device.
+        Whether positions and masks of later passes may be looked at on a device too, which waits for it.
 
     Attributes
     ----------
@@ -51,6 +51,8 @@ class Calls:
         self.tokens: torch.Tensor | None = None
         self._read: list[torch.Tensor] | None = []
         self._lengths: np.ndarray | None = None
+        self._n_rows: int | None = None
+        self._has_positions = False
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -63,6 +65,8 @@ class Calls:
             self._read = [ids[rows.to(ids.device)] for ids in self._read]
         if self._lengths is not None:
             self._lengths = self._lengths[rows.cpu().numpy()]
+        if self._n_rows is not None:
+            self._n_rows = len(rows)
 
     def hand_on(self, layer: int, n_new: int) -> None:
         """Note that a layer's new tokens are on their way to its attention.
@@ -123,15 +127,21 @@ class Calls:
         if given.get("output_attentions"):
             raise UserError("output_attentions is asked of an evicting model; allowed: False")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        self.tokens = ids
-        shape = (0, 0) if ids is None and embeds is None else (embeds if ids is None else ids).shape
-        if not shape[1]:
+        self.tokens, new = ids, embeds if ids is None else ids
+        if new is None or not new.shape[1]:
             raise UserError("the model is called without tokens; allowed: one or more")
+        if self._n_rows not in (None, new.shape[0]):
+            raise UserError(
+                f"a batch of {new.shape[0]} follows one of {self._n_rows} sequences; allowed: the same, "
+                "a new cache, or cache.reset()"
+            )
         n_seen = cache.get_seq_length()
         in_prompts = n_seen < (self.prompt_tokens or 1)
-        if in_prompts or self._reads_values:
-            self._require_continuation(in_prompts, n_seen, shape, given)
-        if not self._reads_values or ids is None:
+        if in_prompts or self._reads_values or new.device.type == "cpu":
+            self._require_continuation(in_prompts, n_seen, new.shape, given)
+        self._n_rows = new.shape[0]
+        # What a graph reads when it is replayed is not seen here.
+        if ids is None or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._read = None
         elif self._read is not None:
             self._read.append(ids.detach().clone())
@@ -151,15 +161,19 @@ class Calls:
         text = embeds if ids is None else ids
         n_tokens = 1 if text is None else text.shape[1]
         n_seen = cache.get_seq_length()
-        self._is_guessed = False
         if not n_seen:
             if self._told not in (None, n_tokens):
                 raise UserError(f"generate brings {n_tokens} tokens; prompt_tokens is {self._told}")
-            self.prompt_tokens = n_tokens
+            self.prompt_tokens, self._is_guessed = n_tokens, False
             return
         mask = given.get("attention_mask")
-        if mask is not None and mask.shape[1] == n_seen + n_tokens:
-            return  # the new tokens alone, beside the mask of all
+        # Beside the mask of all, the new tokens may come alone.
+        is_whole = mask is None or mask.shape[1] != n_seen + n_tokens
+        if n_seen == self.prompt_tokens:
+            self.require_certain_prompts(n_tokens - n_seen if is_whole else n_tokens)
+        self._is_guessed = False
+        if not is_whole:
+            return
         if n_tokens <= n_seen:
             raise UserError(
                 f"generate brings a text of {n_tokens} tokens, and the cache has read {n_seen}; allowed: a "
@@ -203,6 +217,14 @@ class Calls:
         """Hold masks and positions of new tokens, (n_rows, n_new, ...), against what was read before."""
         mask, positions, n_tokens = given.get("attention_mask"), given.get("position_ids"), n_seen + shape[1]
         is_known = self._lengths is not None and not in_prompts
+        is_padded = is_known and bool((self._lengths < n_seen).any())
+        if is_padded and (positions is not None) != self._has_positions:
+            found = "given" if self._has_positions else "missing"
+            raise UserError(
+                f"position_ids were {found} when the padded prompts were read; allowed: in all passes or none"
+            )
+        if not is_known:
+            self._has_positions = positions is not None
         lengths = self._lengths + shape[1] if is_known else np.full(shape[0], n_tokens)
         if isinstance(mask, torch.Tensor):
             if mask.ndim != 2 or mask.shape[1] != n_tokens:
@@ -224,12 +246,14 @@ class Calls:
         self._lengths = lengths
 
     def _require_same(self, ids: torch.Tensor | None, n_seen: int) -> None:
-        """Hold the start of a text against the ids that were read, where both are known."""
-        if ids is None or not self._read:
-            return
-        read = torch.cat(self._read, 1)
-        if read.shape != (ids.shape[0], n_seen):
-            return
+        """Hold the start of a text against the ids that were read."""
+        read = None if self._read is None else torch.cat(self._read, 1)
+        if ids is None or read is None or read.shape != (ids.shape[0], n_seen):
+            raise UserError(
+                "generate brings a whole text, whose start cannot be held against what the cache has read, "
+                f"{self._n_rows} sequences of {n_seen} tokens or embeddings; allowed: the new tokens alone "
+                "beside an attention mask of all, a new cache, or cache.reset()"
+            )
         differing = (read != ids[:, :n_seen].to(read.device)).any(0).nonzero()
         if len(differing):
             raise UserError(
@@ -240,7 +264,9 @@ class Calls:
 
 def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[[], None]:
     """Look at every call of a model and of its ``generate``; give what ends that."""
-    forward, generate = inspect.signature(model.forward), model.generate
+    # The model below its head is called by the whole one, and may be called by itself.
+    inner = model.base_model
+    forward, generate = inspect.signature(inner.forward), model.generate
     own = "generate" in vars(model)
 
     def before_forward(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -251,7 +277,7 @@ def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[
         calls.begin_text(cache, inspect.signature(generate).bind_partial(*given).arguments | named)
         return generate(*given, **named)
 
-    handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    handle = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
     model.generate = watched  # type: ignore[method-assign]
 
     def end() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from simulator.policies.wave import known_waves
 from simulator.results.output import write_parquet
 from simulator.results.store import read_table
 from simulator.results.tables import GROUP, budget_columns, with_budget_kind
-from simulator.workers.interrupts import held_back
+from simulator.workers.processes import processes
 from traces.atomic import write_file
 from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
@@ -164,34 +162,24 @@ class Matrix:
                 waiting.append(batch)
         if not waiting:
             return errors
-        # torch does not survive a fork once it has started threads.
-        context = multiprocessing.get_context("spawn")
         jobs = min(jobs, len(waiting))
-        with ProcessPoolExecutor(
-            jobs, context, initializer=_start_worker, initargs=(self.settings, jobs)
-        ) as pool:
-            running: dict[Future[None], Batch] = {}
-            try:
+        running: dict[Future[None], Batch] = {}
+        try:
+            with processes(jobs, _start_worker, (self.settings, jobs)) as workers:
                 for batch in self._ready(waiting, running, errors, on_batch):
                     if batch is not None:
-                        with held_back():  # a process may be started
-                            running[pool.submit(_run_batch, self.folder, batch)] = batch
+                        running[workers.submit(_run_batch, self.folder, batch)] = batch
                     if batch is None or len(running) >= 2 * jobs:
                         done, _ = wait(running, return_when=FIRST_COMPLETED)
                         for future in done:
                             self._settle(future, running.pop(future), errors, on_batch)
                 for future in list(running):
                     self._settle(future, running.pop(future), errors, on_batch)
-            except BrokenProcessPool:
-                raise UserError(
-                    "a worker process died, for want of memory perhaps; allowed: fewer --jobs or a smaller "
-                    "--batch. What is done is kept: the same command goes on"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process died, for want of memory perhaps; allowed: fewer --jobs or a smaller "
+                "--batch. What is done is kept: the same command goes on"
+            ) from None
         return errors
 
     def _ready(
@@ -309,8 +297,6 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     from validate.problems.prompts import read_prompts, require_known_words
     from validate.record.recorder import observed_shape
 
-    # An interrupt is the main process's business, which ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     share_threads(n_processes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulator.results.labels import row_budget, told_apart, with_budget_label
-from simulator.results.layout import fitted
+from simulator.results.layout import fitted, plain_console
 from simulator.results.tables import GROUP
 from simulator.results.terminal import format_bytes, say
 from traces.atomic import write_file
@@ -184,8 +183,8 @@ def _table(title: str | None) -> Table:
 def _console(output: Path | None) -> Iterator[Console]:
     """Give what prints to the terminal, or to a file that is there when all is printed."""
     if output is None:
-        yield Console(width=None if sys.stdout.isatty() else 160)
+        yield plain_console(160)
         return
     text = StringIO()
-    yield Console(file=text, width=200)
+    yield plain_console(200, text)
     write_file(output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))

@@ -171,9 +171,7 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     Raises
     ------
     UserError
-        When the model's attention cannot be replaced.
-    RuntimeError
-        When the model is being recorded already.
+        When the model's attention cannot be replaced, or the model is being recorded already.
     """
     AttentionInterface.register(IMPLEMENTATION, record_attention)
     with replaced_attention(model, IMPLEMENTATION, RECORDER_ATTRIBUTE, recorder):
@@ -196,13 +194,11 @@ def replaced_attention(
     Raises
     ------
     UserError
-        When the model's attention cannot be replaced.
-    RuntimeError
-        When it is replaced in this way already.
+        When the model's attention cannot be replaced, or is in this way already.
     """
     layers = attention_layers(model)
     if any(hasattr(layer, attribute) for layer in layers):
-        raise RuntimeError(f"this model attends through {implementation} already")
+        raise UserError(f"this model attends through {implementation} already; allowed: leaving that first")
     # Parents first: setting a configuration also sets those inside it.
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [config._attn_implementation for config in configs]

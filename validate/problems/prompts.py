@@ -144,6 +144,8 @@ def _as_text(value: object, where: str, name: str) -> str:
         raise UserError(f"{where}: {name} is a {type(value).__name__}; allowed: a string")
     if not value.strip():
         raise UserError(f"{where}: {name} is empty; allowed: a string with text")
+    if name in ("id", "family") and not value.isprintable():
+        raise UserError(f"{where}: {name} is {shown(value)}; allowed: a string without control characters")
     return value
 
 

@@ -83,8 +83,8 @@ def record_decode(
         For settings out of range and for a model that cannot be recorded.
     """
     sampling = Sampling(do_sample, temperature, top_p, seed)
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+    if not 1 <= max_new_tokens < 2**31:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 to 2,147,483,647")
     stops = set(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
     generator = sampling.generator()
     longest = len(prompt_ids) + max_new_tokens

@@ -10,6 +10,7 @@ import numpy as np
 
 from simulator.policies.apportion import divide
 from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
 
 FORMS = ("blend", "floor")
 
@@ -44,6 +45,7 @@ class AdaKV(HeadAllocator):
 
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Feng et al. 2024, arXiv 2407.11550"
+    searched: ClassVar[Ranges] = {"form": Choices(("blend", "floor")), "uniform_share": Range(0.05, 0.95)}
     form: str = "blend"
     uniform_share: float = 0.2
 

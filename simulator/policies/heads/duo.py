@@ -10,6 +10,7 @@ import numpy as np
 from simulator.policies.apportion import divide
 from simulator.policies.heads.shares import ONCE, equal_shares
 from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.tables import head_table
 
 
@@ -43,6 +44,7 @@ class Duo(HeadAllocator):
     name: ClassVar[str] = "duo"
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     files: ClassVar[tuple[str, ...]] = ("head_table",)
+    searched: ClassVar[Ranges] = {"streaming_share": Range(0.1, 0.9), "stream_budget": Range(0.05, 0.9)}
     head_table: str = ""
     streaming_share: float = 0.5
     stream_budget: float = 0.25
@@ -50,6 +52,11 @@ class Duo(HeadAllocator):
     def __post_init__(self) -> None:
         refuse_unless(0 <= self.streaming_share <= 1, "streaming_share", self.streaming_share, "0 to 1")
         refuse_unless(0 <= self.stream_budget <= 1, "stream_budget", self.stream_budget, "0 to 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
 
     @property
     def delta(self) -> int:

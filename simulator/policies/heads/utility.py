@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.apportion import robustify
 from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
 
 POOLINGS = ("none", "length")
 
@@ -42,6 +43,13 @@ class UtilityHeads(HeadAllocator):
 
     name: ClassVar[str] = "utility"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level II"
+    searched: ClassVar[Ranges] = {
+        "delta": Range(32, 512, log=True),
+        "beta": Range(0.1, 2.0),
+        "mu": Range(0.0, 0.9),
+        "head_cap": Range(1.1, 4.0),
+        "pooling": Choices(("none", "length")),
+    }
     delta: int = 128
     beta: float = 0.5
     mu: float = 0.25

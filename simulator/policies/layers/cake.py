@@ -11,6 +11,7 @@ import numpy as np
 from simulator.policies.apportion import divide, fractions
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -48,6 +49,11 @@ class Cake(LayerAllocator):
     name: ClassVar[str] = "cake"
     source: ClassVar[str] = "Qin et al. 2025, arXiv 2503.12491"
     dynamic: ClassVar[bool] = True
+    searched: ClassVar[Ranges] = {
+        "cake_window": Range(4, 32, log=True),
+        "tau1": Range(0.2, 3.0),
+        "tau2": Range(0.2, 3.0),
+    }
     cake_window: int = 32
     tau1: float = 1.0
     tau2: float = 1.0

@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.apportion import apportion
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class PyramidLayers(LayerAllocator):
 
     name: ClassVar[str] = "pyramid"
     source: ClassVar[str] = "Cai et al. 2024, arXiv 2406.02069"
+    searched: ClassVar[Ranges] = {"pyramid_beta": Range(2.0, 100.0, log=True)}
     pyramid_beta: float = 20.0
 
     def __post_init__(self) -> None:

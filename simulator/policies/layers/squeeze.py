@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.apportion import divide
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.tables import wave_of
 
 
@@ -37,6 +38,8 @@ class Squeeze(LayerAllocator):
 
     name: ClassVar[str] = "squeeze"
     source: ClassVar[str] = "Wang et al. 2024, arXiv 2404.04793"
+    needs: ClassVar[frozenset[str]] = frozenset({"wave"})
+    searched: ClassVar[Ranges] = {"squeeze_share": Range(0.1, 0.9)}
     squeeze_share: float = 0.4
 
     def __post_init__(self) -> None:

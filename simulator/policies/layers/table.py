@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.apportion import divide, pooled_shares
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.tables import head_table
 
 
@@ -33,11 +34,17 @@ class TableLayers(LayerAllocator):
     name: ClassVar[str] = "table"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258, between layers"
     files: ClassVar[tuple[str, ...]] = ("head_table",)
+    searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
     head_table: str = ""
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:
         refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool.

@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.apportion import robustify
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.tables import wave_of
 
 
@@ -30,6 +31,12 @@ class WaveLayers(LayerAllocator):
 
     name: ClassVar[str] = "wave"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level I"
+    needs: ClassVar[frozenset[str]] = frozenset({"wave"})
+    searched: ClassVar[Ranges] = {
+        "gamma": Range(0.1, 2.0),
+        "layer_floor": Range(0.05, 0.9),
+        "layer_cap": Range(1.1, 4.0),
+    }
     gamma: float = 0.5
     layer_floor: float = 0.25
     layer_cap: float = 2.0

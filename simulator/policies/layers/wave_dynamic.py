@@ -11,6 +11,7 @@ import numpy as np
 from simulator.policies.apportion import robustify
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 from simulator.policies.wave import entries_to_hold
 
@@ -45,6 +46,13 @@ class WaveDynamic(LayerAllocator):
     name: ClassVar[str] = "wave-dynamic"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, appendix C"
     dynamic: ClassVar[bool] = True
+    searched: ClassVar[Ranges] = {
+        "layer_delta": Range(32, 512, log=True),
+        "rho": Range(0.7, 0.99),
+        "gamma": Range(0.1, 2.0),
+        "layer_floor": Range(0.05, 0.9),
+        "layer_cap": Range(1.1, 4.0),
+    }
     layer_delta: int = 128
     demand_window: int = 8
     rho: float = 0.93

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.policies.parts import refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.scorers.h2o import preferred
 from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.view import CacheView, LayerView
@@ -42,6 +43,7 @@ class AppendOnly(SnapKV):
 
     name: ClassVar[str] = "append-only"
     source: ClassVar[str] = "control"
+    searched: ClassVar[Ranges] = {**SnapKV.searched, "rate": Range(0.05, 1.0)}
     rate: float = 0.25
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.scorers.h2o import preferred
 from simulator.policies.scorers.snapkv_paper import PaperSnapKV
 from simulator.policies.scorers.vatp import value_sizes
@@ -41,6 +42,7 @@ class CriticalKV(PaperSnapKV):
 
     name: ClassVar[str] = "criticalkv"
     source: ClassVar[str] = "Feng et al. 2025, arXiv 2502.03805"
+    searched: ClassVar[Ranges] = {**PaperSnapKV.searched, "first_stage_share": Range(0.1, 0.9)}
     first_stage_share: float = 0.5
     epsilon: float = 1e-4
 

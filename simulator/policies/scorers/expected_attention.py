@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -47,6 +48,7 @@ class ExpectedAttention(Scorer):
 
     name: ClassVar[str] = "expected-attention"
     source: ClassVar[str] = "Devoto et al. 2025, arXiv 2510.00636"
+    searched: ClassVar[Ranges] = {"window": Range(1, 32, log=True), "sinks": Range(0, 16)}
     window: int = 256
     sinks: int = 4
     n_future: int = 512

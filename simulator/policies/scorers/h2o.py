@@ -9,6 +9,7 @@ import numpy as np
 
 from simulator.policies.attention import attention_blocks
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -45,6 +46,7 @@ class H2O(Scorer):
     name: ClassVar[str] = "h2o"
     source: ClassVar[str] = "Zhang et al. 2023, arXiv 2306.14048"
     stateful: ClassVar[bool] = True
+    searched: ClassVar[Ranges] = {"recent_share": Range(0.05, 0.95)}
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -33,6 +34,7 @@ class KeyNorm(Scorer):
 
     name: ClassVar[str] = "knorm"
     source: ClassVar[str] = "Devoto et al. 2024, arXiv 2406.11430"
+    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
     recent: int = 0
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 SCORE_SOURCES = ("both", "keys")
@@ -49,6 +50,7 @@ class LagKV(Scorer):
 
     name: ClassVar[str] = "lagkv"
     source: ClassVar[str] = "Liang et al. 2025, arXiv 2504.04704"
+    searched: ClassVar[Ranges] = {"sinks": Range(0, 16), "lag": Range(8, 128, log=True)}
     sinks: int = 4
     lag: int = 128
     score_source: str = "both"

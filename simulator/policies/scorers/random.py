@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -23,6 +24,7 @@ class Random(Scorer):
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"
+    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
     recent: int = 8
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from simulator.kernels.attention import take_off
 from simulator.kernels.duplicates import Redundancy
 from simulator.policies.parts import refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.view import CacheView, LayerView
 
@@ -44,6 +45,11 @@ class RKV(SnapKV):
 
     name: ClassVar[str] = "rkv"
     source: ClassVar[str] = "Cai et al. 2025, arXiv 2505.24133"
+    searched: ClassVar[Ranges] = {
+        **SnapKV.searched,
+        "alpha": Range(0.01, 1.0, log=True),
+        "similarity_threshold": Range(0.2, 0.95),
+    }
     alpha: float = 0.1
     similarity_threshold: float = 0.5
     no_match: str = "skip"

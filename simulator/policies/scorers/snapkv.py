@@ -10,6 +10,7 @@ import numpy as np
 
 from simulator.kernels.windows import window_importance
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
 from simulator.policies.view import CacheView, LayerView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
@@ -46,6 +47,11 @@ class SnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469; decode-time form of R-KV"
+    searched: ClassVar[Ranges] = {
+        "window": Range(1, 32, log=True),
+        "kernel_size": Range(1, 15, step=2),
+        "group_reduce": Choices(("max_logits", "mean_weights", "max_weights")),
+    }
     window: int = 8
     kernel_size: int = 7
     group_reduce: str = "max_logits"

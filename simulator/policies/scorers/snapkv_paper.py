@@ -10,6 +10,7 @@ import numpy as np
 from simulator.kernels.attention import max_pool
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
 from simulator.policies.scorers.snapkv import SLOT_ORDERS
 from simulator.policies.view import CacheView
 
@@ -51,6 +52,11 @@ class PaperSnapKV(Scorer):
 
     name: ClassVar[str] = "snapkv-paper"
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469"
+    searched: ClassVar[Ranges] = {
+        "window": Range(1, 32, log=True),
+        "kernel_size": Range(1, 15, step=2),
+        "pool": Choices(("max", "avg")),
+    }
     window: int = 32
     kernel_size: int = 7
     pool: str = "max"

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
 
@@ -26,6 +27,7 @@ class StreamingLLM(Scorer):
 
     name: ClassVar[str] = "streamingllm"
     source: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
+    searched: ClassVar[Ranges] = {"sinks": Range(0, 16)}
     sinks: int = 4
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from simulator.policies.attention import held_attention
 from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView, LayerView
 
 
@@ -35,6 +36,7 @@ class TOVA(Scorer):
 
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
+    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
     recent: int = 0
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.parts import refuse_unless
+from simulator.policies.ranges import Range, Ranges
 from simulator.policies.scorers.h2o import H2O, noted
 from simulator.policies.view import CacheView
 
@@ -36,6 +37,7 @@ class VATP(H2O):
 
     name: ClassVar[str] = "vatp"
     source: ClassVar[str] = "Guo et al. 2024, arXiv 2406.12335"
+    searched: ClassVar[Ranges] = {**H2O.searched, "sinks": Range(0, 16)}
     sinks: int = 20
 
     def __post_init__(self) -> None:

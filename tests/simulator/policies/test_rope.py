@@ -40,7 +40,10 @@ def test_frequencies_are_those_of_transformers(parameters):
     ("parameters", "words"),
     [
         ({}, "missing"),
-        ({"rope_theta": -1}, "allowed: a rope_theta above 0"),
+        ({"rope_theta": -1}, "allowed: a rope_theta of 1 to"),
+        ({"rope_theta": 1e-300}, "allowed: a rope_theta of 1 to"),
+        ({"rope_theta": 1e308}, "allowed: a rope_theta of 1 to"),
+        (LLAMA3 | {"low_freq_factor": LLAMA3["high_freq_factor"]}, "is not below its high_freq_factor"),
         ({"rope_theta": 1e4, "rope_type": "yarn"}, "rope_type is 'yarn'; allowed: default, linear, llama3"),
         ({"rope_theta": 1e4, "rope_type": "linear"}, "'linear' lacks or misstates 'factor'"),
         ({"rope_theta": 1e4, "rope_type": "linear", "factor": 0}, "finite frequencies above 0"),

@@ -17,12 +17,13 @@ from optuna.trial import TrialState
 from simulator.cells import run_replay
 from simulator.engine.sampling import Sampling
 from simulator.policies.language import parse_policy
+from simulator.policies.ranges import Choices
 from simulator.policies.shipped import HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS
 from simulator.search import judge as judging
 from simulator.search import study as studying
 from simulator.search import workers
 from simulator.search.judge import Judge, Worth, in_turns
-from simulator.search.space import DEFAULT_PARTS, RANGES, Choices, make_space, read_ranges, write_policy
+from simulator.search.space import DEFAULT_PARTS, make_space, read_ranges, write_policy
 from simulator.search.study import Tried, count_trials, whole_trials
 from simulator.search.verdict import candidates, front, judge_held_out
 from traces.errors import UserError
@@ -72,10 +73,10 @@ class TestSpace:
         found = [
             own for role in searched for part in space.parts[role] for own in space.parameters(role, part)
         ]
-        assert {name for name, _ in found} == set(RANGES)
+        named = [name for table in parts.values() for part in table.values() for name in part.searched]
+        assert sorted(name for name, *_ in found) == sorted(named)
         outside = set()
-        for name, default in found:
-            allowed = RANGES[name]
+        for name, default, allowed in found:
             inside = (
                 default in allowed.values
                 if isinstance(allowed, Choices)
@@ -317,7 +318,7 @@ class TestSearch:
         assert counts["judged"] == 3
 
     def test_a_worker_that_dies_is_one_line(self, asked, run_sim, monkeypatch):
-        monkeypatch.setattr(workers, "_search", _die)
+        monkeypatch.setattr(workers, "search", _die)
         code, _, err = run_sim(*asked, "--jobs", 2)
         assert code == 1
         assert "a search process was killed" in err

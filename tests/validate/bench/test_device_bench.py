@@ -42,7 +42,7 @@ def result(model):
 
 
 def test_tables_and_statistics_need_not_be_installed():
-    absent = ("polars", "altair", "scipy", "joblib", "math_verify")
+    absent = ("polars", "altair", "scipy", "math_verify")
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "import validate.cli.main, validate.eviction.decode\n"

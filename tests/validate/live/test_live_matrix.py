@@ -310,21 +310,17 @@ class Calls:
 
     def __init__(self, monkeypatch, asked, choose=lambda n: 0, failing=()):
         self.decoded, self.pending, self.choose, self.failing = [], {}, choose, failing
-        self.settings, self.shut = asked, []
-        monkeypatch.setattr(matrix, "ProcessPoolExecutor", lambda *_, **__: self)
+        self.settings = asked
+        monkeypatch.setattr(matrix, "processes", lambda *_: self)
         monkeypatch.setattr(matrix, "_run_batch", self.run_batch)
         monkeypatch.setattr(matrix, "wait", self.wait)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        for future in list(self.pending):
+    def __exit__(self, kind, *_):
+        for future in list(self.pending) if kind is None else ():
             self.finish(future)
-
-    def shutdown(self, **options):
-        self.shut.append(options)
-        self.pending.clear()
 
     def submit(self, function, *arguments):
         future = Waiting()
@@ -465,7 +461,6 @@ def test_an_interrupt_takes_waiting_batches_with_it(folder, tmp_path, calls):
 
     with pytest.raises(KeyboardInterrupt):
         own.run(own.batches(CELLS), 1, interrupt)
-    assert seen.shut == [{"wait": False, "cancel_futures": True}]
     assert len(seen.decoded) < len(own.batches(CELLS))
     assert len(own.table(own.batches(CELLS))) == 2 * len(seen.decoded)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from traces.errors import UserError
-from validate.eviction.cache import EvictingCache
+from validate.eviction.cache import EvictingCache, whole_number
 from validate.eviction.device.compress import (
     DeviceCompressor,
     Due,
@@ -93,7 +93,7 @@ class DeviceCache(EvictingCache):
         if found:
             raise UserError(f"policy '{policy.name}' has {found}, which is decided on the host only")
         require_shape(self.shape.head_dim, self.shape.n_query_heads // self.shape.n_kv_heads)
-        self._ahead, self._device, self._dtype = ahead, model.device, model.dtype
+        self._ahead, self._device, self._dtype = whole_number(ahead, "ahead", 0), model.device, model.dtype
         self.ops = ops or ops_for(model.device)
         self._n_filled = self.n_compressions = 0
         self.keeps_time = True

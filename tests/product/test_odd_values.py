@@ -1,0 +1,80 @@
+"""Names that a terminal would act on, numbers that nothing has: shown as they are, or refused in a line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from simulator.cells import run_replay
+from simulator.engine.demand import calibrate
+from traces.errors import TraceError, UserError
+from validate.problems.prompts import parse_prompts
+
+
+@pytest.fixture
+def rows(make_trace):
+    return run_replay([make_trace()], ["rkv:window=4,buffer=4", "random:buffer=4"], [12]).table
+
+
+@pytest.mark.parametrize("options", [[], ["--metric", "mass_mean"]])
+def test_brackets_in_names_are_no_markup(rows, run_sim, tmp_path, options):
+    named = rows.with_columns(policy=pl.lit("[/bold][red]mine"), trace=pl.lit(":smile:"))
+    named.head(1).write_csv(tmp_path / "rows.csv")
+    code, out, _ = run_sim("results", tmp_path / "rows.csv", *options)
+    assert code == 0
+    assert "[/bold][red]mine" in out
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "allowed"),
+    [
+        ("policy", "\x1b[31mred", "no control characters"),
+        ("trace", "a\nb", "no control characters"),
+        ("budget_asked", float("inf"), "a number above 0"),
+        ("budget_asked", float("nan"), "a number above 0"),
+        ("budget_asked", -5.0, "a number above 0"),
+        ("budget_unit", "furlongs", "entries, %, "),
+        ("budget_kind", "zzz", "kept, peak"),
+        ("n_steps", 0, "1 or more"),
+    ],
+)
+def test_rows_of_no_replay_are_refused(rows, run_sim, tmp_path, column, value, allowed):
+    rows.with_columns(pl.lit(value).cast(rows.schema[column]).alias(column)).write_csv(tmp_path / "rows.csv")
+    code, out, err = run_sim("results", tmp_path / "rows.csv")
+    assert (code, out) == (2, "")
+    assert f"row 1: {column} is " in err
+    assert f"allowed: {allowed}" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["model", "model_revision", "family"])
+def test_a_manifest_names_nothing_that_moves_a_cursor(make_trace, name):
+    told = {"task": {"family": "\x1b[2J"}} if name == "family" else {name: "a\x1b[2J"}
+    with pytest.raises((TraceError, UserError, ValueError), match=name):
+        make_trace(**told)
+
+
+def test_a_problem_names_no_family_that_moves_a_cursor():
+    line = json.dumps({"prompt": "one", "family": "\x1b[31m"})
+    with pytest.raises(
+        UserError, match=r"line 1: family is .*; allowed: a string without control characters"
+    ):
+        parse_prompts(line.encode(), "p.jsonl")
+
+
+def test_an_unchecked_trace_of_another_scale_gives_no_wave(make_trace, rng):
+    queries, keys = rng.normal(size=(2, 4, 60, 8)), rng.normal(size=(2, 2, 60, 8))
+    lse = np.zeros((2, 4, 60), np.float32)
+    trace = make_trace(arrays=(queries, keys), lse=lse)
+    with pytest.raises(TraceError, match=r"weights of layer 0 sum to .*; allowed: 1"):
+        calibrate([trace], check=False)
+
+
+@pytest.mark.parametrize("verb", [["results"], ["report", "--out", "page.html"]])
+def test_a_folder_that_is_not_there_is_not_taken_for_a_suffix(run_sim, verb):
+    code, _, err = run_sim(verb[0], "nothere", *verb[1:])
+    assert code == 2
+    assert "nothere: cannot be read: No such file or directory" in err
