@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from validate.bench.clock import Lap
 from validate.bench.decode import FULL_AT, FULL_STEPS, PROMPT_TOKENS, WARM_STEPS, mean_over_text
@@ -33,7 +34,8 @@ def measure_stock(model: PreTrainedModel, batch: int, new_tokens: int) -> dict[s
             tokens = output.logits[:, -1].argmax(-1)
             lap.mark()
         points.append((share, median(lap.seconds()[WARM_STEPS:])))
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        held = sum(states.nbytes for own in layers for states in (own.keys, own.values) if states is not None)
     seconds = mean_over_text(points)
     return {
         "policy": LABEL,

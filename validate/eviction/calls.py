@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,8 @@ class Calls:
 
     def begin_again(self) -> None:
         """Let the next call start with the first layer, whatever became of the one before."""
-        self._turn, self._handed_on = 0, None
+        self._turn = 0
+        self._handed_on: int | None = None
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Forget all other rows."""
@@ -123,8 +124,8 @@ class Calls:
         if given.get("output_attentions"):
             raise UserError("output_attentions is asked of an evicting model; allowed: False")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        self.tokens = ids
-        shape = (0, 0) if ids is None and embeds is None else (embeds if ids is None else ids).shape
+        self.tokens, text = ids, embeds if ids is None else ids
+        shape = (0, 0) if text is None else text.shape
         if not shape[1]:
             raise UserError("the model is called without tokens; allowed: one or more")
         n_seen = cache.get_seq_length()
@@ -167,8 +168,8 @@ class Calls:
             )
         self._require_same(ids, n_seen)
 
-    def require_part_of_prompts(self, n_seen: int, n_new: int) -> None:
-        """Refuse a pass of the prompts that may not be what it seems.
+    def require_part_of_prompts(self, n_seen: int, n_new: int) -> int:
+        """Give the length of the prompts; refuse a pass of them that may not be what it seems.
 
         Raises
         ------
@@ -188,6 +189,7 @@ class Calls:
                 f"a pass of {n_new} tokens after {n_seen} ends behind the {self.prompt_tokens} tokens of the "
                 "prompts; allowed: a pass that ends with them"
             )
+        return self.prompt_tokens
 
     def require_certain_prompts(self, n_new: int) -> None:
         """Refuse several tokens where they may be more of the prompts; raises UserError."""
@@ -202,8 +204,8 @@ class Calls:
     ) -> None:
         """Hold masks and positions of new tokens, (n_rows, n_new, ...), against what was read before."""
         mask, positions, n_tokens = given.get("attention_mask"), given.get("position_ids"), n_seen + shape[1]
-        is_known = self._lengths is not None and not in_prompts
-        lengths = self._lengths + shape[1] if is_known else np.full(shape[0], n_tokens)
+        known = None if in_prompts else self._lengths
+        lengths = np.full(shape[0], n_tokens) if known is None else known + shape[1]
         if isinstance(mask, torch.Tensor):
             if mask.ndim != 2 or mask.shape[1] != n_tokens:
                 raise UserError(
@@ -211,7 +213,7 @@ class Calls:
                     "every sequence, the whole text of which the cache has read the start"
                 )
             shown = mask.bool().sum(1).cpu().numpy()
-            if is_known and (shown != lengths).any():
+            if known is not None and (shown != lengths).any():
                 raise UserError("the attention mask hides tokens of the texts; allowed: left-padded prompts")
             lengths = shown
         if isinstance(positions, torch.Tensor) and positions.ndim == 2:
@@ -240,7 +242,7 @@ class Calls:
 
 def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[[], None]:
     """Look at every call of a model and of its ``generate``; give what ends that."""
-    forward, generate = inspect.signature(model.forward), model.generate
+    forward, generate = inspect.signature(model.forward), cast(Callable[..., Any], model.generate)
     own = "generate" in vars(model)
 
     def before_forward(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -252,12 +254,12 @@ def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[
         return generate(*given, **named)
 
     handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    model.generate = watched  # type: ignore[method-assign]
+    model.generate = watched  # type: ignore[assignment]
 
     def end() -> None:
         handle.remove()
         if own:
-            model.generate = generate  # type: ignore[method-assign]
+            model.generate = generate  # type: ignore[assignment]
         else:
             del model.generate
 

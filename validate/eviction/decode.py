@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -126,14 +127,18 @@ def decode(
         raise UserError("a prompt has 0 tokens, or max_new_tokens is 0; allowed: 1 or more")
     stops = set(stop_ids)
     rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
-    settings = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
-    settings |= {"prompt_tokens": max(map(len, prompts))}
     if on_device is None:
         on_device = model.device.type == "cuda" and serves(model, policy)
-    if on_device:
-        cache = DeviceCache(model, policy, entries, ahead=max(limits), **settings)
-    else:
-        cache = EvictingCache(model, policy, entries, **settings)
+    cache = (partial(DeviceCache, ahead=max(limits)) if on_device else EvictingCache)(
+        model,
+        policy,
+        entries,
+        prompt_tokens=max(map(len, prompts)),
+        name=name,
+        revision=revision,
+        waves=waves,
+        seeds=seeds,
+    )
     with evicting(model, cache):
         run = _Run(model, cache, prompts)
         running = list(range(n))

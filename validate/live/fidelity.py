@@ -216,7 +216,7 @@ def _live_halves(cells: Cells, resamples: int, rng: np.random.Generator) -> list
 
 
 def _with_intervals(measured: Ranking, drawn: Sequence[Ranking]) -> dict[str, float]:
-    row = {}
+    row: dict[str, float] = {}
     for name in _FIELDS:
         low, high = np.quantile(_known(drawn, name) or [np.nan], [0.025, 0.975])
         row |= {name: getattr(measured, name), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -172,11 +172,11 @@ class Matrix:
         ) as pool:
             running: dict[Future[None], Batch] = {}
             try:
-                for batch in self._ready(waiting, running, errors, on_batch):
-                    if batch is not None:
+                for ready in self._ready(waiting, running, errors, on_batch):
+                    if ready is not None:
                         with held_back():  # a process may be started
-                            running[pool.submit(_run_batch, self.folder, batch)] = batch
-                    if batch is None or len(running) >= 2 * jobs:
+                            running[pool.submit(_run_batch, self.folder, ready)] = ready
+                    if ready is None or len(running) >= 2 * jobs:
                         done, _ = wait(running, return_when=FIRST_COMPLETED)
                         for future in done:
                             self._settle(future, running.pop(future), errors, on_batch)

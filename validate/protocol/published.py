@@ -61,7 +61,7 @@ def beside_published(
     for row in accuracy.iter_rows(named=True):
         theirs = known.get(tuple(row[name] for name in CELL))
         own = {name: row[name] for name in (*CELL, "n_problems", "accuracy", "low", "high")}
-        told = {"published": None, "difference": None, "difference_low": None, "difference_high": None}
+        told: dict[str, float] = {}
         if theirs is not None:
             told = {
                 "published": theirs.accuracy,

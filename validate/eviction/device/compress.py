@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def unsupported_part(policy: Policy) -> str | None:
             return f"{name}={getattr(scorer, name)}"
     if type(heads) is not UniformHeads and type(heads) is not UtilityHeads:
         return f"head allocator '{heads.name}'"
-    if getattr(heads, "pooling", "none") != "none":
+    if isinstance(heads, UtilityHeads) and heads.pooling != "none":
         return f"pooling={heads.pooling}"
     if policy.layers.dynamic:
         return f"layer allocator '{policy.layers.name}'"
@@ -43,6 +44,11 @@ def unsupported_part(policy: Policy) -> str | None:
     if trigger.prompt != "compress":
         return f"prompt={trigger.prompt}"
     return "redistribute=True" if policy.redistribute else None
+
+
+def buffer_of(policy: Policy) -> int:
+    """Give the entries that a KV head takes in between two compressions; 0 for a full cache."""
+    return policy.trigger.buffer if isinstance(policy.trigger, BufferFull) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +170,9 @@ class DeviceCompressor:
         queries: torch.Tensor,
         longest: int,
     ) -> torch.Tensor:
-        scorer, window = self.policy.scorer, self.policy.scorer.window
+        scorer = self.policy.scorer
+        assert isinstance(scorer, SnapKV | RKV)
+        window, alpha = scorer.window, 1.0
         grouped = queries.reshape(len(starts), -1, *queries.shape[2:])
         importance, scores = (torch.empty(len(keys), device=self.device) for _ in range(2))
         self.ops.window_importance(
@@ -173,7 +181,7 @@ class DeviceCompressor:
         repeated = None
         if isinstance(scorer, RKV):
             repeated = torch.empty(len(keys), device=self.device)
-            threshold = scorer.similarity_threshold
+            threshold, alpha = scorer.similarity_threshold, scorer.alpha
             self.ops.redundancy(keys, starts, lengths, repeated, threshold=threshold, longest=longest)
         self.ops.combine_scores(
             importance,
@@ -181,7 +189,7 @@ class DeviceCompressor:
             starts,
             lengths,
             scores,
-            alpha=getattr(scorer, "alpha", 1.0),
+            alpha=alpha,
             kernel_size=scorer.kernel_size,
             window=window,
             longest=longest,
@@ -199,6 +207,7 @@ class DeviceCompressor:
         longest: int,
     ) -> None:
         heads = self.policy.heads
+        assert isinstance(heads, UtilityHeads)
         totals = to_device(due.totals, self.device)
         counts = torch.empty_like(lengths)
         self.ops.demand(
@@ -256,6 +265,9 @@ def new_starts(
     return bases[:, None] + sizes.cumsum(1) - sizes, held
 
 
-def rounds_up(missing, n_kv_heads: int):
+Counts = TypeVar("Counts", np.ndarray, torch.Tensor)
+
+
+def rounds_up(missing: Counts, n_kv_heads: int) -> Counts:
     """Give the tokens until so many entries are missing no more, at one entry a head and token."""
     return -(-missing // n_kv_heads)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from simulator.policies.language import Policy
-from validate.eviction.device.compress import rounds_up
+from validate.eviction.device.compress import buffer_of, rounds_up
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -47,7 +47,7 @@ class Schedule:
         held: np.ndarray | None = None,
     ) -> None:
         self._evicts, self._delta = policy.evicts, policy.heads.delta
-        self._buffer = policy.trigger.buffer if policy.evicts else 0
+        self._buffer = buffer_of(policy)
         self._n_kv_heads = n_kv_heads
         self.totals, self.n_tokens = entries * n_kv_heads, prompts.astype(np.int64)
         whole = np.broadcast_to(prompts * n_kv_heads, entries.shape)
@@ -56,7 +56,7 @@ class Schedule:
         self._divided = np.full(entries.shape, -1, np.int64)
         self._is_counted = np.ones(entries.shape, bool)
         self.n_compressions = np.zeros(entries.shape, np.int64)
-        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event]] = []
+        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event | torch.cuda.Event]] = []
         self._held: np.ndarray | None = None
         self._due = np.full(entries.shape, _NEVER)
         if self._evicts:
@@ -154,7 +154,7 @@ class _Event:
         """Return."""
 
 
-def _to_host(counts: torch.Tensor) -> tuple[torch.Tensor, _Event]:
+def _to_host(counts: torch.Tensor) -> tuple[torch.Tensor, _Event | torch.cuda.Event]:
     """Begin to copy counts to the host; they are there once the event has happened."""
     if counts.device.type != "cuda":
         return counts.clone(), _Event()

@@ -76,7 +76,7 @@ class Steps:
             return self.logits
         self._cache.require_room()
         self._graph.replay()
-        for layer in self._cache.layers:
+        for layer in self._cache.own_layers:
             layer.count(1)
         self._cache.advance()
         return self.logits
@@ -117,7 +117,7 @@ class Steps:
             cache.keeps_time = True
             # Nothing has been computed yet: the replay is the step.
             cache.calls.begin_again()
-            for layer in cache.layers:
+            for layer in cache.own_layers:
                 layer.count(n_seen - layer.get_seq_length())
         self._graph, self.logits = graph, logits
 
