@@ -16,7 +16,7 @@ from traces.errors import NoDeviceError
 from validate.bench.clock import Lap, synchronize
 from validate.eviction.cache import evicting
 from validate.eviction.device.cache import DeviceCache
-from validate.eviction.device.compress import buffer_of
+from validate.eviction.device.plan import buffer_of
 from validate.eviction.device.schedule import Schedule
 from validate.eviction.device.steps import Steps, is_out_of_memory
 

@@ -20,7 +20,7 @@ from validate.bench.decode import LEAST_BUFFER, PROMPT_TOKENS, Case, measure
 from validate.bench.kernels import WINDOW, Setting, kernel_cases
 from validate.bench.stock import LABEL as STOCK
 from validate.bench.stock import measure_stock
-from validate.eviction.device.cache import memory_plan
+from validate.eviction.device.plan import memory_plan
 from validate.eviction.device.steps import is_out_of_memory
 from validate.eviction.kernels.ops import ops_for, require_shape, torch_ops
 from validate.models.load import model_shape

@@ -98,10 +98,15 @@ def complete(
     loaded : LoadedModel
     prompts : sequence of Prompt
         With answers; decoded as one batch, ``settings.samples`` times each.
+    policy : Policy
+    budget : Budget or None
+    settings : LiveSettings
     first : int
         Number of the first prompt among all, for its random streams.
-    baselines : dict
+    baselines : dict, optional
         Full-cache runs by problem and sample; needed with a budget, since shares and lengths are theirs.
+    waves : dict, optional
+        Known demand profiles by model.
 
     Returns
     -------

@@ -193,10 +193,12 @@ def replaced_attention(
 
     Parameters
     ----------
+    model : PreTrainedModel
     implementation : str
         Name under which the function is registered.
     attribute : str
         Of every attention module; the function finds ``companion`` there.
+    companion : object
 
     Raises
     ------

@@ -143,6 +143,8 @@ def describe_stability(
         One demand per problem.
     splits : int
         How often the problems of a family are split at random.
+    seed : int
+        Of the splits.
     """
     means = {family: _mean_entries(problems) for family, problems in families.items()}
     between = [
@@ -225,6 +227,7 @@ def profile_traces(
 
     Parameters
     ----------
+    traces : sequence of Trace
     rho : float
         The attention mass to hold.
     steps_per_trace : int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from traces.trace import Trace
 from traces.writer import TraceWriter
 from validate.models.attention_hook import recording
 from validate.models.load import rope_parameters, stop_token_ids
-from validate.models.next_token import Sampling
+from validate.models.next_token import Sampling, forward_settings
 from validate.models.vocabulary import n_token_ids, vocabulary_of
 from validate.problems.prompts import graded
 from validate.record.recorder import TraceRecorder, observed_shape
@@ -69,7 +68,10 @@ def record_decode(
         As `Sampling`.
     stop_ids : iterable of int, optional
         Token ids that end the text; by default the model's own.
-    with_values, overwrite : bool
+    with_values : bool
+        As `TraceWriter`.
+    chunk : int
+    overwrite : bool
         As `TraceWriter`.
     model_name, model_revision : str
     task : mapping, optional
@@ -167,9 +169,7 @@ class _FullCacheRun:
         self.on_tokens = on_tokens
         self.token_ids: list[int] = []
         self.cache = DynamicCache()
-        # Logits of a whole pass would be the largest tensor of all; only the last row is used.
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._settings = {"use_cache": True} | ({"logits_to_keep": 1} if keeps else {})
+        self._settings = forward_settings(model)
 
     def read(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Feed tokens to the model and return the logits after the last, on its device."""

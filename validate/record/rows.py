@@ -152,10 +152,7 @@ def _refuse_other_recording(
 ) -> None:
     """Refuse to take a finished trace for this row when it was recorded from something else.
 
-    Parameters
-    ----------
-    token_ids : list of int
-        What the trace has to begin with: the prompt, and the completion when rescoring.
+    It has to begin with ``token_ids``: the prompt, and the completion when rescoring.
     """
     manifest, sampling = trace.manifest, settings.sampling
     asked: dict[str, object] = {

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from simulator.policies.heads.utility import UtilityHeads
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from traces.errors import UserError
@@ -18,17 +17,15 @@ from validate.eviction.cache import EvictingCache
 from validate.eviction.device.compress import (
     DeviceCompressor,
     Due,
-    buffer_of,
     in_blocks,
     new_starts,
     to_device,
-    unsupported_part,
 )
+from validate.eviction.device.plan import buffer_of, memory_plan, unsupported_part
 from validate.eviction.device.pool import DevicePool
 from validate.eviction.device.schedule import Schedule
-from validate.eviction.kernels.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for, require_shape
+from validate.eviction.kernels.ops import Ops, ops_for, require_shape
 from validate.eviction.prompts import prompt_lengths
-from validate.models.load import model_shape
 
 
 class DeviceCache(EvictingCache):
@@ -353,48 +350,6 @@ class DeviceCache(EvictingCache):
             index = to_device(slots, self._device)[:, None, :, None]
             recent = query[:, :, -n:]
             self.ring[layer].scatter_(2, index.expand_as(recent), recent)
-
-
-def serves(model: PreTrainedModel, policy: Policy) -> bool:
-    """Say whether a device's cache can take this policy and this model."""
-    shape = model_shape(model.config, model.dtype)
-    fits = shape.head_dim in HEAD_DIMS and shape.n_query_heads // shape.n_kv_heads <= MAX_GROUP_SIZE
-    return fits and unsupported_part(policy) is None
-
-
-def memory_plan(
-    policy: Policy, entries: np.ndarray, prompts: np.ndarray, ahead: int, n_kv_heads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tell how much memory a cache takes before it is made.
-
-    Parameters
-    ----------
-    policy : Policy
-    entries : int64 (n_layers, n_rows)
-        Budgets per KV head.
-    prompts : int64 (n_rows,)
-    ahead : int
-        Tokens to be decoded at most.
-    n_kv_heads : int
-
-    Returns
-    -------
-    stretches : int64 (n_layers, n_rows)
-        Slots of each layer and sequence.
-    longest : int64 (n_layers,)
-        Entries that one KV head can come to hold at most.
-    """
-    if not policy.evicts:
-        most = np.broadcast_to(prompts + ahead, entries.shape)
-        return most * n_kv_heads, most.max(1)
-    # Heads that are short after a compression give the others time, rounded up to whole tokens.
-    stretches = n_kv_heads * (entries + buffer_of(policy)) + n_kv_heads - 1
-    heads, spare = policy.heads, entries + buffer_of(policy) + 1
-    if isinstance(heads, UtilityHeads) and heads.head_cap > 1:
-        lowest = np.maximum(policy.protected, np.ceil(heads.mu * entries).astype(np.int64))
-        highest = np.maximum(np.ceil(heads.head_cap * entries), entries).astype(np.int64)
-        return stretches, np.minimum(stretches, highest + spare - np.minimum(lowest, entries)).max(1)
-    return stretches, spare.max(1)
 
 
 def _attend_prompts(

@@ -9,46 +9,16 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from simulator.policies.heads.uniform import UniformHeads
 from simulator.policies.heads.utility import UtilityHeads
 from simulator.policies.language import Policy
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
-from simulator.policies.triggers.buffer_full import BufferFull
 from validate.eviction.device.apportion import divide_heads
 from validate.eviction.device.pool import DevicePool
 from validate.eviction.kernels.ops import Ops
 
 # Slots of the layers that are compressed by the same launches; bounds what their scores take.
 _SLOTS_AT_ONCE = 2**22
-
-
-def unsupported_part(policy: Policy) -> str | None:
-    """Name the part of a policy that only the host can carry out, if there is one."""
-    if not policy.evicts:
-        return None
-    scorer, heads, trigger = policy.scorer, policy.heads, policy.trigger
-    if type(scorer) not in (SnapKV, RKV):
-        return f"scorer '{scorer.name}'"
-    for name, done in (("group_reduce", "max_logits"), ("slot_order", "chronological"), ("no_match", "skip")):
-        if getattr(scorer, name, done) != done:
-            return f"{name}={getattr(scorer, name)}"
-    if type(heads) is not UniformHeads and type(heads) is not UtilityHeads:
-        return f"head allocator '{heads.name}'"
-    if isinstance(heads, UtilityHeads) and heads.pooling != "none":
-        return f"pooling={heads.pooling}"
-    if policy.layers.dynamic:
-        return f"layer allocator '{policy.layers.name}'"
-    if type(trigger) is not BufferFull:
-        return f"trigger '{trigger.name}'"
-    if trigger.prompt != "compress":
-        return f"prompt={trigger.prompt}"
-    return "redistribute=True" if policy.redistribute else None
-
-
-def buffer_of(policy: Policy) -> int:
-    """Give the entries that a KV head takes in between two compressions; 0 for a full cache."""
-    return policy.trigger.buffer if isinstance(policy.trigger, BufferFull) else 0
 
 
 @dataclass(frozen=True, slots=True)

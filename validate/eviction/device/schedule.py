@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from simulator.policies.language import Policy
-from validate.eviction.device.compress import buffer_of, rounds_up
+from validate.eviction.device.compress import rounds_up
+from validate.eviction.device.plan import buffer_of
 
 _NEVER = np.iinfo(np.int64).max
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from transformers import PreTrainedModel
 
 from validate.eviction.device.cache import DeviceCache
 from validate.models.load import rope_parameters
+from validate.models.next_token import forward_settings
 
 # Their frequencies follow from the largest position, which the host has to know.
 _ROPES_OF_THE_HOST = ("dynamic", "longrope")
@@ -38,10 +37,7 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, cache: DeviceCache, *, graph: bool = True) -> None:
         self._model, self._cache = model, cache
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._settings = {"use_cache": True, "past_key_values": cache} | (
-            {"logits_to_keep": 1} if keeps else {}
-        )
+        self._settings = forward_settings(model) | {"past_key_values": cache}
         self._wants_graph = graph and model.device.type == "cuda"
         self.not_captured: str | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
