@@ -191,13 +191,16 @@ def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case)
             lap.mark()
         points.append((share, median(lap.seconds())))
     held = int(cache.held.max())
+    return times_over_text(points) | {"entries_planned": held, "entries_measured": held}
+
+
+def times_over_text(points: list[tuple[float, float]]) -> dict[str, Any]:
+    """Give the fields of ``measure`` that tell a full cache's times, by step times at shares of a text."""
     return {
         "step_seconds": mean_over_text(points),
         "plain_step_seconds": points[-1][1],
         "compression_seconds": None,
         "steps_at": [{"share": share, "seconds": seconds} for share, seconds in points],
-        "entries_planned": held,
-        "entries_measured": held,
     }
 
 

@@ -129,7 +129,8 @@ def decode(
     rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
     if on_device is None:
         on_device = model.device.type == "cuda" and serves(model, policy)
-    cache = (partial(DeviceCache, ahead=max(limits)) if on_device else EvictingCache)(
+    make = partial(DeviceCache, ahead=max(limits)) if on_device else EvictingCache
+    cache = make(
         model,
         policy,
         entries,
