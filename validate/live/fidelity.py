@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,7 @@ class Cells:
         ]
 
 
-def matched_cells(
-    simulated: pl.DataFrame, live: pl.DataFrame, metrics: Mapping[str, bool] | None = None
-) -> dict[str, Cells]:
+def matched_cells(simulated: pl.DataFrame, live: pl.DataFrame) -> dict[str, Cells]:
     """Bring a replay's rows and a live run's rows together, per family.
 
     Parameters
@@ -54,15 +52,12 @@ def matched_cells(
         Rows of a replay; ``family`` tells whose trace it is.
     live : polars.DataFrame
         Rows of ``completions.ROW_SCHEMA``.
-    metrics : dict
-        Columns of ``simulated`` and whether more of it is better.
 
     Raises
     ------
     UserError
         If no family, policy and budget is in both.
     """
-    metrics = {own.column: own.more_is_better for own in METRICS.values()} if metrics is None else metrics
     # Problems without a family have an empty one in a live run, and none in a trace.
     done = simulated.filter(pl.col("status") == "ok").with_columns(pl.col("family").fill_null(""))
     found = {}
@@ -83,15 +78,15 @@ def matched_cells(
             for label in labels
         ]
         values = {
-            metric: (1 if more_is_better else -1)
+            name: (1 if metric.more_is_better else -1)
             * np.array(
                 [
-                    sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")[metric]
+                    sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")[name]
                     for label in labels
                 ]
             )
-            for metric, more_is_better in metrics.items()
-            if metric in done.columns and not done[metric].null_count()
+            for name, metric in METRICS.items()
+            if name in done.columns and not done[name].null_count()
         }
         found[family] = Cells(labels, values, np.array(solved))
     if not found:

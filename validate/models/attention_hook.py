@@ -245,7 +245,7 @@ class _Probe:
         self.calls[call.layer] = call
 
 
-def probe_attention(model: PreTrainedModel, token_id: int = 0) -> list[LayerCall]:
+def probe_attention(model: PreTrainedModel) -> list[LayerCall]:
     """Run one token through the model and give each layer's attention call, in order.
 
     What cannot be recorded is refused here, before a file is opened or a prompt is read.
@@ -256,7 +256,7 @@ def probe_attention(model: PreTrainedModel, token_id: int = 0) -> list[LayerCall
         As ``record_attention`` and ``recording``, or when a layer does not attend at all.
     """
     probe = _Probe()
-    ids = torch.tensor([[token_id]], device=model.device)
+    ids = torch.tensor([[0]], device=model.device)
     with torch.inference_mode(), recording(model, probe):
         model(input_ids=ids, use_cache=False)
     n_layers = model.config.get_text_config().num_hidden_layers

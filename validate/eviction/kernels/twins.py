@@ -24,9 +24,8 @@ def attend(
     *,
     scale: float,
     longest: int,
-    scratch: object = None,
 ) -> None:
-    """Compute ``kernels.attention.attend``; ``longest`` bounds ``lengths``, ``scratch`` is not used."""
+    """Compute ``kernels.attention.attend``; ``longest`` bounds ``lengths``."""
     n_segments, head_dim = len(starts), keys.shape[1]
     grouped, mixed = queries.view(n_segments, -1, head_dim), output.view(n_segments, -1, head_dim)
     if not longest:
