@@ -44,18 +44,23 @@ def write_trace(
     queries : array or sequence of arrays
         Per layer (n_query_heads, total_tokens, head_dim); here as below NumPy's, or any with ``__array__`` or
         DLPack, such as a tensor.
-    keys, values : array or sequence of arrays
+    keys : array or sequence of arrays
         Per layer (n_kv_heads, total_tokens, head_dim).
     prompt_tokens : int
     lse : array or sequence of arrays, optional
         Per layer (n_query_heads, total_tokens); computed from the rounded queries and keys if
         not given.
+    values : array or sequence of arrays, optional
+        As ``keys``.
     token_ids : sequence of int, optional
         ``0, 1, 2, ...`` if not given.
     dtype : str
         Storage type; arrays already in it (bfloat16 as uint16 bits) are stored as they are.
     scale : float, optional
         ``head_dim ** -0.5`` if not given.
+    model, origin : str
+    overwrite : bool
+        Replace a trace that is there.
     **provenance
         Further fields of `TraceWriter.finish`.
 

@@ -46,10 +46,20 @@ class Manifest:
     ----------
     trace_id : str
         sha256 over the content: shape, scale, token counts and the checksums of all files.
+    model, model_revision : str
+    n_layers, n_query_heads, n_kv_heads, head_dim : int
     scale : float
         Attention scale: ``logits = scale * q . k``.
+    rope : dict
+        Parameters of the rotary embedding, as the model's configuration has them.
+    dtype : str
+        Of the stored numbers.
+    prompt_tokens, total_tokens : int
+    has_values : bool
     origin : str
         ``decoded``, ``rescored`` or ``synthetic``.
+    sampling : dict
+    seed : int or None
     task : dict
         Identity of the problem and its answer, or what is known of a synthetic trace.
     vocabulary : dict of int to str

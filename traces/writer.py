@@ -102,10 +102,12 @@ class TraceWriter:
         queries : np.ndarray
             (n_query_heads, n, head_dim), after RoPE, in the trace's dtype (bfloat16 as uint16 bit
             patterns), or float32 if nothing has to be rounded.
-        keys, values : np.ndarray
+        keys : np.ndarray
             (n_kv_heads, n, head_dim), likewise.
         lse : np.ndarray
             float32 (n_query_heads, n).
+        values : np.ndarray, optional
+            As ``keys``.
 
         Raises
         ------
@@ -158,12 +160,15 @@ class TraceWriter:
             All tokens, prompt first; one for each token appended to every layer.
         prompt_tokens : int
             From 1 to the number of tokens.
-        model, model_revision : str
+        model : str
         origin : str
             ``decoded``, ``rescored`` or ``synthetic``.
-        rope, sampling, task : mapping, optional
+        model_revision : str
+        rope, sampling : mapping, optional
             What JSON can express.
         seed : int, optional
+        task : mapping, optional
+            What JSON can express.
         vocabulary : mapping of int to str, optional
             Text of the token ids that occur.
         versions : mapping of str to str, optional

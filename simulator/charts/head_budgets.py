@@ -53,27 +53,8 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     steps = trajectory.filter(pl.col("budget_entries").is_not_null())
     if steps.is_empty():
         raise UserError(f"policy '{cells['policy'][0]}' never compressed; there are no budgets to draw")
-    head = ["layer", "kv_head"]
-    steps = steps.sort(*head, "n_tokens")
-    mean = float(
-        steps.group_by(head).agg(pl.col("budget_entries").last())["budget_entries"].to_numpy().mean()
-    )
-    # A line needs the points where a budget changes, and the last: between two it stays as it is.
-    before = pl.col("budget_entries").shift(1).over(head)
-    is_last = pl.col("compression").is_null()
-    steps = steps.filter(before.is_null() | (before != pl.col("budget_entries")) | is_last)
     n_heads = trajectory["kv_head"].n_unique()
-    values = [
-        {
-            "layer": f"layer {row['layer']}",
-            "head": row["kv_head"],
-            "width": 2.6 - 1.4 * row["kv_head"] / max(1, n_heads - 1),
-            "tokens": row["n_tokens"],
-            "budget": row["budget_entries"],
-            "mean": mean,
-        }
-        for row in steps.select(*head, "n_tokens", "budget_entries").iter_rows(named=True)
-    ]
+    mean, values = _points(steps, n_heads)
     base = alt.Chart(alt.Data(values=values))
     legend = alt.Legend(
         title="KV head",
@@ -113,6 +94,30 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
         )
         .properties(title=title)
     )
+
+
+def _points(steps: pl.DataFrame, n_heads: int) -> tuple[float, list[dict[str, Any]]]:
+    """Give the mean of the last budgets, and the points of every head's line."""
+    head = ["layer", "kv_head"]
+    steps = steps.sort(*head, "n_tokens")
+    mean = float(
+        steps.group_by(head).agg(pl.col("budget_entries").last())["budget_entries"].to_numpy().mean()
+    )
+    # A line needs the points where a budget changes, and the last: between two it stays as it is.
+    before = pl.col("budget_entries").shift(1).over(head)
+    is_last = pl.col("compression").is_null()
+    steps = steps.filter(before.is_null() | (before != pl.col("budget_entries")) | is_last)
+    return mean, [
+        {
+            "layer": f"layer {row['layer']}",
+            "head": row["kv_head"],
+            "width": 2.6 - 1.4 * row["kv_head"] / max(1, n_heads - 1),
+            "tokens": row["n_tokens"],
+            "budget": row["budget_entries"],
+            "mean": mean,
+        }
+        for row in steps.select(*head, "n_tokens", "budget_entries").iter_rows(named=True)
+    ]
 
 
 def save(chart: Any, path: Path) -> None:

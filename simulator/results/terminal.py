@@ -124,6 +124,8 @@ def print_standings(
         What it compares.
     models : sequence of str
         Of the traces.
+    console : rich.console.Console
+    as_markdown : bool
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)

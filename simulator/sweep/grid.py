@@ -64,8 +64,11 @@ class SweepCell:
     ----------
     key : str
         sha256 of all that the row depends on.
+    policy : Policy
     parameters : str
         The policy's, as one line of JSON.
+    budget : Budget
+    seed : int
     """
 
     key: str

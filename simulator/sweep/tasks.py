@@ -24,6 +24,8 @@ class Task:
 
     Attributes
     ----------
+    trace : SweepTrace
+    cells : tuple of SweepCell
     waves : dict
         Demand profiles by model.
     code_version : str

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from traces.errors import NoDeviceError
-from validate.bench.kernels import KERNEL_SIZE, THRESHOLD, WINDOW, LayerMemory, Setting
+from validate.bench.kernels import LayerMemory, Setting
 from validate.eviction.kernels.ops import Ops
 
 # Largest difference allowed, by type: of outputs, which are of order 1.
@@ -48,19 +48,12 @@ def _errors(ops: Ops, reference: Ops, setting: Setting) -> Iterator[tuple[str, f
     found, expected = (LayerMemory(setting, seed=0) for _ in range(2))
     both = ((ops, found), (reference, expected))
     for own, memory in both:
-        own.attend(
-            memory.heads,
-            memory.keys,
-            memory.values,
-            memory.starts,
-            memory.lengths,
-            memory.output,
-            scale=setting.scale,
-            longest=memory.longest,
-        )
+        memory.attend(own)
     yield "attention", _difference(found.output, expected.output), _OUTPUT_ERROR[setting.dtype]
     for own, memory in both:
-        _score(own, memory, setting)
+        memory.find_importance(own)
+        memory.find_redundancy(own)
+        memory.combine_scores(own)
     for name, ours, theirs in (
         ("importance", found.importance[found.candidates], expected.importance[found.candidates]),
         ("redundancy", found.repeated, expected.repeated),
@@ -70,7 +63,9 @@ def _errors(ops: Ops, reference: Ops, setting: Setting) -> Iterator[tuple[str, f
     # From here on both decide by the same scores, so that nothing may differ.
     expected.scores.copy_(found.scores)
     for own, memory in both:
-        _move(own, memory, setting)
+        memory.find_demand(own)
+        memory.select(own)
+        memory.compact(own)
     kept = expected.kept_slots()
     for name, ours, theirs in (
         ("demand", found.counts, expected.counts),
@@ -81,53 +76,6 @@ def _errors(ops: Ops, reference: Ops, setting: Setting) -> Iterator[tuple[str, f
         ("compaction", found.positions[kept], expected.positions[kept]),
     ):
         yield name, _difference(ours, theirs), 0.0
-
-
-def _score(ops: Ops, memory: LayerMemory, setting: Setting) -> None:
-    layout = (memory.starts, memory.lengths)
-    ops.window_importance(
-        memory.queries,
-        memory.keys,
-        *layout,
-        memory.importance,
-        scale=setting.scale,
-        window=WINDOW,
-        longest=memory.longest,
-    )
-    ops.redundancy(memory.keys, *layout, memory.repeated, threshold=THRESHOLD, longest=memory.longest)
-    ops.combine_scores(
-        memory.importance,
-        memory.repeated,
-        *layout,
-        memory.scores,
-        alpha=0.1,
-        kernel_size=KERNEL_SIZE,
-        window=WINDOW,
-        longest=memory.longest,
-    )
-
-
-def _move(ops: Ops, memory: LayerMemory, setting: Setting) -> None:
-    layout = (memory.starts, memory.lengths)
-    ops.demand(
-        memory.scores,
-        *layout,
-        memory.totals,
-        memory.counts,
-        n_kv_heads=setting.n_kv_heads,
-        longest=memory.longest,
-    )
-    ops.select(memory.scores, *layout, memory.quotas, memory.survivors, memory.kept, longest=memory.longest)
-    ops.compact(
-        memory.keys,
-        memory.values,
-        memory.positions,
-        memory.survivors,
-        memory.starts,
-        memory.kept,
-        memory.starts,
-        n_kv_heads=setting.n_kv_heads,
-    )
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ class Lap:
     """Times of one piece of work after another, on the device's own clock where it has one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._marks = device, []
+        self._device = device
+        self._marks: list[Any] = []  # events of the device, or seconds
         self.mark()
 
     def mark(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from traces.errors import NoDeviceError
 from validate.bench.clock import Lap, synchronize
 from validate.eviction.cache import evicting
 from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.plan import buffer_of
 from validate.eviction.device.schedule import Schedule
 from validate.eviction.device.steps import Steps, is_out_of_memory
 
@@ -54,7 +56,7 @@ class Case:
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = None) -> dict[str, object]:
+def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = None) -> dict[str, Any]:
     """Time decode steps of one case.
 
     A cache under a budget is timed until every layer of every sequence has compressed twice, which is its
@@ -109,7 +111,7 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
     }
 
 
-def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, object]:
+def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, Any]:
     device = model.device
     _read_prompts(model, cache, case.batch)
     steps = Steps(model, cache, graph=case.graph)
@@ -131,8 +133,8 @@ def _read_prompts(model: PreTrainedModel, cache: DeviceCache, batch: int) -> Non
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, object]:
-    buffer = case.policy.trigger.buffer
+def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, Any]:
+    buffer = buffer_of(case.policy)
     # The first compression, which compiles kernels, comes with the last warm step.
     entries = stand_at(cache, case.new_tokens // 2, ahead=WARM_STEPS)
     for _ in range(WARM_STEPS):
@@ -176,7 +178,7 @@ def _most_held(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, buffer: i
     return int(most) + cache.pool.lengths.shape[0] * cache.shape.n_kv_heads
 
 
-def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, object]:
+def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, Any]:
     points = []
     for share in FULL_AT:
         n_tokens = int(PROMPT_TOKENS + share * case.new_tokens) - WARM_STEPS
@@ -189,13 +191,16 @@ def _growing(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case)
             lap.mark()
         points.append((share, median(lap.seconds())))
     held = int(cache.held.max())
+    return times_over_text(points) | {"entries_planned": held, "entries_measured": held}
+
+
+def times_over_text(points: list[tuple[float, float]]) -> dict[str, Any]:
+    """Give the fields of ``measure`` that tell a full cache's times, by step times at shares of a text."""
     return {
         "step_seconds": mean_over_text(points),
         "plain_step_seconds": points[-1][1],
         "compression_seconds": None,
         "steps_at": [{"share": share, "seconds": seconds} for share, seconds in points],
-        "entries_planned": held,
-        "entries_measured": held,
     }
 
 
@@ -226,7 +231,7 @@ def stand_at(cache: DeviceCache, n_tokens: int, ahead: int = 0) -> np.ndarray:
     n_rows = entries.shape[1]
     per_head = np.full(entries.shape, n_tokens)
     if policy.evicts:
-        per_head = np.minimum(entries + policy.trigger.buffer - ahead, n_tokens)
+        per_head = np.minimum(entries + buffer_of(policy) - ahead, n_tokens)
     pool.lengths.copy_(torch.from_numpy(per_head[:, :, None].astype(np.int32)).expand(pool.lengths.shape))
     cache.n_tokens.fill_(n_tokens)
     prompts = np.full(n_rows, n_tokens)

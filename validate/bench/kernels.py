@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,13 +92,99 @@ class LayerMemory:
         """Give the slots of what has survived, where each segment starts as before."""
         return self._slots(self.kept)
 
+    def attend(self, ops: Ops) -> None:
+        """Attend from ``heads`` to all that is held, into ``output``."""
+        ops.attend(
+            self.heads,
+            self.keys,
+            self.values,
+            self.starts,
+            self.lengths,
+            self.output,
+            scale=self.setting.scale,
+            longest=self.longest,
+        )
+
+    def find_importance(self, ops: Ops) -> None:
+        """Write ``importance``."""
+        ops.window_importance(
+            self.queries,
+            self.keys,
+            self.starts,
+            self.lengths,
+            self.importance,
+            scale=self.setting.scale,
+            window=WINDOW,
+            longest=self.longest,
+        )
+
+    def find_redundancy(self, ops: Ops) -> None:
+        """Write ``repeated``."""
+        ops.redundancy(
+            self.keys, self.starts, self.lengths, self.repeated, threshold=THRESHOLD, longest=self.longest
+        )
+
+    def combine_scores(self, ops: Ops) -> None:
+        """Write ``scores``, of what the two before have written."""
+        ops.combine_scores(
+            self.importance,
+            self.repeated,
+            self.starts,
+            self.lengths,
+            self.scores,
+            alpha=0.1,
+            kernel_size=KERNEL_SIZE,
+            window=WINDOW,
+            longest=self.longest,
+        )
+
+    def find_demand(self, ops: Ops) -> None:
+        """Write ``counts``, by ``scores``."""
+        ops.demand(
+            self.scores,
+            self.starts,
+            self.lengths,
+            self.totals,
+            self.counts,
+            n_kv_heads=self.setting.n_kv_heads,
+            longest=self.longest,
+        )
+
+    def select(self, ops: Ops) -> None:
+        """Write ``survivors`` and ``kept``, by ``scores``."""
+        ops.select(
+            self.scores,
+            self.starts,
+            self.lengths,
+            self.quotas,
+            self.survivors,
+            self.kept,
+            longest=self.longest,
+        )
+
+    def compact(self, ops: Ops) -> None:
+        """Move the survivors to their segments' starts."""
+        ops.compact(
+            self.keys,
+            self.values,
+            self.positions,
+            self.survivors,
+            self.starts,
+            self.kept,
+            self.starts,
+            n_kv_heads=self.setting.n_kv_heads,
+        )
+
     def _slots(self, lengths: torch.Tensor) -> torch.Tensor:
         pairs = zip(self.starts.tolist(), lengths.tolist(), strict=True)
         ranges = [torch.arange(start, start + length) for start, length in pairs]
         return torch.cat(ranges).to(self.starts.device)
 
 
-def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, object]]:
+Call = Callable[[LayerMemory, Ops], None]
+
+
+def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, Any]]:
     """Time each kernel of one layer, and say how much memory it had to move at least.
 
     Yields
@@ -109,8 +196,8 @@ def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, 
     first = LayerMemory(setting, 0)
     n_layers = max(1, min(64, _ROUND_BYTES // (first.keys.nbytes + first.values.nbytes)))
     layers = [first] + [LayerMemory(setting, seed) for seed in range(1, n_layers)]
-    for name, (call, n_bytes, gflop) in _calls(ops, setting, first).items():
-        seconds = median_seconds(_in_turn(call, layers), setting.device, repeat)
+    for name, (call, n_bytes, gflop) in _cases(setting, first).items():
+        seconds = median_seconds(_in_turn(call, layers, ops), setting.device, repeat)
         yield {
             "kernel": name,
             "batch": setting.n_rows,
@@ -122,82 +209,22 @@ def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, 
         }
 
 
-def _in_turn(call: Callable[[LayerMemory], object], layers: list[LayerMemory]) -> Callable[[int], object]:
-    return lambda i: call(layers[i % len(layers)])
+def _in_turn(call: Call, layers: list[LayerMemory], ops: Ops) -> Callable[[int], None]:
+    return lambda i: call(layers[i % len(layers)], ops)
 
 
-def _calls(
-    ops: Ops, setting: Setting, sample: LayerMemory
-) -> dict[str, tuple[Callable[[LayerMemory], object], int, float]]:
+def _cases(setting: Setting, sample: LayerMemory) -> dict[str, tuple[Call, int, float]]:
     """Give each kernel's call, its bytes and its GFLOP, in the order of a compression."""
-    scale, width = setting.scale, setting.head_dim * setting.dtype.itemsize
+    width = setting.head_dim * setting.dtype.itemsize
     held, kept = sample.n_held, int(sample.quotas.sum())
     pairs = float((sample.lengths.double() ** 2).sum())
     n_products = held * setting.group_size * setting.head_dim
-
-    def attend(a: LayerMemory) -> None:
-        ops.attend(a.heads, a.keys, a.values, a.starts, a.lengths, a.output, scale=scale, longest=a.longest)
-
-    def importance(a: LayerMemory) -> None:
-        ops.window_importance(
-            a.queries,
-            a.keys,
-            a.starts,
-            a.lengths,
-            a.importance,
-            scale=scale,
-            window=WINDOW,
-            longest=a.longest,
-        )
-
-    def redundancy(a: LayerMemory) -> None:
-        ops.redundancy(a.keys, a.starts, a.lengths, a.repeated, threshold=THRESHOLD, longest=a.longest)
-
-    def combine(a: LayerMemory) -> None:
-        ops.combine_scores(
-            a.importance,
-            a.repeated,
-            a.starts,
-            a.lengths,
-            a.scores,
-            alpha=0.1,
-            kernel_size=KERNEL_SIZE,
-            window=WINDOW,
-            longest=a.longest,
-        )
-
-    def demand(a: LayerMemory) -> None:
-        ops.demand(
-            a.scores,
-            a.starts,
-            a.lengths,
-            a.totals,
-            a.counts,
-            n_kv_heads=setting.n_kv_heads,
-            longest=a.longest,
-        )
-
-    def select(a: LayerMemory) -> None:
-        ops.select(a.scores, a.starts, a.lengths, a.quotas, a.survivors, a.kept, longest=a.longest)
-
-    def compact(a: LayerMemory) -> None:
-        ops.compact(
-            a.keys,
-            a.values,
-            a.positions,
-            a.survivors,
-            a.starts,
-            a.kept,
-            a.starts,
-            n_kv_heads=setting.n_kv_heads,
-        )
-
     return {
-        "attention": (attend, 2 * held * width, 4e-9 * n_products),
-        "importance": (importance, held * width + 4 * held, 2e-9 * n_products * WINDOW),
-        "redundancy": (redundancy, held * width + 4 * held, 2e-9 * pairs * setting.head_dim),
-        "scores": (combine, 12 * held, 0.0),
-        "demand": (demand, 4 * held, 0.0),
-        "selection": (select, 4 * held + 4 * kept, 0.0),
-        "compaction": (compact, 4 * kept * width + 8 * kept, 0.0),
+        "attention": (LayerMemory.attend, 2 * held * width, 4e-9 * n_products),
+        "importance": (LayerMemory.find_importance, held * width + 4 * held, 2e-9 * n_products * WINDOW),
+        "redundancy": (LayerMemory.find_redundancy, held * width + 4 * held, 2e-9 * pairs * setting.head_dim),
+        "scores": (LayerMemory.combine_scores, 12 * held, 0.0),
+        "demand": (LayerMemory.find_demand, 4 * held, 0.0),
+        "selection": (LayerMemory.select, 4 * held + 4 * kept, 0.0),
+        "compaction": (LayerMemory.compact, 4 * kept * width + 8 * kept, 0.0),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from validate.bench.decode import LEAST_BUFFER, PROMPT_TOKENS, Case, measure
 from validate.bench.kernels import WINDOW, Setting, kernel_cases
 from validate.bench.stock import LABEL as STOCK
 from validate.bench.stock import measure_stock
-from validate.eviction.device.cache import memory_plan
+from validate.eviction.device.plan import memory_plan
 from validate.eviction.device.steps import is_out_of_memory
 from validate.eviction.kernels.ops import ops_for, require_shape, torch_ops
 from validate.models.load import model_shape
@@ -61,7 +62,7 @@ class BenchPlan:
 
 
 Tell = Callable[[str], None]
-Keep = Callable[[dict[str, object]], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 def run_bench(
@@ -71,7 +72,7 @@ def run_bench(
     *,
     tell: Tell = lambda line: None,
     keep: Keep = lambda result: None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Measure kernels, then decoding, on the model's device.
 
     Parameters
@@ -121,7 +122,7 @@ class _Bench:
         self._ends = time.monotonic() + 60 * plan.minutes
         self._waves = {"bench": _assumed_wave(self._shape.n_layers, self._shape.n_kv_heads)}
         self._policies = {label: parse_policy(text, buffer=plan.buffer) for label, text in POLICIES.items()}
-        self.result: dict[str, object] = {
+        self.result: dict[str, Any] = {
             "machine": device_facts(self._device),
             "model": {
                 "name": name,
@@ -140,7 +141,7 @@ class _Bench:
             "skipped": [],
         }
 
-    def run(self) -> dict[str, object]:
+    def run(self) -> dict[str, Any]:
         self._tell("copy bandwidth")
         n_bytes = 2**30 if self._device.type == "cuda" else 2**26
         self.result["machine"]["copy_gbs"] = copy_bandwidth(self._device, n_bytes) * 1e-9
@@ -259,7 +260,7 @@ class _Bench:
         self._tell(what)
         return True
 
-    def _add(self, section: str, entry: dict[str, object]) -> None:
+    def _add(self, section: str, entry: dict[str, Any]) -> None:
         self.result[section].append(entry)
         self.result["aims"] = aims(self.result, self._plan)
         self._keep(self.result)
@@ -282,7 +283,7 @@ def round_down(batch: int) -> int:
     return batch // _ROUND_TO * _ROUND_TO or batch
 
 
-def aims(result: dict[str, object], plan: BenchPlan) -> list[dict[str, object]]:
+def aims(result: dict[str, Any], plan: BenchPlan) -> list[dict[str, Any]]:
     """Set what was measured against what was aimed at, as far as both sides are there.
 
     Returns
@@ -290,7 +291,7 @@ def aims(result: dict[str, object], plan: BenchPlan) -> list[dict[str, object]]:
     list of dict
         ``aim``, ``asked`` (a bound), ``seen`` and ``holds``.
     """
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
 
     def add(aim: str, asked: float, seen: float | None, at_least: bool = True) -> None:
         if seen is not None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from validate.bench.clock import Lap
-from validate.bench.decode import FULL_AT, FULL_STEPS, PROMPT_TOKENS, WARM_STEPS, mean_over_text
+from validate.bench.decode import FULL_AT, FULL_STEPS, PROMPT_TOKENS, WARM_STEPS, times_over_text
 from validate.models.load import model_shape
 
 LABEL = "full cache, transformers"
 
 
 @torch.inference_mode()
-def measure_stock(model: PreTrainedModel, batch: int, new_tokens: int) -> dict[str, object]:
+def measure_stock(model: PreTrainedModel, batch: int, new_tokens: int) -> dict[str, Any]:
     """Time decode steps with transformers' own cache and attention, at the lengths of ``measure``.
 
     Returns
@@ -33,19 +35,17 @@ def measure_stock(model: PreTrainedModel, batch: int, new_tokens: int) -> dict[s
             tokens = output.logits[:, -1].argmax(-1)
             lap.mark()
         points.append((share, median(lap.seconds()[WARM_STEPS:])))
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    seconds = mean_over_text(points)
+        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        held = sum(states.nbytes for own in layers for states in (own.keys, own.values) if states is not None)
+    times = times_over_text(points)
     return {
         "policy": LABEL,
         "batch": batch,
         "new_tokens": new_tokens,
         "without_graph": True,
         "entries": None,
-        "tokens_per_second": batch / seconds,
-        "step_seconds": seconds,
-        "plain_step_seconds": points[-1][1],
-        "compression_seconds": None,
-        "steps_at": [{"share": share, "seconds": seconds} for share, seconds in points],
+        "tokens_per_second": batch / times["step_seconds"],
+        **times,
         "bytes_planned": None,
         "bytes_measured": held,
         "is_captured": False,

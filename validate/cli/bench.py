@@ -122,7 +122,7 @@ def bench(
         shape = random_weights or (_GPU_SHAPE if on_gpu else _CPU_SHAPE)
         tell(f"random weights of {shape} on {target}")
         loaded = random_model(shape, dtype=kind, device=str(target))
-    place = [None]
+    place: list[Path | None] = [None]
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:

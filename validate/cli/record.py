@@ -200,7 +200,7 @@ def _say(console: Console, line: str) -> None:
 
 def table_lines(rows: Iterable[Row]) -> list[str]:
     """Give a table of what became of each row, one line each under a header, columns aligned."""
-    cells = [("trace", "status", "prompt_tokens", "total_tokens", "correct")]
+    cells: list[tuple[str, ...]] = [("trace", "status", "prompt_tokens", "total_tokens", "correct")]
     for row in rows:
         numbers = (row.prompt_tokens, row.total_tokens)
         correct = {None: "-", True: "yes", False: "no"}[row.correct]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from simulator.engine.request import divide_over_layers, require_data
 from simulator.policies.contract import checked_table
 from simulator.policies.language import Policy
 from simulator.policies.parts import LayerRequest
+from simulator.policies.view import CacheView
 from simulator.policies.wave import Wave, known_waves
 from traces.documents import shown
 from traces.errors import UserError
@@ -25,7 +26,7 @@ from validate.eviction.cache_layer import EvictingCacheLayer
 from validate.eviction.calls import Calls, watch_calls
 from validate.eviction.host.layer import EvictingLayer
 from validate.eviction.prompts import attend_pass, prompt_lengths
-from validate.models.attention_hook import replaced_attention, unsupported_feature
+from validate.models.attention_hook import layer_index, replaced_attention, unsupported_feature
 from validate.models.load import model_shape, rope_parameters
 
 IMPLEMENTATION = "kvbudget_evict"
@@ -87,7 +88,8 @@ class EvictingCache(Cache):
         self._one_budget = isinstance(entries, Integral)
         self._asked = _whole_numbers([entries] if self._one_budget else entries, "entries", 1)
         self.shape, self.rope = shape, rope = _kind_of(model)
-        super().__init__(layers=[EvictingCacheLayer(layer) for layer in range(shape.n_layers)])
+        self.own_layers = [EvictingCacheLayer(layer) for layer in range(shape.n_layers)]
+        super().__init__(layers=[*self.own_layers])
         self.owner: weakref.ref[PreTrainedModel] | None = None
         self.calls = Calls(shape.n_layers, prompt_tokens, self._reads_values)
         self.policy, self._layer_type = policy, layer_type
@@ -105,7 +107,7 @@ class EvictingCache(Cache):
         self._rope = require_data(policy, True, rope, shape.head_dim, f"model '{name}'")
         self._table = checked_table(policy.heads, self._request)
         # What is infeasible whatever the prompts are is refused before they are read.
-        self._budgets = self._divide([0] * len(self._asked))
+        self._budgets = self._divide(np.zeros(len(self._asked), np.int64))
         self._prompts = np.zeros(0, np.int64)
 
     def update(
@@ -138,7 +140,7 @@ class EvictingCache(Cache):
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
         """The layers, once they have seen the prompts."""
-        return [layer.entries for layer in self.layers if layer.entries is not None]
+        return [layer.entries for layer in self.own_layers if layer.entries is not None]
 
     @property
     def held(self) -> np.ndarray:
@@ -163,7 +165,7 @@ class EvictingCache(Cache):
 
         The first call brings the prompts; ``mask`` (n_rows, length) tells where their padding ends.
         """
-        held, length = self.layers[layer], query.shape[2]
+        held, length = self.own_layers[layer], query.shape[2]
         waits, is_last = self.policy.divides_layers_again, layer == len(self.layers) - 1
         if held.entries is None:
             return self._read_prompts(layer, query, key, value, mask, scale)
@@ -190,13 +192,13 @@ class EvictingCache(Cache):
         scale: float,
     ) -> torch.Tensor:
         """Attend within the prompts, of which this pass is a part or the whole; evict once they are whole."""
-        held, n_new = self.layers[layer], query.shape[2]
+        held, n_new = self.own_layers[layer], query.shape[2]
         n_seen = held.get_seq_length() - n_new
-        self.calls.require_part_of_prompts(n_seen, n_new)
-        if n_seen + n_new < self.calls.prompt_tokens or held.passes:
+        prompt_tokens = self.calls.require_part_of_prompts(n_seen, n_new)
+        if n_seen + n_new < prompt_tokens or held.passes:
             held.passes.append((query, key, value))
             query, key, value = (torch.cat(parts, 2) for parts in zip(*held.passes, strict=True))
-        if query.shape[2] < self.calls.prompt_tokens:
+        if query.shape[2] < prompt_tokens:
             return attend_pass(query[:, :, -n_new:], key, value, mask, scale)
         held.passes, n_rows = [], query.shape[0]
         self._require_rows(n_rows)
@@ -234,7 +236,7 @@ class EvictingCache(Cache):
         self.policy.require_feasible(entries, prompt_tokens)
         return replace(self._request, entries=entries, protected=self.policy.protected_of(prompt_tokens))
 
-    def _divide(self, prompts: Sequence[int]) -> np.ndarray:
+    def _divide(self, prompts: np.ndarray) -> np.ndarray:
         """Give every row's budget per layer, int64 (n_rows or 1, n_layers)."""
         asked = self._asked * (len(prompts) if self._one_budget else 1)
         # Prompts matter only where they are kept.
@@ -269,7 +271,7 @@ class EvictingCache(Cache):
             layer.compress_overdue()
 
 
-class _Views(Sequence):
+class _Views(Sequence[Sequence[CacheView]]):
     """What every layer holds of one row, brought to the processor one layer at a time."""
 
     def __init__(self, layers: Sequence[EvictingLayer], row: int) -> None:
@@ -278,7 +280,13 @@ class _Views(Sequence):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, layer):
+    @overload
+    def __getitem__(self, layer: int) -> Sequence[CacheView]: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Sequence[CacheView]]: ...
+    def __getitem__(self, layer: int | slice) -> Sequence[CacheView] | Sequence[Sequence[CacheView]]:
+        if isinstance(layer, slice):
+            return [own.views(self._row) for own in self._layers[layer]]
         return self._layers[layer].views(self._row)
 
 
@@ -305,17 +313,19 @@ def whole_number(number: object, name: str, least: int) -> int:
     if (
         not isinstance(number, Integral)
         or isinstance(number, bool | np.bool_)
-        or not least <= number <= _MOST
+        or not least <= int(number) <= _MOST
     ):
         raise UserError(f"{name} has {shown(number)}; allowed: whole numbers, {least} or more")
     return int(number)
 
 
 def _whole_numbers(given: object, name: str, least: int) -> list[int]:
-    is_row = isinstance(given, Sequence) or (isinstance(given, np.ndarray) and given.ndim == 1)
-    if not is_row or isinstance(given, str | bytes) or not len(given):
+    row = list(given) if isinstance(given, list | tuple | range) else []
+    if isinstance(given, np.ndarray) and given.ndim == 1:
+        row = list(given)
+    if not row:
         raise UserError(f"{name} is {shown(given)}; allowed: a whole number, or one for each sequence")
-    return [whole_number(number, name, least) for number in given]
+    return [whole_number(number, name, least) for number in row]
 
 
 def evict_attention(
@@ -326,7 +336,7 @@ def evict_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend to what the module's cache holds; registered as ``kvbudget_evict``.
 
@@ -335,7 +345,7 @@ def evict_attention(
     UserError
         For attention that is not a plain causal softmax over the whole history.
     """
-    cache, layer = getattr(module, _ATTRIBUTE), module.layer_idx
+    cache, layer = getattr(module, _ATTRIBUTE), layer_index(module)
     cache.calls.attend(layer, query.shape[2], key.shape[2])
     n_tokens = cache.layers[layer].get_seq_length()
     found = unsupported_feature(module, settings, n_tokens, dropout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class Calls:
 
     def begin_again(self) -> None:
         """Let the next call start with the first layer, whatever became of the one before."""
-        self._turn, self._handed_on = 0, None
+        self._turn = 0
+        self._handed_on: int | None = None
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Forget all other rows."""
@@ -181,8 +182,8 @@ class Calls:
             )
         self._require_same(ids, n_seen)
 
-    def require_part_of_prompts(self, n_seen: int, n_new: int) -> None:
-        """Refuse a pass of the prompts that may not be what it seems.
+    def require_part_of_prompts(self, n_seen: int, n_new: int) -> int:
+        """Give the length of the prompts; refuse a pass of them that may not be what it seems.
 
         Raises
         ------
@@ -202,6 +203,7 @@ class Calls:
                 f"a pass of {n_new} tokens after {n_seen} ends behind the {self.prompt_tokens} tokens of the "
                 "prompts; allowed: a pass that ends with them"
             )
+        return self.prompt_tokens
 
     def require_certain_prompts(self, n_new: int) -> None:
         """Refuse several tokens where they may be more of the prompts; raises UserError."""
@@ -216,16 +218,15 @@ class Calls:
     ) -> None:
         """Hold masks and positions of new tokens, (n_rows, n_new, ...), against what was read before."""
         mask, positions, n_tokens = given.get("attention_mask"), given.get("position_ids"), n_seen + shape[1]
-        is_known = self._lengths is not None and not in_prompts
-        is_padded = is_known and bool((self._lengths < n_seen).any())
-        if is_padded and (positions is not None) != self._has_positions:
+        known = None if in_prompts else self._lengths
+        if known is None:
+            self._has_positions = positions is not None
+        elif (known < n_seen).any() and (positions is not None) != self._has_positions:
             found = "given" if self._has_positions else "missing"
             raise UserError(
                 f"position_ids were {found} when the padded prompts were read; allowed: in all passes or none"
             )
-        if not is_known:
-            self._has_positions = positions is not None
-        lengths = self._lengths + shape[1] if is_known else np.full(shape[0], n_tokens)
+        lengths = np.full(shape[0], n_tokens) if known is None else known + shape[1]
         if isinstance(mask, torch.Tensor):
             if mask.ndim != 2 or mask.shape[1] != n_tokens:
                 raise UserError(
@@ -233,7 +234,7 @@ class Calls:
                     "every sequence, the whole text of which the cache has read the start"
                 )
             shown = mask.bool().sum(1).cpu().numpy()
-            if is_known and (shown != lengths).any():
+            if known is not None and (shown != lengths).any():
                 raise UserError("the attention mask hides tokens of the texts; allowed: left-padded prompts")
             lengths = shown
         if isinstance(positions, torch.Tensor) and positions.ndim == 2:
@@ -266,7 +267,7 @@ def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[
     """Look at every call of a model and of its ``generate``; give what ends that."""
     # The model below its head is called by the whole one, and may be called by itself.
     inner = model.base_model
-    forward, generate = inspect.signature(inner.forward), model.generate
+    forward, generate = inspect.signature(inner.forward), cast(Callable[..., Any], model.generate)
     own = "generate" in vars(model)
 
     def before_forward(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -278,12 +279,12 @@ def watch_calls(model: PreTrainedModel, cache: Cache, calls: Calls) -> Callable[
         return generate(*given, **named)
 
     handle = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
-    model.generate = watched  # type: ignore[method-assign]
+    model.generate = watched  # type: ignore[assignment]
 
     def end() -> None:
         handle.remove()
         if own:
-            model.generate = generate  # type: ignore[method-assign]
+            model.generate = generate  # type: ignore[assignment]
         else:
             del model.generate
 

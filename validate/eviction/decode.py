@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
-from validate.eviction.device.cache import DeviceCache, serves
+from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.plan import serves
 from validate.eviction.device.steps import Steps
 from validate.models.load import model_shape
-from validate.models.next_token import Sampling, choose_tokens
+from validate.models.next_token import Sampling, choose_tokens, forward_settings
 
 # Sequences that have ended are dropped once they are this share of the batch.
 _DROP_AT = 0.1
@@ -126,14 +127,19 @@ def decode(
         raise UserError("a prompt has 0 tokens, or max_new_tokens is 0; allowed: 1 or more")
     stops = set(stop_ids)
     rows = [_Row(limit, each) for limit, each in zip(limits, samplings, strict=True)]
-    settings = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
-    settings |= {"prompt_tokens": max(map(len, prompts))}
     if on_device is None:
         on_device = model.device.type == "cuda" and serves(model, policy)
-    if on_device:
-        cache = DeviceCache(model, policy, entries, ahead=max(limits), **settings)
-    else:
-        cache = EvictingCache(model, policy, entries, **settings)
+    make = partial(DeviceCache, ahead=max(limits)) if on_device else EvictingCache
+    cache = make(
+        model,
+        policy,
+        entries,
+        prompt_tokens=max(map(len, prompts)),
+        name=name,
+        revision=revision,
+        waves=waves,
+        seeds=seeds,
+    )
     with evicting(model, cache):
         run = _Run(model, cache, prompts)
         running = list(range(n))
@@ -174,11 +180,7 @@ class _Run:
     ) -> None:
         self._model, self._cache = model, cache
         self._steps: Steps | None = None
-        # Logits of whole prompts would be the largest tensor of all; only the last row is used.
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._settings = {"use_cache": True, "past_key_values": cache} | (
-            {"logits_to_keep": 1} if keeps else {}
-        )
+        self._settings = forward_settings(model) | {"past_key_values": cache}
         self._lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(self._lengths.max())
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)

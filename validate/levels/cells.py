@@ -41,7 +41,7 @@ def compare_with_traces(
     from simulator.policies.wave import known_waves, tell_unused
     from simulator.results.output import tell_written, write_parquet
     from traces.store import find_traces, open_trace
-    from validate.levels.runs import forced_steps, level_row, run_forced, run_shadow
+    from validate.levels.runs import Forced, forced_steps, level_row, run_forced, run_shadow
     from validate.live.terminal import print_levels
     from validate.models.load import load_model
     from validate.models.threads import limit_threads
@@ -70,7 +70,7 @@ def compare_with_traces(
                 failed.append(error)
                 continue
             rows.append(labels | level_row(result))
-            if steps is not None:
+            if steps is not None and isinstance(result, Forced):
                 columns = [pl.lit(value).alias(name) for name, value in labels.items()]
                 per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
     if not rows:

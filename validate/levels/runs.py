@@ -8,6 +8,7 @@ the retained mass moves away from the simulated one is the price of a replay's o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +27,15 @@ from traces.trace import Trace
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.host.layer import EvictingLayer, to_array
 from validate.models.causal import causal_attention
+from validate.models.vocabulary import n_token_ids
 from validate.record.recorder import observed_shape
 
 # Tokens of one forced pass: the logits of a whole trace would be the largest tensor of all.
 _FORCED_TOKENS = 512
+
+
+def _same(mine: Retained, theirs: Retained) -> bool:
+    return mine.n_tokens == theirs.n_tokens and np.array_equal(mine.positions, theirs.positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +64,7 @@ class Shadow:
         differing = []
         for key in sorted(sides[0].keys() | sides[1].keys()):
             mine, theirs = sides[0].get(key), sides[1].get(key)
-            same = mine is not None and theirs is not None and mine.n_tokens == theirs.n_tokens
-            if not same or not np.array_equal(mine.positions, theirs.positions):
+            if mine is None or theirs is None or not _same(mine, theirs):
                 differing.append((mine, theirs))
         return differing
 
@@ -125,6 +130,9 @@ class _WatchedLayer(EvictingLayer):
         return survivors
 
 
+Layer = TypeVar("Layer", bound=_WatchedLayer)
+
+
 class _ShadowLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         n_tokens = int(self.n_tokens[0])
@@ -182,11 +190,9 @@ def run_shadow(
     _require_own_trace(model, trace)
     expected = _replay(trace, policy, entries, seed, waves)
     # As in a recording, token by token: passes over several tokens round differently.
-    cache, _ = _run(model, trace, policy, entries, seed, waves, _ShadowLayer, 1)
-    keys_equal = all(
-        np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in cache.evicting_layers
-    )
-    found = [kept for layer in cache.evicting_layers for kept in layer.retained]
+    layers, _ = _run(model, trace, policy, entries, seed, waves, _ShadowLayer, 1)
+    keys_equal = all(np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in layers)
+    found = [kept for layer in layers for kept in layer.retained]
     # A replay ends with the last token and does not compress after it.
     found = [kept for kept in found if kept.n_tokens < trace.total_tokens]
     return Shadow(found, expected.retained, keys_equal)
@@ -210,8 +216,7 @@ def run_forced(
     simulated = _replay(trace, policy, entries, seed, waves)
     # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
     n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
-    cache, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_together)
-    layers = cache.evicting_layers
+    layers, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_together)
     return Forced(
         forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
         simulated=simulated.mass,
@@ -229,15 +234,15 @@ def level_row(result: Shadow | Forced) -> dict[str, object]:
             "mismatches": len(result.mismatches),
             "keys_equal": result.keys_equal,
         }
-    per_layer = {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(result.drift)}
-    return {
+    numbers: dict[str, object] = {
         "simulated_mass": float(result.simulated.mean(dtype=np.float64)),
         "forced_mass": float(result.forced.mean(dtype=np.float64)),
         "drift": float(result.drift.mean()),
         "simulated_lost_lookups": float(result.simulated_lost.mean()),
         "forced_lost_lookups": float(result.forced_lost.mean()),
         "agreement": float(result.agrees.mean()) if len(result.agrees) else None,
-    } | per_layer
+    }
+    return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(result.drift)}
 
 
 def forced_steps(result: Forced) -> dict[str, np.ndarray]:
@@ -261,7 +266,7 @@ def _replay(trace: Trace, policy: Policy, entries: int, seed: int, waves: dict[s
 
 def _require_own_trace(model: PreTrainedModel, trace: Trace) -> None:
     own, (found, _, _) = trace.shape, observed_shape(model)
-    n_known, largest = model.get_input_embeddings().num_embeddings, int(max(trace.token_ids))
+    n_known, largest = n_token_ids(model), int(max(trace.token_ids))
     if own != found or largest >= n_known:
         both = (
             f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
@@ -284,10 +289,10 @@ def _run(
     entries: int,
     seed: int,
     waves: dict[str, Wave] | None,
-    layer_type: type[EvictingLayer],
+    layer_type: type[Layer],
     n_together: int,
-) -> tuple[EvictingCache, np.ndarray]:
-    """Feed a trace's tokens; give the cache, and the most likely next token of every decode step."""
+) -> tuple[list[Layer], np.ndarray]:
+    """Feed a trace's tokens; give the cache's layers, and the most likely next token of every decode step."""
     cache = EvictingCache(
         model,
         policy.resolved(trace.manifest.vocabulary),
@@ -306,4 +311,5 @@ def _run(
         for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
             new = ids[:, first : first + n_together]
             chosen.append(model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
-    return cache, torch.cat(chosen).cpu().numpy()
+    layers = [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)]
+    return layers, torch.cat(chosen).cpu().numpy()

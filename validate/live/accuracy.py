@@ -49,14 +49,16 @@ def accuracy_table(rows: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
                 "accuracy": float(solved.mean()),
                 "low": low,
                 "high": high,
-                "answered": float(cell["answer"].is_not_null().mean()),
-                "ended": float(cell["ended"].mean()),
-                "looping": float(cell["loop_period"].is_not_null().mean()),
-                "tokens": float(cell["n_tokens"].mean()),
-                "diverged_at": cell["diverged_at"].mean(),
-                "bytes_peak": int(cell["bytes_peak"].max()),
-                "bytes_mean": float(cell["bytes_mean"].mean()),
             }
+            | cell.select(
+                pl.col("answer").is_not_null().mean().alias("answered"),
+                pl.col("ended").mean(),
+                pl.col("loop_period").is_not_null().mean().alias("looping"),
+                pl.col("n_tokens").mean().alias("tokens"),
+                pl.col("diverged_at").mean(),
+                pl.col("bytes_peak").max(),
+                pl.col("bytes_mean").mean(),
+            ).row(0, named=True)
         )
     return pl.DataFrame(found, infer_schema_length=None)
 

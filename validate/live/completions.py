@@ -13,6 +13,7 @@ from simulator.engine.cap import entries_of
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from simulator.results.tables import budget_columns
+from traces.shape import ModelShape
 from validate.eviction.decode import Completion, decode
 from validate.models.load import LoadedModel, model_shape, stop_token_ids
 from validate.models.next_token import Sampling
@@ -97,10 +98,15 @@ def complete(
     loaded : LoadedModel
     prompts : sequence of Prompt
         With answers; decoded as one batch, ``settings.samples`` times each.
+    policy : Policy
+    budget : Budget or None
+    settings : LiveSettings
     first : int
         Number of the first prompt among all, for its random streams.
-    baselines : dict
+    baselines : dict, optional
         Full-cache runs by problem and sample; needed with a budget, since shares and lengths are theirs.
+    waves : dict, optional
+        Known demand profiles by model.
 
     Returns
     -------
@@ -114,17 +120,8 @@ def complete(
         for prompt in prompts
     }
     encoded = [ids[prompt.id] for prompt, _ in keys]
-    if budget is None:
-        entries, limits = [1] * len(keys), [settings.max_new_tokens] * len(keys)
-    else:
-        known = [(baselines or {})[prompt.id, sample] for prompt, sample in keys]
-        # The token that ends a text is part of its history, as in a trace.
-        totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(encoded, known, strict=True)]
-        limits = [_limit(own, settings) for own in known]
-        entries = [
-            entries_of(budget, policy, shape, len(own), total, longest=len(own) + limit)
-            for own, total, limit in zip(encoded, totals, limits, strict=True)
-        ]
+    known = [] if budget is None else [(baselines or {})[prompt.id, sample] for prompt, sample in keys]
+    entries, limits = _entries_and_limits(shape, encoded, policy, budget, known, settings)
     number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
     streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
     sampling = settings.sampling
@@ -147,7 +144,7 @@ def complete(
     )
     rows = []
     for (prompt, sample), own, n_entries, done in zip(keys, encoded, entries, completions, strict=True):
-        text = loaded.tokenizer.decode(done.token_ids, skip_special_tokens=True)
+        (text,) = loaded.tokenizer.batch_decode([done.token_ids], skip_special_tokens=True)
         graded = grade(text, prompt.family, prompt.answer or "")
         baseline = (baselines or {}).get((prompt.id, sample))
         rows.append(
@@ -173,6 +170,27 @@ def complete(
             }
         )
     return pl.DataFrame(rows, schema=ROW_SCHEMA)
+
+
+def _entries_and_limits(
+    shape: ModelShape,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    budget: Budget | None,
+    baselines: Sequence[Baseline],
+    settings: LiveSettings,
+) -> tuple[list[int], list[int]]:
+    """Give each text's budget in entries and its limit in tokens; ``baselines`` are there with a budget."""
+    if budget is None:
+        return [1] * len(prompts), [settings.max_new_tokens] * len(prompts)
+    limits = [_limit(own, settings) for own in baselines]
+    # The token that ends a text is part of its history, as in a trace.
+    totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(prompts, baselines, strict=True)]
+    entries = [
+        entries_of(budget, policy, shape, len(own), total, longest=len(own) + limit)
+        for own, total, limit in zip(prompts, totals, limits, strict=True)
+    ]
+    return entries, limits
 
 
 def _limit(baseline: Baseline, settings: LiveSettings) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy import optimize, stats
+from scipy import stats
 
-from simulator.results.calibration import Calibration
 from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
@@ -44,9 +43,7 @@ class Cells:
         ]
 
 
-def matched_cells(
-    simulated: pl.DataFrame, live: pl.DataFrame, metrics: Mapping[str, bool] | None = None
-) -> dict[str, Cells]:
+def matched_cells(simulated: pl.DataFrame, live: pl.DataFrame) -> dict[str, Cells]:
     """Bring a replay's rows and a live run's rows together, per family.
 
     Parameters
@@ -55,15 +52,12 @@ def matched_cells(
         Rows of a replay; ``family`` tells whose trace it is.
     live : polars.DataFrame
         Rows of ``completions.ROW_SCHEMA``.
-    metrics : dict
-        Columns of ``simulated`` and whether more of it is better.
 
     Raises
     ------
     UserError
         If no family, policy and budget is in both.
     """
-    metrics = {own.column: own.more_is_better for own in METRICS.values()} if metrics is None else metrics
     # Problems without a family have an empty one in a live run, and none in a trace.
     done = simulated.filter(pl.col("status") == "ok").with_columns(pl.col("family").fill_null(""))
     found = {}
@@ -84,15 +78,15 @@ def matched_cells(
             for label in labels
         ]
         values = {
-            metric: (1 if more_is_better else -1)
+            name: (1 if metric.more_is_better else -1)
             * np.array(
                 [
-                    sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")[metric]
+                    sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")[name]
                     for label in labels
                 ]
             )
-            for metric, more_is_better in metrics.items()
-            if metric in done.columns and not done[metric].null_count()
+            for name, metric in METRICS.items()
+            if name in done.columns and not done[name].null_count()
         }
         found[family] = Cells(labels, values, np.array(solved))
     if not found:
@@ -217,7 +211,7 @@ def _live_halves(cells: Cells, resamples: int, rng: np.random.Generator) -> list
 
 
 def _with_intervals(measured: Ranking, drawn: Sequence[Ranking]) -> dict[str, float]:
-    row = {}
+    row: dict[str, float] = {}
     for name in _FIELDS:
         low, high = np.quantile(_known(drawn, name) or [np.nan], [0.025, 0.975])
         row |= {name: getattr(measured, name), f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -236,43 +230,3 @@ def best_metric(fidelity: pl.DataFrame) -> str:
     within = pl.col("spearman_within").fill_nan(None).mean()
     means = simulated.group_by("metric", maintain_order=True).agg(within)
     return means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)["metric"][0]
-
-
-def fit_calibration(cells: Cells, metric: str, *, model: str, family: str) -> Calibration:
-    """Fit expected accuracy as a monotone function of a metric (isotonic least squares).
-
-    The error is measured on policies left out of the fit, one after the other.
-    """
-    sign = 1 if METRICS[metric].more_is_better else -1
-    x, y = cells.simulated[metric].mean(1), cells.solved.mean(1)
-    policies = np.array([label[0] for label in cells.labels])
-    residuals = []
-    for policy in dict.fromkeys(policies):
-        left_out = policies == policy
-        if left_out.all():
-            continue
-        knots, heights = _isotonic(x[~left_out], y[~left_out])
-        residuals.append(np.abs(np.interp(x[left_out], knots, heights) - y[left_out]))
-    # With a single policy nothing is known of others: any accuracy is possible.
-    error = float(np.quantile(np.concatenate(residuals), 0.9)) if residuals else 1.0
-    knots, heights = _isotonic(x, y)
-    if sign < 0:
-        knots, heights = -knots[::-1], heights[::-1]
-    return Calibration(
-        model,
-        family,
-        metric,
-        tuple(knots.tolist()),
-        tuple(heights.tolist()),
-        error,
-        len(x),
-        cells.solved.shape[1],
-    )
-
-
-def _isotonic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the knots of the best rising step function, ties of ``x`` averaged."""
-    knots, where = np.unique(x, return_inverse=True)
-    counts = np.bincount(where)
-    means = np.bincount(where, weights=y) / counts
-    return knots, optimize.isotonic_regression(means, weights=counts).x

@@ -166,10 +166,10 @@ class Matrix:
         running: dict[Future[None], Batch] = {}
         try:
             with processes(jobs, _start_worker, (self.settings, jobs)) as workers:
-                for batch in self._ready(waiting, running, errors, on_batch):
-                    if batch is not None:
-                        running[workers.submit(_run_batch, self.folder, batch)] = batch
-                    if batch is None or len(running) >= 2 * jobs:
+                for ready in self._ready(waiting, running, errors, on_batch):
+                    if ready is not None:
+                        running[workers.submit(_run_batch, self.folder, ready)] = ready
+                    if ready is None or len(running) >= 2 * jobs:
                         done, _ = wait(running, return_when=FIRST_COMPLETED)
                         for future in done:
                             self._settle(future, running.pop(future), errors, on_batch)

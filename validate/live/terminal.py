@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from simulator.results.labels import row_budget, told_apart, with_budget_label
@@ -41,7 +41,7 @@ def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str
     """Print accuracy per family and budget, one row per policy, and a note, or write them as text."""
     with _console(output) as console:
         for (family,), rows in accuracy.group_by("family", maintain_order=True):
-            title = f"{family or 'problems'}: {counted(rows['n_problems'].max(), 'problem')}"
+            title = f"{family or 'problems'}: {counted(max(rows['n_problems']), 'problem')}"
             ordered = rows.sort("budget_asked", nulls_last=False, maintain_order=True).to_dicts()
             texts = [{name: tell(row) for name, tell in _ACCURACY.items()} for row in ordered]
             _print_fitted(console, title, list(_ACCURACY), ordered, texts)
@@ -148,7 +148,7 @@ def print_levels(table: pl.DataFrame, output: Path | None) -> None:
         shown = _table(None)
         shown.collapse_padding = True  # with a column per layer every space counts
         for name in columns:
-            side = "left" if table[name].dtype == pl.String else "right"
+            side: JustifyMethod = "left" if table[name].dtype == pl.String else "right"
             header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
             shown.add_column(header, justify=side, no_wrap=True)
         for row in table.iter_rows(named=True):

@@ -5,10 +5,10 @@ Whatever hangs on how transformers calls attention is here or in ``eviction/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -70,7 +70,7 @@ def record_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend and show the call to the module's recorder; registered as ``kvbudget_record``.
 
@@ -84,14 +84,14 @@ def record_attention(
     )
     if found:
         raise UserError(
-            f"layer {module.layer_idx} ({type(module).__name__}) has {found}; only plain causal "
+            f"layer {layer_index(module)} ({type(module).__name__}) has {found}; only plain causal "
             "attention of one sequence over its whole cache can be recorded"
         )
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
     output, lse = causal_attention(query[0], key[0], value[0], scaling)
     call = LayerCall(
-        layer=module.layer_idx,
+        layer=layer_index(module),
         queries=query[0],
         keys=key[0],
         values=value[0],
@@ -103,8 +103,13 @@ def record_attention(
     return output.transpose(0, 1)[None].contiguous(), None
 
 
+def layer_index(module: torch.nn.Module) -> int:
+    """Give the layer that an attention module belongs to."""
+    return cast(int, module.layer_idx)
+
+
 def unsupported_feature(
-    module: torch.nn.Module, settings: dict[str, object], n_tokens: int, dropout: float
+    module: torch.nn.Module, settings: Mapping[str, Any], n_tokens: int, dropout: float
 ) -> str | None:
     """Name what makes a call more than a causal softmax of ``scale * q.k`` over ``n_tokens``, if anything."""
     causal = settings.get("is_causal")
@@ -115,7 +120,7 @@ def unsupported_feature(
     window = settings.get("sliding_window")
     if window and n_tokens > window:
         return f"a sliding window of {window} entries, in force at {n_tokens} tokens"
-    given = {"sinks": getattr(module, "sinks", None)} | settings
+    given = {"sinks": getattr(module, "sinks", None), **settings}
     return next((words for name, words in UNRECORDABLE.items() if given.get(name) is not None), None)
 
 
@@ -152,7 +157,7 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
             "only full attention can be recorded or evict"
         )
     found = {
-        module.layer_idx: module
+        layer_index(module): module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     }
@@ -186,10 +191,12 @@ def replaced_attention(
 
     Parameters
     ----------
+    model : PreTrainedModel
     implementation : str
         Name under which the function is registered.
     attribute : str
         Of every attention module; the function finds ``companion`` there.
+    companion : object
 
     Raises
     ------
@@ -234,7 +241,7 @@ class _Probe:
         self.calls[call.layer] = call
 
 
-def probe_attention(model: PreTrainedModel, token_id: int = 0) -> list[LayerCall]:
+def probe_attention(model: PreTrainedModel) -> list[LayerCall]:
     """Run one token through the model and give each layer's attention call, in order.
 
     What cannot be recorded is refused here, before a file is opened or a prompt is read.
@@ -245,7 +252,7 @@ def probe_attention(model: PreTrainedModel, token_id: int = 0) -> list[LayerCall
         As ``record_attention`` and ``recording``, or when a layer does not attend at all.
     """
     probe = _Probe()
-    ids = torch.tensor([[token_id]], device=model.device)
+    ids = torch.tensor([[0]], device=model.device)
     with torch.inference_mode(), recording(model, probe):
         model(input_ids=ids, use_cache=False)
     n_layers = model.config.get_text_config().num_hidden_layers

@@ -86,8 +86,8 @@ def load_model(
     except Exception as error:
         raise _cannot_be_loaded(name_or_path, error) from error
     dtype_name(model.dtype)
-    model = _place(model, target, name_or_path)
-    return LoadedModel(model, tokenizer, *_identity(name_or_path, folder, config))
+    placed = _place(model, target, name_or_path)
+    return LoadedModel(placed, tokenizer, *_identity(name_or_path, folder, config))
 
 
 class KnownModel(NamedTuple):
@@ -136,8 +136,10 @@ def _cannot_be_loaded(name_or_path: str, error: Exception) -> UserError:
 
 def _place(model: PreTrainedModel, target: torch.device, name_or_path: str) -> PreTrainedModel:
     launch_on(target)
+    module: torch.nn.Module = model  # transformers' own annotation of `to` fits no argument
     try:
-        return model.to(target).eval()
+        module.to(target)
+        return model.eval()
     except torch.OutOfMemoryError as error:
         raise NoDeviceError(
             f"model '{name_or_path}' does not fit into the memory of device '{target}'; "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from traces.errors import UserError
 
@@ -15,6 +18,16 @@ from traces.errors import UserError
 _UNIT = 2**52
 # Logits of rows that are sorted together: a sort takes some 40 bytes for each.
 _MOST_AT_ONCE = 2**22
+
+
+def forward_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Give what a forward pass of a decode is called with beside tokens and cache.
+
+    Logits of a whole pass would be the largest tensor of all, and only the last row is used; a model that can
+    leaves the others out.
+    """
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"use_cache": True} | ({"logits_to_keep": 1} if keeps else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def n_token_ids(model: PreTrainedModel) -> int:
+    """Count the token ids that a model has an embedding of."""
+    return cast(int, model.get_input_embeddings().num_embeddings)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase | None, token_ids: Iterable[int]) -> dict[int, str]:
@@ -27,8 +33,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Give what one token adds to a text, its leading blank included."""
     # Decoders drop the blank before the first token of a text, and put one between whole words:
     # what a second copy adds to a first one is the token's text inside a text.
-    once, twice = (
-        tokenizer.decode([token] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for n in (1, 2)
+    once, twice = tokenizer.batch_decode(
+        [[token], [token, token]], skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return twice[len(once) :] if twice.startswith(once) else once

@@ -51,6 +51,7 @@ class Problem:
 
     Attributes
     ----------
+    id, family : str
     prompt, completion : str
         Tokens separated by blanks; the completion is the chain of thought and ends in ``answer ...``.
     answer : str
@@ -72,6 +73,7 @@ class Chain:
 
     Parameters
     ----------
+    rng : numpy.random.Generator
     care : int
         0: never look back. 1: check every fifth line, recap every tenth. 2: check every second line, recap
         every tenth.
@@ -273,6 +275,8 @@ def make_problem(
 
     Parameters
     ----------
+    family : str
+    seed, index : int
     size : int or (int, int)
         Difficulty: places, instructions or rules; a pair is a range to draw from, ends included.
     length : int or (int, int)

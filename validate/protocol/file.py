@@ -258,11 +258,11 @@ def _published(
             percent = _number(accuracies, name, f"{where} accuracy {name}", None)
             if percent is None or not 0 <= percent <= 100:
                 raise UserError(f"{where} accuracy {name} is {percent}; allowed: percent, 0 to 100")
-            key = table["model"], table["benchmark"], policy, budget
-            if key in taken:
+            cell = table["model"], table["benchmark"], policy, budget
+            if cell in taken:
                 raise UserError(f"{where} accuracy {name} is given before; allowed: once")
-            taken.add(key)
-            yield Published(*key, round(percent / 100, 8), note)
+            taken.add(cell)
+            yield Published(*cell, round(percent / 100, 8), note)
 
 
 def _tables(content: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:

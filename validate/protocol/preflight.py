@@ -37,7 +37,9 @@ def require_runnable(protocol: Protocol, model: Choice, asked: Asked, waves: dic
     if asked.dtype not in (None, "auto", *DTYPES):
         raise UserError(f"dtype is '{asked.dtype}'; allowed: auto, {', '.join(DTYPES)}")
     known = know_model(model.load, asked.revision)
-    shape = model_shape(known.config, DTYPES.get(asked.dtype or "auto", known.config.dtype or torch.float32))
+    own = known.config.dtype
+    default = own if isinstance(own, torch.dtype) else torch.float32
+    shape = model_shape(known.config, DTYPES.get(asked.dtype or "auto", default))
     request = LayerRequest(
         n_layers=shape.n_layers,
         entries=_AMPLE,

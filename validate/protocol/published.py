@@ -33,7 +33,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def beside_published(
-    rows: pl.DataFrame, model: str, benchmark: str, published: Sequence[Published], seed: int = 0
+    rows: pl.DataFrame, model: str, benchmark: str, published: Sequence[Published]
 ) -> pl.DataFrame:
     """Set the accuracy of every cell of one benchmark beside the published one.
 
@@ -45,8 +45,6 @@ def beside_published(
         As the table shall call them.
     published : sequence of Published
         Of this model and benchmark.
-    seed : int
-        Of the bootstrap.
 
     Returns
     -------
@@ -57,11 +55,11 @@ def beside_published(
     """
     known = {_key(own): own for own in published}
     found = []
-    accuracy = accuracy_table(rows.with_columns(family=pl.lit(benchmark)), seed)
+    accuracy = accuracy_table(rows.with_columns(family=pl.lit(benchmark)))
     for row in accuracy.iter_rows(named=True):
         theirs = known.get(tuple(row[name] for name in CELL))
         own = {name: row[name] for name in (*CELL, "n_problems", "accuracy", "low", "high")}
-        told = {"published": None, "difference": None, "difference_low": None, "difference_high": None}
+        told: dict[str, float] = {}
         if theirs is not None:
             told = {
                 "published": theirs.accuracy,

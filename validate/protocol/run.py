@@ -66,7 +66,8 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
         place = prepare_prompts(name, source, protocol.prompt, asked.out / "prompts")
         settings = _settings(protocol, benchmark, model, asked, device, place, waves)
         matrices[name] = open_matrix(settings, asked.out / model.folder / name)
-    found, failed, n_batches = {}, [], 0
+    found, n_batches = {}, 0
+    failed: list[UserError] = []
     for name, matrix in matrices.items():
         cells = [(policy, own) for own in protocol.benchmarks[name].budgets for policy in protocol.policies]
         rows, errors = run_matrix(matrix, cells, jobs, asked.quiet, name)

@@ -125,6 +125,8 @@ def head_weights(trace: Trace, layer: int, positions: np.ndarray) -> np.ndarray:
 
     Parameters
     ----------
+    trace : Trace
+    layer : int
     positions : int (n,)
         Query tokens, increasing.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from simulator.engine.full_cache import group_weights, sampled_steps
 from simulator.policies.wave import entries_to_hold
@@ -103,15 +104,10 @@ def by_family(demands: Sequence[Demand]) -> dict[str, list[Demand]]:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     """Correlate two vectors by rank, (n,) each, ties at their mean rank; None where one is constant."""
-    ranks = np.stack([_mean_ranks(first), _mean_ranks(second)])
+    ranks = np.stack([rankdata(first), rankdata(second)])
     ranks -= ranks.mean(axis=1, keepdims=True)
     spread = float(np.prod(np.linalg.norm(ranks, axis=1)))
     return float(ranks[0] @ ranks[1]) / spread if spread > 0 else None
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def describe_demand(families: dict[str, list[Demand]]) -> dict[str, Any]:
@@ -143,6 +139,8 @@ def describe_stability(
         One demand per problem.
     splits : int
         How often the problems of a family are split at random.
+    seed : int
+        Of the splits.
     """
     means = {family: _mean_entries(problems) for family, problems in families.items()}
     between = [
@@ -225,6 +223,7 @@ def profile_traces(
 
     Parameters
     ----------
+    traces : sequence of Trace
     rho : float
         The attention mass to hold.
     steps_per_trace : int

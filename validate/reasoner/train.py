@@ -120,7 +120,9 @@ class Run:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
         torch.manual_seed(TRAINING_SEED)
         self.tokenizer, self.device = tokenizer, device
-        self.model = LlamaForCausalLM(reasoner_config(tokenizer)).to(device)
+        self.model = LlamaForCausalLM(reasoner_config(tokenizer))
+        module: torch.nn.Module = self.model  # transformers' own annotation of `to` fits no argument
+        module.to(device)
         # From a smaller start, ten digits that are equally likely for long grow into one vector, and no head
         # can copy a digit any more: that happened with tied embeddings.
         torch.nn.init.normal_(self.model.model.embed_tokens.weight, std=0.1)
@@ -206,7 +208,7 @@ def train(
                 print(line, flush=True)
             if run.step % checkpoint_every == 0 or run.step == steps:
                 run.save(checkpoint)
-    run.model.to(torch.bfloat16).save_pretrained(out)
+    run.model.bfloat16().save_pretrained(out)
     run.tokenizer.save_pretrained(out)
     print(f"wrote {out}", flush=True)
 

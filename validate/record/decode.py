@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from traces.trace import Trace
 from traces.writer import TraceWriter
 from validate.models.attention_hook import recording
 from validate.models.load import rope_parameters, stop_token_ids
-from validate.models.next_token import Sampling
-from validate.models.vocabulary import vocabulary_of
+from validate.models.next_token import Sampling, forward_settings
+from validate.models.vocabulary import n_token_ids, vocabulary_of
 from validate.problems.prompts import graded
 from validate.record.recorder import TraceRecorder, observed_shape
 
@@ -69,7 +68,10 @@ def record_decode(
         As `Sampling`.
     stop_ids : iterable of int, optional
         Token ids that end the text; by default the model's own.
-    with_values, overwrite : bool
+    with_values : bool
+        As `TraceWriter`.
+    chunk : int
+    overwrite : bool
         As `TraceWriter`.
     model_name, model_revision : str
     task : mapping, optional
@@ -167,15 +169,13 @@ class _FullCacheRun:
         self.on_tokens = on_tokens
         self.token_ids: list[int] = []
         self.cache = DynamicCache()
-        # Logits of a whole pass would be the largest tensor of all; only the last row is used.
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._settings = {"use_cache": True} | ({"logits_to_keep": 1} if keeps else {})
+        self._settings = forward_settings(model)
 
     def read(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Feed tokens to the model and return the logits after the last, on its device."""
         if len(token_ids) < 1:
             raise UserError("the prompt has 0 tokens; allowed: 1 or more")
-        n_known = self.model.get_input_embeddings().num_embeddings
+        n_known = n_token_ids(self.model)
         unknown = [token for token in token_ids if not 0 <= token < n_known]
         if unknown:
             raise UserError(f"token id {unknown[0]} found; the model knows 0 to {n_known - 1}")
@@ -194,12 +194,18 @@ class _FullCacheRun:
         tokenizer: PreTrainedTokenizerBase | None,
         prompt_tokens: int,
         task: Mapping[str, object] | None,
-        **fields: object,
+        *,
+        model: str,
+        model_revision: str,
+        origin: str,
+        sampling: Mapping[str, object] | None = None,
+        seed: int | None = None,
     ) -> Trace:
-        """Complete the trace; ``fields`` go to its manifest."""
+        """Grade the answer, where it can be read, and complete the trace."""
         task = dict(task or {})
         if tokenizer is not None:
-            task = graded(task, tokenizer.decode(self.token_ids[prompt_tokens:], skip_special_tokens=True))
+            (text,) = tokenizer.batch_decode([self.token_ids[prompt_tokens:]], skip_special_tokens=True)
+            task = graded(task, text)
         self.recorder.flush()
         return self.recorder.writer.finish(
             self.token_ids,
@@ -208,7 +214,11 @@ class _FullCacheRun:
             task=task,
             vocabulary=vocabulary_of(tokenizer, self.token_ids),
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
-            **fields,
+            model=model,
+            model_revision=model_revision,
+            origin=origin,
+            sampling=sampling,
+            seed=seed,
         )
 
 

@@ -103,18 +103,20 @@ def _record(
     if not settings.overwrite and (kept := _open_if_there(path)) is not None:
         _refuse_other_recording(kept, loaded, token_ids, settings)
         return "kept", kept
-    common = {
-        "with_values": settings.with_values,
-        "overwrite": settings.overwrite,
-        "model_name": loaded.name,
-        "model_revision": loaded.revision,
-        "task": prompt.task,
-        "on_tokens": on_tokens,
-    }
     if settings.rescore:
         completion_ids = token_ids[len(prompt_ids) :]
         trace = record_rescore(
-            loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer, **common
+            loaded.model,
+            prompt_ids,
+            completion_ids,
+            path,
+            tokenizer=loaded.tokenizer,
+            with_values=settings.with_values,
+            overwrite=settings.overwrite,
+            model_name=loaded.name,
+            model_revision=loaded.revision,
+            task=prompt.task,
+            on_tokens=on_tokens,
         )
     else:
         trace = record_decode(
@@ -127,7 +129,12 @@ def _record(
             temperature=settings.sampling.temperature,
             top_p=settings.sampling.top_p,
             seed=settings.sampling.seed,
-            **common,
+            with_values=settings.with_values,
+            overwrite=settings.overwrite,
+            model_name=loaded.name,
+            model_revision=loaded.revision,
+            task=prompt.task,
+            on_tokens=on_tokens,
         )
     return "recorded", trace
 
@@ -145,13 +152,10 @@ def _refuse_other_recording(
 ) -> None:
     """Refuse to take a finished trace for this row when it was recorded from something else.
 
-    Parameters
-    ----------
-    token_ids : list of int
-        What the trace has to begin with: the prompt, and the completion when rescoring.
+    It has to begin with ``token_ids``: the prompt, and the completion when rescoring.
     """
     manifest, sampling = trace.manifest, settings.sampling
-    asked = {
+    asked: dict[str, object] = {
         "model": loaded.name,
         "model_revision": loaded.revision,
         "dtype": dtype_name(loaded.model.dtype),

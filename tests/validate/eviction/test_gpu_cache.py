@@ -13,8 +13,8 @@ from simulator.policies.language import parse_policy
 from traces.errors import UserError
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.decode import decode
-from validate.eviction.device.cache import DeviceCache, memory_plan
-from validate.eviction.device.compress import unsupported_part
+from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.plan import memory_plan, unsupported_part
 from validate.eviction.device.steps import Steps
 from validate.eviction.kernels.ops import torch_ops, triton_ops
 

@@ -15,7 +15,7 @@ from simulator.kernels.windows import window_attention
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.view import CacheView
-from validate.eviction.kernels import twins_scores
+from validate.eviction.kernels import twins, twins_scores
 
 pytest.importorskip("triton")
 
@@ -274,7 +274,7 @@ def test_twins_do_not_depend_on_the_size_of_their_blocks(rng, monkeypatch):
     keys, _, positions, starts, lengths = pool
     plant_duplicates(rng, keys, starts, lengths)
     queries = asked(rng, keys, 5, 2, WINDOW)
-    monkeypatch.setattr(twins_scores, "_MOST_NUMBERS", 1500)
+    monkeypatch.setattr(twins, "_BLOCK_ELEMENTS", 1500)
     for segment, (slots, scores) in enumerate(scored(twins_scores, pool, queries, RKV(window=WINDOW))):
         view = view_of(keys, positions, queries, slots, segment, 0.25)
         expected = RKV(window=WINDOW).score(view)[:-WINDOW]

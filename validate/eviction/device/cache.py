@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,13 +20,12 @@ from validate.eviction.device.compress import (
     in_blocks,
     new_starts,
     to_device,
-    unsupported_part,
 )
+from validate.eviction.device.plan import buffer_of, memory_plan, unsupported_part
 from validate.eviction.device.pool import DevicePool
 from validate.eviction.device.schedule import Schedule
-from validate.eviction.kernels.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for, require_shape
+from validate.eviction.kernels.ops import Ops, ops_for, require_shape
 from validate.eviction.prompts import prompt_lengths
-from validate.models.load import model_shape
 
 
 class DeviceCache(EvictingCache):
@@ -73,6 +73,13 @@ class DeviceCache(EvictingCache):
     # Later passes are queued on the device; nothing of them is looked at.
     _reads_values = False
 
+    pool: DevicePool
+    ring: torch.Tensor
+    n_tokens: torch.Tensor
+    schedule: Schedule
+    compressor: DeviceCompressor
+    _limit: np.ndarray | None
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -87,8 +94,16 @@ class DeviceCache(EvictingCache):
         seeds: Sequence[int] | None = None,
         ops: Ops | None = None,
     ) -> None:
-        given = {"name": name, "revision": revision, "waves": waves, "seeds": seeds}
-        super().__init__(model, policy, entries, prompt_tokens=prompt_tokens, **given)
+        super().__init__(
+            model,
+            policy,
+            entries,
+            prompt_tokens=prompt_tokens,
+            name=name,
+            revision=revision,
+            waves=waves,
+            seeds=seeds,
+        )
         found = unsupported_part(policy)
         if found:
             raise UserError(f"policy '{policy.name}' has {found}, which is decided on the host only")
@@ -123,11 +138,11 @@ class DeviceCache(EvictingCache):
         """
         is_last = layer == len(self.layers) - 1
         if self._n_filled <= layer:
-            self.calls.require_part_of_prompts(0, query.shape[2])
-            if query.shape[2] < self.calls.prompt_tokens:
+            prompt_tokens = self.calls.require_part_of_prompts(0, query.shape[2])
+            if query.shape[2] < prompt_tokens:
                 raise UserError(
                     f"a cache on a device takes prompts in one pass; found: {query.shape[2]} of "
-                    f"{self.calls.prompt_tokens} tokens"
+                    f"{prompt_tokens} tokens"
                 )
             if layer == 0:
                 self._set_up(prompt_lengths(mask, query.shape[0], query.shape[2]), scale)
@@ -212,13 +227,21 @@ class DeviceCache(EvictingCache):
         output = _attend_prompts(query, key, value, padding, self._scale)
         self._remember_prompts(layer, query)
         due = self.schedule.due_prompts(layer)
-        for rows, survive in ((np.flatnonzero(due), self._survivors), (np.flatnonzero(~due), _everyone)):
+        for rows, is_compressed in ((np.flatnonzero(due), True), (np.flatnonzero(~due), False)):
             if len(rows):
-                self._take_in(layer, rows, key, value, padding, survive)
+                self._take_in(layer, rows, key, value, padding, is_compressed)
         return output
 
-    def _take_in(self, layer, rows, key, value, padding, survive) -> None:
-        """Store what is to stay of some rows' prompts."""
+    def _take_in(
+        self,
+        layer: int,
+        rows: np.ndarray,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: np.ndarray,
+        is_compressed: bool,
+    ) -> None:
+        """Store some rows' prompts, or what is to stay of them."""
         n_kv_heads, length = key.shape[1:3]
         segments = (rows[:, None] * n_kv_heads + np.arange(n_kv_heads)) * length + padding[rows, None]
         lengths = np.repeat(self._prompts[rows, None], n_kv_heads, 1).astype(np.int32)
@@ -233,9 +256,10 @@ class DeviceCache(EvictingCache):
             layer,
             layer + 1,
         )
-        lengths_here = to_device(lengths, self._device)
-        survivors, kept = survive(keys, source, lengths_here, due, int(lengths.max()))
-        is_compressed = survivors is not None
+        survivors, kept, longest = None, to_device(lengths, self._device), int(lengths.max())
+        if is_compressed:
+            queries = self.ring[layer, to_device(rows, self._device)]
+            survivors, kept = self.compressor.decide(keys, source, kept, queries, due, longest)
         starts = self._lay_out(due, kept, is_compressed)
         self.ops.fill(
             keys,
@@ -248,13 +272,8 @@ class DeviceCache(EvictingCache):
             self.pool.values,
             self.pool.positions,
             starts.reshape(-1),
-            longest=int(lengths.max()),
+            longest=longest,
         )
-
-    def _survivors(self, keys, starts, lengths, due, longest):
-        rows = to_device(due.rows, self._device)
-        queries = self.ring[due.first_layer, rows]
-        return self.compressor.decide(keys, starts, lengths, queries, due, longest)
 
     def _step(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         pool, query = self.pool, query[:, :, 0].contiguous()
@@ -310,7 +329,7 @@ class DeviceCache(EvictingCache):
 
     def _lay_out(self, due: Due, kept: torch.Tensor, is_compressed: bool) -> torch.Tensor:
         """Give what is kept its place; int64 Tensor (n_due, n_kv_heads), the first slots."""
-        pool, buffer = self.pool, getattr(self.policy.trigger, "buffer", 0)
+        pool, buffer = self.pool, buffer_of(self.policy)
         bases = to_device(pool.bases[due.layers, due.rows], self._device)
         totals = self.schedule.totals[due.layers, due.rows]
         if not self.policy.evicts:
@@ -333,62 +352,17 @@ class DeviceCache(EvictingCache):
             self.ring[layer].scatter_(2, index.expand_as(recent), recent)
 
 
-def serves(model: PreTrainedModel, policy: Policy) -> bool:
-    """Say whether a device's cache can take this policy and this model."""
-    shape = model_shape(model.config, model.dtype)
-    fits = shape.head_dim in HEAD_DIMS and shape.n_query_heads // shape.n_kv_heads <= MAX_GROUP_SIZE
-    return fits and unsupported_part(policy) is None
-
-
-def memory_plan(
-    policy: Policy, entries: np.ndarray, prompts: np.ndarray, ahead: int, n_kv_heads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tell how much memory a cache takes before it is made.
-
-    Parameters
-    ----------
-    policy : Policy
-    entries : int64 (n_layers, n_rows)
-        Budgets per KV head.
-    prompts : int64 (n_rows,)
-    ahead : int
-        Tokens to be decoded at most.
-    n_kv_heads : int
-
-    Returns
-    -------
-    stretches : int64 (n_layers, n_rows)
-        Slots of each layer and sequence.
-    longest : int64 (n_layers,)
-        Entries that one KV head can come to hold at most.
-    """
-    if not policy.evicts:
-        most = np.broadcast_to(prompts + ahead, entries.shape)
-        return most * n_kv_heads, most.max(1)
-    # Heads that are short after a compression give the others time, rounded up to whole tokens.
-    stretches = n_kv_heads * (entries + policy.trigger.buffer) + n_kv_heads - 1
-    cap = getattr(policy.heads, "head_cap", 1.0)
-    spare = entries + policy.trigger.buffer + 1
-    if cap > 1:
-        lowest = np.maximum(policy.protected, np.ceil(policy.heads.mu * entries).astype(np.int64))
-        highest = np.maximum(np.ceil(cap * entries), entries).astype(np.int64)
-        return stretches, np.minimum(stretches, highest + spare - np.minimum(lowest, entries)).max(1)
-    return stretches, spare.max(1)
-
-
-def _everyone(keys, starts, lengths, due, longest):
-    return None, lengths
-
-
 def _attend_prompts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: np.ndarray, scale: float
 ) -> torch.Tensor:
     """Attend causally within each prompt; zero where a row has no token."""
-    settings = {"is_causal": True, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    attend = partial(
+        scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
     if not padding.any():
-        return scaled_dot_product_attention(query, key, value, **settings)
+        return attend(query, key, value)
     output = torch.zeros_like(query)
     for row, first in enumerate(padding.tolist()):
         own = slice(row, row + 1), slice(None), slice(first, None)
-        output[own] = scaled_dot_product_attention(query[own], key[own], value[own], **settings)
+        output[own] = attend(query[own], key[own], value[own])
     return output

@@ -4,45 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from simulator.policies.heads.uniform import UniformHeads
 from simulator.policies.heads.utility import UtilityHeads
 from simulator.policies.language import Policy
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
-from simulator.policies.triggers.buffer_full import BufferFull
 from validate.eviction.device.apportion import divide_heads
 from validate.eviction.device.pool import DevicePool
 from validate.eviction.kernels.ops import Ops
 
 # Slots of the layers that are compressed by the same launches; bounds what their scores take.
 _SLOTS_AT_ONCE = 2**22
-
-
-def unsupported_part(policy: Policy) -> str | None:
-    """Name the part of a policy that only the host can carry out, if there is one."""
-    if not policy.evicts:
-        return None
-    scorer, heads, trigger = policy.scorer, policy.heads, policy.trigger
-    if type(scorer) not in (SnapKV, RKV):
-        return f"scorer '{scorer.name}'"
-    for name, done in (("group_reduce", "max_logits"), ("slot_order", "chronological"), ("no_match", "skip")):
-        if getattr(scorer, name, done) != done:
-            return f"{name}={getattr(scorer, name)}"
-    if type(heads) is not UniformHeads and type(heads) is not UtilityHeads:
-        return f"head allocator '{heads.name}'"
-    if getattr(heads, "pooling", "none") != "none":
-        return f"pooling={heads.pooling}"
-    if policy.layers.dynamic:
-        return f"layer allocator '{policy.layers.name}'"
-    if type(trigger) is not BufferFull:
-        return f"trigger '{trigger.name}'"
-    if trigger.prompt != "compress":
-        return f"prompt={trigger.prompt}"
-    return "redistribute=True" if policy.redistribute else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +140,9 @@ class DeviceCompressor:
         queries: torch.Tensor,
         longest: int,
     ) -> torch.Tensor:
-        scorer, window = self.policy.scorer, self.policy.scorer.window
+        scorer = self.policy.scorer
+        assert isinstance(scorer, SnapKV | RKV)
+        window, alpha = scorer.window, 1.0
         grouped = queries.reshape(len(starts), -1, *queries.shape[2:])
         importance, scores = (torch.empty(len(keys), device=self.device) for _ in range(2))
         self.ops.window_importance(
@@ -173,7 +151,7 @@ class DeviceCompressor:
         repeated = None
         if isinstance(scorer, RKV):
             repeated = torch.empty(len(keys), device=self.device)
-            threshold = scorer.similarity_threshold
+            threshold, alpha = scorer.similarity_threshold, scorer.alpha
             self.ops.redundancy(keys, starts, lengths, repeated, threshold=threshold, longest=longest)
         self.ops.combine_scores(
             importance,
@@ -181,7 +159,7 @@ class DeviceCompressor:
             starts,
             lengths,
             scores,
-            alpha=getattr(scorer, "alpha", 1.0),
+            alpha=alpha,
             kernel_size=scorer.kernel_size,
             window=window,
             longest=longest,
@@ -199,6 +177,7 @@ class DeviceCompressor:
         longest: int,
     ) -> None:
         heads = self.policy.heads
+        assert isinstance(heads, UtilityHeads)
         totals = to_device(due.totals, self.device)
         counts = torch.empty_like(lengths)
         self.ops.demand(
@@ -256,6 +235,9 @@ def new_starts(
     return bases[:, None] + sizes.cumsum(1) - sizes, held
 
 
-def rounds_up(missing, n_kv_heads: int):
+Counts = TypeVar("Counts", np.ndarray, torch.Tensor)
+
+
+def rounds_up(missing: Counts, n_kv_heads: int) -> Counts:
     """Give the tokens until so many entries are missing no more, at one entry a head and token."""
     return -(-missing // n_kv_heads)

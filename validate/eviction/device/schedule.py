@@ -56,7 +56,7 @@ class Schedule:
         self._divided = np.full(entries.shape, -1, np.int64)
         self._is_counted = np.ones(entries.shape, bool)
         self.n_compressions = np.zeros(entries.shape, np.int64)
-        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event]] = []
+        self._counts: list[tuple[tuple[np.ndarray, np.ndarray], torch.Tensor, _Event | torch.cuda.Event]] = []
         self._held: np.ndarray | None = None
         self._due = np.full(entries.shape, _NEVER)
         if policy.evicts:
@@ -149,7 +149,7 @@ class _Event:
         """Return."""
 
 
-def _to_host(counts: torch.Tensor) -> tuple[torch.Tensor, _Event]:
+def _to_host(counts: torch.Tensor) -> tuple[torch.Tensor, _Event | torch.cuda.Event]:
     """Begin to copy counts to the host; they are there once the event has happened."""
     if counts.device.type != "cuda":
         return counts.clone(), _Event()

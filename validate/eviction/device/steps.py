@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from transformers import PreTrainedModel
 
 from validate.eviction.device.cache import DeviceCache
 from validate.models.load import rope_parameters
+from validate.models.next_token import forward_settings
 
 # Their frequencies follow from the largest position, which the host has to know.
 _ROPES_OF_THE_HOST = ("dynamic", "longrope")
@@ -38,10 +37,7 @@ class Steps:
 
     def __init__(self, model: PreTrainedModel, cache: DeviceCache, *, graph: bool = True) -> None:
         self._model, self._cache = model, cache
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._settings = {"use_cache": True, "past_key_values": cache} | (
-            {"logits_to_keep": 1} if keeps else {}
-        )
+        self._settings = forward_settings(model) | {"past_key_values": cache}
         self._wants_graph = graph and model.device.type == "cuda"
         self.not_captured: str | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -76,7 +72,7 @@ class Steps:
             return self.logits
         self._cache.require_room()
         self._graph.replay()
-        for layer in self._cache.layers:
+        for layer in self._cache.own_layers:
             layer.count(1)
         self._cache.advance()
         return self.logits
@@ -117,7 +113,7 @@ class Steps:
             cache.keeps_time = True
             # Nothing has been computed yet: the replay is the step.
             cache.calls.begin_again()
-            for layer in cache.layers:
+            for layer in cache.own_layers:
                 layer.count(n_seen - layer.get_seq_length())
         self._graph, self.logits = graph, logits
 

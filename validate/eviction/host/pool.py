@@ -102,19 +102,10 @@ class LayerPool:
 
     def retain(self, row: int, survivors: Sequence[np.ndarray | None], room: int) -> None:
         """Keep of one row only the given slots, in their order (all where None), and make room for tokens."""
-        source = np.concatenate(
-            [
-                self.starts[row, kv_head]
-                + (np.arange(self.lengths[row, kv_head]) if slots is None else slots)
-                for kv_head, slots in enumerate(survivors)
-            ]
-        )
-        kept = np.array(
-            [
-                self.lengths[row, kv_head] if slots is None else len(slots)
-                for kv_head, slots in enumerate(survivors)
-            ]
-        )
+        before = zip(self.lengths[row], survivors, strict=True)
+        own = [np.arange(length) if slots is None else slots for length, slots in before]
+        kept = np.array([len(slots) for slots in own])
+        source = np.concatenate(own) + np.repeat(self.starts[row], kept)
         stretch = int(self._stretches[row])
         needed = int(kept.sum() + len(kept) * room)
         # Until the block has grown, what was left of the stretch is all the room there is.

@@ -35,10 +35,12 @@ def compact(
         Written.
     survivors : int32 (capacity,)
         From ``starts`` on, the slots that survive, relative to ``starts``, in rising order.
-    starts, new_starts : int64 (n_segments,)
+    starts : int64 (n_segments,)
         Rise within a row, which is ``n_kv_heads`` neighbouring segments; rows have nothing in common.
     kept : int32 (n_segments,)
         How many survive; from ``new_starts`` on there is room for so many.
+    new_starts : int64 (n_segments,)
+        Rise likewise.
     n_kv_heads : int
     """
     # Whatever the numbers are, they are moved as words of 4 bytes.

@@ -18,7 +18,6 @@ MAX_GROUP_SIZE = 8
 class Ops(NamedTuple):
     """One implementation of everything a compression and a decode step need; see ``eviction.device``."""
 
-    name: str
     attend: Callable[..., None]
     append: Callable[..., None]
     window_importance: Callable[..., None]
@@ -36,7 +35,6 @@ def torch_ops() -> Ops:
     from validate.eviction.kernels import twins, twins_scores
 
     return Ops(
-        "torch",
         twins.attend,
         twins.append,
         twins_scores.window_importance,
@@ -73,7 +71,6 @@ def triton_ops() -> Ops:
             f"the GPU kernels need triton ({error}); allowed: pip install 'triton>=3.6', or --device cpu"
         ) from error
     return Ops(
-        "triton",
         attention.attend,
         append.append,
         importance.window_importance,

@@ -24,17 +24,15 @@ def attend(
     *,
     scale: float,
     longest: int,
-    scratch: object = None,
 ) -> None:
-    """Compute ``kernels.attention.attend``; ``longest`` bounds ``lengths``, ``scratch`` is not used."""
+    """Compute ``kernels.attention.attend``; ``longest`` bounds ``lengths``."""
     n_segments, head_dim = len(starts), keys.shape[1]
     grouped, mixed = queries.view(n_segments, -1, head_dim), output.view(n_segments, -1, head_dim)
     if not longest:
         output.zero_()
         return
-    for block in _blocks(n_segments, longest * head_dim):
-        index, held = _slots(starts[block], lengths[block], longest)
-        index = index.clamp(max=len(keys) - 1)
+    for block in blocks(n_segments, longest * head_dim):
+        index, held = slots_of(starts[block], lengths[block], longest)
         logits = (grouped[block].float() * scale) @ keys[index].float().transpose(1, 2)
         logits = logits.masked_fill_(~held[:, None], -torch.inf)
         # A segment without entries has no weights; slots that are not held may hold anything.
@@ -78,19 +76,17 @@ def select(
 ) -> None:
     """Compute ``kernels.selection.select``; ``longest`` bounds ``lengths``."""
     torch.minimum(lengths, quotas, out=kept)
-    if not longest:
-        return
     slots = torch.arange(longest, dtype=torch.int32, device=scores.device)
-    for block in _blocks(len(starts), longest):
-        index, held = _slots(starts[block], lengths[block], longest)
+    for block in blocks(len(starts), longest):
+        index, held = slots_of(starts[block], lengths[block], longest)
         # Score and slot in one number: no two are equal, and of equal scores the later slot is larger.
-        ranks = _image(scores[index.clamp(max=len(scores) - 1)]).long() * 2**32 + slots
+        ranks = _image(scores[index]).long() * 2**32 + slots
         ranks = torch.where(held, ranks, torch.iinfo(torch.int64).min)
         ordered = ranks.sort(1, descending=True).values
         threshold = ordered.gather(1, (kept[block, None].long() - 1).clamp(min=0))
         survives = held & (ranks >= threshold) & (kept[block, None] > 0)
         places = starts[block, None] + survives.cumsum(1) - 1
-        _put(survivors, places.view(-1), slots.repeat(len(places)), survives.view(-1))
+        put(survivors, places, slots.expand(places.shape), survives)
 
 
 def demand(
@@ -108,11 +104,11 @@ def demand(
         counts.zero_()
         return
     bounds = torch.iinfo(torch.int32)
-    for block in _blocks(len(totals), n_kv_heads * longest):
+    for block in blocks(len(totals), n_kv_heads * longest):
         own = slice(block.start * n_kv_heads, block.stop * n_kv_heads)
-        index, held = _slots(starts[own], lengths[own], longest)
+        index, held = slots_of(starts[own], lengths[own], longest)
         # No score has the smallest image, nor the largest.
-        images = _image(scores[index.clamp(max=len(scores) - 1)]).masked_fill_(~held, bounds.min)
+        images = _image(scores[index]).masked_fill_(~held, bounds.min)
         pooled = images.view(-1, n_kv_heads * longest)
         rank = totals[block, None].long().clamp(1, pooled.shape[1]) - 1
         threshold = pooled.sort(1, descending=True).values.gather(1, rank)
@@ -143,7 +139,7 @@ def compact(
     source = torch.where(arrives, starts[segment] + entry, slots)
     source = torch.where(arrives, starts[segment] + survivors[source], slots)
     positions.copy_(positions[source])
-    for columns in _blocks(keys.shape[1], len(keys)):
+    for columns in blocks(keys.shape[1], len(keys)):
         keys[:, columns] = keys[:, columns][source]
         values[:, columns] = values[:, columns][source]
 
@@ -163,31 +159,29 @@ def fill(
     longest: int,
 ) -> None:
     """Compute ``kernels.compaction.fill``."""
-    if not longest:
-        return
-    for block in _blocks(len(starts), longest * keys.shape[1]):
-        target, survives = _slots(starts[block], kept[block], longest)
+    for block in blocks(len(starts), longest * keys.shape[1]):
+        target, survives = slots_of(starts[block], kept[block], longest)
         relative = torch.arange(longest, device=keys.device).expand(target.shape)
         if survivors is not None:
             index = survivor_starts[block, None] + relative
             relative = survivors[index.clamp(max=len(survivors) - 1)].long()
-        source = torch.where(survives, source_starts[block, None] + relative, 0).view(-1)
-        target, survives = target.view(-1), survives.view(-1)
-        _put(keys, target, source_keys[source], survives)
-        _put(values, target, source_values[source], survives)
-        _put(positions, target, relative.reshape(-1).to(positions.dtype), survives)
+        source = torch.where(survives, source_starts[block, None] + relative, 0)
+        put(keys, target, source_keys[source], survives)
+        put(values, target, source_values[source], survives)
+        put(positions, target, relative.to(positions.dtype), survives)
 
 
-def _blocks(n: int, elements: int) -> Iterator[slice]:
-    """Divide 0 to n into slices, of so many that have at most ``_BLOCK_ELEMENTS`` together."""
+def blocks(n: int, elements: int) -> Iterator[slice]:
+    """Divide 0 to n into slices, at most ``_BLOCK_ELEMENTS`` in each; none of nothing."""
     step = max(1, _BLOCK_ELEMENTS // max(1, elements))
-    return (slice(first, min(n, first + step)) for first in range(0, n, step))
+    return (slice(first, min(n, first + step)) for first in range(0, n if elements > 0 else 0, step))
 
 
-def _slots(starts: torch.Tensor, lengths: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the ``longest`` slots from each start on, and which of them are within the lengths."""
+def slots_of(starts: torch.Tensor, lengths: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each entry's slot, int64 (n_segments, longest), 0 for none, and whether there is one."""
     relative = torch.arange(longest, device=starts.device)
-    return starts[:, None] + relative, relative < lengths[:, None]
+    held = relative < lengths[:, None]
+    return torch.where(held, starts[:, None] + relative, 0), held
 
 
 def _image(scores: torch.Tensor) -> torch.Tensor:
@@ -196,12 +190,13 @@ def _image(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _put(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, valid: torch.Tensor) -> None:
-    """Write ``source`` at ``index`` where ``valid``, without asking how many are.
+def put(target: torch.Tensor, index: torch.Tensor, source: torch.Tensor, valid: torch.Tensor) -> None:
+    """Write ``source`` at ``index`` where ``valid``, without asking how many are; all of one shape in front.
 
     All others repeat a valid one, or what is in slot 0 if there is none: whoever comes last, the result is
     the same.
     """
+    index, valid, source = index.reshape(-1), valid.reshape(-1), source.reshape(-1, *target.shape[1:])
     spare = valid.to(torch.int8).argmax(0, keepdim=True)
     is_valid = valid[spare]
     spare_index = torch.where(is_valid, index[spare], 0)
