@@ -30,7 +30,7 @@ class Section:
     template : str
         In ``templates/`` of this package or of ``package``; it knows ``values`` as ``own``, and the figures.
     values : mapping
-    figures : list of Figure
+    figures : sequence of Figure
     package : str
     """
 

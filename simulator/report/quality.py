@@ -120,8 +120,8 @@ def _unit(largest: float) -> tuple[str, float]:
 
 
 def crowded(found: pl.DataFrame) -> bool:
-    """Say whether there are more policies than a chart can show at once."""
-    return found["policy"].n_unique() > _MOST_AT_ONCE
+    """Say whether there are more policies that evict than a chart can show at once."""
+    return len(ordered_policies(found["policy"].to_list())) > _MOST_AT_ONCE
 
 
 def leading(found: pl.DataFrame, more_is_better: bool) -> list[str]:

@@ -24,11 +24,22 @@ METRIC_NAMES = chart_style.METRIC_NAMES | {LIVE_HALF: "half of the problems, dec
 _CORRELATIONS = {"spearman_within": "within one budget", "spearman": "over all policies and budgets"}
 
 
-def accuracy_figures(accuracy: pl.DataFrame, policies: list[str]) -> list[Figure]:
-    """Draw pass@1 against budget, one figure per family; rows of `accuracy_table`."""
+def accuracy_figures(accuracy: pl.DataFrame, policies: list[str], all_at_once: bool = False) -> list[Figure]:
+    """Draw pass@1 against budget, one figure per family.
+
+    Parameters
+    ----------
+    accuracy : polars.DataFrame
+        Of `accuracy_table`.
+    policies : list of str
+        Those of the whole page.
+    all_at_once : bool
+        Whether all policies of a crowd stand out, as where nobody can point at one.
+    """
     accuracy = with_budget_label(accuracy.rename({"accuracy": "mean"}).sort("budget_asked"))
     evicting = accuracy.filter(pl.col("budget_asked").is_not_null())
-    shown_as = looks(evicting, policies, leading(evicting, more_is_better=True))
+    first = policies if all_at_once else leading(evicting, more_is_better=True)
+    shown_as = looks(evicting, policies, first)
     y = alt.Y("mean:Q", title="right answers", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
     tooltip = [alt.Tooltip("policy:N"), alt.Tooltip("budget:N")]
     for column, title in (("mean", "right answers"), ("low", "from"), ("high", "to")):
@@ -52,7 +63,7 @@ def accuracy_figures(accuracy: pl.DataFrame, policies: list[str]) -> list[Figure
 
 def accuracy_chart(accuracy: pl.DataFrame, policies: list[str]) -> alt.HConcatChart:
     """Draw the same side by side, as one picture."""
-    figures = accuracy_figures(accuracy, policies)
+    figures = accuracy_figures(accuracy, policies, all_at_once=True)
     panels = [figure.chart.properties(title=over_plot(figure.title)) for figure in figures]
     with warnings.catch_warnings():
         # That what is pointed at in one panel is so in all of them; a picture knows no pointer.

@@ -11,6 +11,7 @@ import polars as pl
 from simulator.charts.style import ordered_policies, styled
 from simulator.report.figure import Figure
 from simulator.report.page import Section, origin, page, this_command
+from simulator.report.quality import crowded
 from simulator.results.labels import with_budget_label
 from simulator.results.tables import BUDGET
 from traces.atomic import write_file
@@ -68,7 +69,12 @@ def write_report(
         _section(
             "What was decoded, and what was right", "decoded", _what_ran(rows, accuracy) | {"note": note}
         ),
-        _section("Right answers against budget", "accuracy", {}, charts.accuracy_figures(accuracy, policies)),
+        _section(
+            "Right answers against budget",
+            "accuracy",
+            {"crowded": crowded(accuracy)},
+            charts.accuracy_figures(accuracy, policies),
+        ),
     ]
     if cells is not None and fidelity is not None:
         best = best_metric(fidelity)
