@@ -12,6 +12,7 @@ EXTRAS = {
     "transformers": "validate",
     "altair": "plots",
     "vl_convert": "plots",
+    "jinja2": "plots",
     "math_verify": "math",
     "optuna": "search",
     "fsspec": "remote",

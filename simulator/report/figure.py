@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from simulator.charts.style import over_plot, styled
@@ -52,7 +53,7 @@ class Figure:
         import vl_convert
 
         title = f"{self.title}: {self.subject}" if self.subject else self.title
-        titled = styled(self.chart.properties(title=over_plot(title, _wrapped(self.note)))).to_dict()
+        titled = styled(self.chart.properties(title=over_plot(title, wrap(self.note, 90)))).to_dict()
         svg, png = folder / f"{self.name}.svg", folder / f"{self.name}.png"
         try:
             write_file(svg, lambda to: to.write_text(vl_convert.vegalite_to_svg(titled), encoding="utf-8"))
@@ -60,10 +61,3 @@ class Figure:
         except OSError as error:
             raise UserError(f"--charts {folder}: {error.strerror}") from None
         return [svg, png]
-
-
-def _wrapped(text: str, width: int = 90) -> list[str]:
-    """Break a note into lines of a picture."""
-    from textwrap import wrap
-
-    return wrap(text, width)

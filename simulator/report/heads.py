@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from simulator.charts.head_budgets import head_budgets
 from simulator.report.figure import Figure
-
-if TYPE_CHECKING:
-    pass
 
 _HEAD = ["layer", "kv_head"]
 # So many squares can hold their number in print that can be read.

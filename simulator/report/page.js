@@ -16,6 +16,7 @@ function fitLegends(node, width) {
     if (key === "legend" && value && value.columns) {
       const domain = (node.scale && node.scale.domain) || [];
       const longest = Math.max(4, ...domain.map((name) => String(name).length));
+      value.symbolLimit = 0;
       value.columns = Math.max(1, Math.min(8, Math.floor((width - 40) / (longest * 6.6 + 30))));
     }
     else if (key === "legend" && value && value.gradientLength) value.gradientLength = Math.min(240, width - 60);

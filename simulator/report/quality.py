@@ -120,23 +120,30 @@ def _unit(largest: float) -> tuple[str, float]:
 
 
 def crowded(found: pl.DataFrame) -> bool:
-    """Say whether there are more policies than a chart can show at once."""
-    return found["policy"].n_unique() > _MOST_AT_ONCE
+    """Say whether there are more policies that evict than a chart can show at once."""
+    return len(ordered_policies(found["policy"].to_list())) > _MOST_AT_ONCE
 
 
-def _leading(found: pl.DataFrame, metric: str) -> list[str]:
+def leading(found: pl.DataFrame, more_is_better: bool) -> list[str]:
+    """Name the policies of the best ``mean`` over budgets, as many as may stand out of a crowd."""
     means = found.group_by("policy").agg(pl.col("mean").mean())
-    return (
-        means.sort("mean", "policy", descending=[METRICS[metric].more_is_better, False])["policy"]
-        .head(_LEADING)
-        .to_list()
-    )
+    return means.sort("mean", "policy", descending=[more_is_better, False])["policy"].head(_LEADING).to_list()
 
 
-def _looks(
-    found: pl.DataFrame, metric: str, policies: Sequence[str]
+def looks(
+    found: pl.DataFrame, policies: Sequence[str], leading: Sequence[str]
 ) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, list[alt.Parameter], alt.When]:
-    """Give looks, and what fades all policies but the one pointed at or chosen in the legend."""
+    """Give looks, and what fades all policies but the one pointed at or chosen in the legend.
+
+    Parameters
+    ----------
+    found : polars.DataFrame
+        Rows of the chart; its policies stand in the legend.
+    policies : sequence of str
+        Those of the whole page, whose looks are the same in all its charts.
+    leading : sequence of str
+        Who stands out at first, of a crowd.
+    """
     import altair as alt
 
     legend = alt.Legend(
@@ -151,8 +158,8 @@ def _looks(
     )
     colour, shape, dash = policy_looks(list(policies), legend)
     # Of a crowd a few stand out at first; the others are grey until they are asked for.
-    leading = [{"policy": name} for name in _leading(found, metric)] if crowded(found) else alt.Undefined
-    chosen = alt.selection_point(fields=["policy"], bind="legend", value=leading)
+    first = [{"policy": name} for name in leading] if crowded(found) else alt.Undefined
+    chosen = alt.selection_point(fields=["policy"], bind="legend", value=first)
     pointed = alt.selection_point(fields=["policy"], on="pointerover", clear="pointerout")
     return colour, shape, dash, [chosen, pointed], alt.when(chosen & pointed)
 
@@ -181,15 +188,14 @@ def _pareto(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
     import altair as alt
 
     memory, unit = _unit(float(found["bytes"].to_numpy().max()))
-    colour, shape, _, chosen, when = _looks(found, metric, policies)
-    values = _values(found, unit)
+    colour, shape, _, chosen, when = looks(found, policies, leading(found, METRICS[metric].more_is_better))
     x = alt.X(
         "memory:Q",
         title=f"memory held on average, {memory}",
         scale=alt.Scale(zero=True),
         axis=alt.Axis(tickCount=6),
     )
-    base = alt.Chart(alt.Data(values=values)).encode(x=x)
+    base = alt.Chart(alt.Data(values=_values(found, unit))).encode(x=x)
     front = base.transform_filter("datum.is_front").mark_line(
         interpolate="step-after", color="#bdbdbd", strokeWidth=4
     )
@@ -210,7 +216,8 @@ def _pareto(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
         )
         tooltip = [alt.Tooltip("budget:N"), alt.Tooltip("oracle:Q", title=_ORACLE, format=".2%")]
         layers.append(line.encode(x=x, y="oracle:Q", tooltip=tooltip))
-    layers += _intervals(base, found, colour, when)
+    if has_intervals(found):
+        layers.append(_intervals(base, colour, when))
     points = base.mark_point(size=62, filled=True)
     layers.append(
         points.encode(
@@ -224,47 +231,64 @@ def _pareto(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
     return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
 
 
-def _intervals(base: Any, found: pl.DataFrame, colour: alt.Color, when: alt.When, **offset: Any) -> list[Any]:
+def _intervals(base: Any, colour: alt.Color, when: alt.When) -> Any:
     import altair as alt
 
-    # One trace has no interval, and rules of no length would still be drawn.
-    if not has_intervals(found):
-        return []
     opacity = when.then(alt.value(0.6)).otherwise(alt.value(0.05))
-    return [
-        base.mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q", color=colour, opacity=opacity, **offset)
-    ]
+    return base.mark_rule(strokeWidth=1).encode(y="low:Q", y2="high:Q", color=colour, opacity=opacity)
 
 
 def _against_budget(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
+    memory, unit = _unit(float(found["bytes"].to_numpy().max()))
+    return against_budget(
+        found,
+        _values(found, unit),
+        looks(found, policies, leading(found, METRICS[metric].more_is_better)),
+        _quality_axis(metric),
+        _tooltip(metric, memory),
+        # One trace has no interval, and rules of no length would still be drawn.
+        draw_intervals=has_intervals(found),
+    ).properties(width=_WIDTH, height=_HEIGHT)
+
+
+def against_budget(
+    found: pl.DataFrame,
+    values: list[dict[str, Any]],
+    shown_as: tuple[alt.Color, alt.Shape, alt.StrokeDash, list[alt.Parameter], alt.When],
+    y: alt.Y,
+    tooltip: list[alt.Tooltip],
+    draw_intervals: bool = True,
+) -> Any:
+    """Draw a mean against the budget, a line per policy, those of one budget side by side.
+
+    Parameters
+    ----------
+    found : polars.DataFrame
+        Of `with_budget_label`, by ascending budget, a row per ``policy`` and ``budget``.
+    values : list of dict
+        What is drawn of each row: policy, budget, mean, low, high, and what ``tooltip`` names.
+    shown_as : tuple
+        Of `looks`.
+    y : altair.Y
+        Axis of ``mean``.
+    tooltip : list of altair.Tooltip
+    draw_intervals : bool
+        Whether low and high are drawn.
+    """
     import altair as alt
 
-    memory, unit = _unit(float(found["bytes"].to_numpy().max()))
-    colour, shape, dash, chosen, when = _looks(found, metric, policies)
+    colour, shape, dash, chosen, when = shown_as
     own = ordered_policies(found["policy"].to_list())
     budgets = found["budget"].unique(maintain_order=True).to_list()
     x = alt.X("budget:N", sort=budgets, title="budget, per KV head", axis=alt.Axis(labelAngle=0))
     offset = alt.XOffset("policy:N", scale=alt.Scale(domain=own, padding=0.8))
-    base = alt.Chart(alt.Data(values=_values(found, unit))).encode(x=x, xOffset=offset)
-    layers = _intervals(base, found, colour, when)
+    base = alt.Chart(alt.Data(values=values)).encode(x=x, xOffset=offset)
+    layers = [_intervals(base, colour, when)] if draw_intervals else []
     if len(budgets) > 1:
-        layers.append(
-            base.mark_line(strokeWidth=1.2).encode(
-                y=_quality_axis(metric),
-                color=colour,
-                strokeDash=dash,
-                opacity=when.then(alt.value(0.7)).otherwise(alt.value(0.05)),
-            )
-        )
-    layers.append(
-        base.mark_point(size=46, filled=True)
-        .encode(
-            y=_quality_axis(metric),
-            color=colour,
-            shape=shape,
-            opacity=when.then(alt.value(1)).otherwise(alt.value(0.08)),
-            tooltip=_tooltip(metric, memory),
-        )
-        .add_params(*chosen)
-    )
-    return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+        opacity = when.then(alt.value(0.7)).otherwise(alt.value(0.05))
+        lines = base.mark_line(strokeWidth=1.2)
+        layers.append(lines.encode(y=y, color=colour, strokeDash=dash, opacity=opacity))
+    points = base.mark_point(size=46, filled=True)
+    opacity = when.then(alt.value(1)).otherwise(alt.value(0.08))
+    points = points.encode(y=y, color=colour, shape=shape, opacity=opacity, tooltip=tooltip)
+    return alt.layer(*layers, points.add_params(*chosen))

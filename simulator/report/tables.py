@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
-from simulator.charts.style import METRIC_NAMES
 from simulator.report.quality import has_intervals
 from simulator.results.labels import budget_label, row_budget
 from simulator.results.metric_names import METRICS
@@ -95,31 +94,30 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def standings_table(found: pl.DataFrame, metric: str) -> str:
-    """Tabulate a policy per row and a budget per column, the first in bold, those tied with them marked."""
+def standings_table(found: pl.DataFrame, metric: str) -> dict[str, list[dict[str, Any]]]:
+    """Write every policy's means, the best policy first: a ``text`` per budget, and whether it ``is_first``.
+
+    ``found`` has rows of `quality_rows`. A text begins with = where it is not told apart from the first, and
+    is empty where the policy has no row.
+    """
     sign = -1 if METRICS[metric].more_is_better else 1
     several = has_intervals(found)
     means = found.group_by("policy").agg(pl.col("mean").mean()).sort(sign * pl.col("mean"), "policy")
     budgets = found["budget"].unique(maintain_order=True).to_list()
-    texts = {}
-    for budget in budgets:
-        ranked = found.filter(pl.col("budget") == budget).sort(sign * pl.col("mean"), maintain_order=True)
+    cells = {}
+    for (budget,), own in found.group_by("budget", maintain_order=True):
+        ranked = own.sort(sign * pl.col("mean"), maintain_order=True)
         for place, row in enumerate(ranked.iter_rows(named=True)):
-            text = _percent(row["mean"])
-            if place == 0:
-                text = f"<strong>{text}</strong>"
-            elif several and row["is_tied"]:
-                text = f"=&nbsp;{text}"
-            texts[row["policy"], budget] = text
-    lines = [
-        [html.escape(policy), *(texts.get((policy, budget), "") for budget in budgets)]
-        for policy in means["policy"]
-    ]
-    return html_table(["policy", *budgets], lines, caption=METRIC_NAMES[metric])
+            mark = "=\N{NO-BREAK SPACE}" if place and several and row["is_tied"] else ""
+            cells[row["policy"], budget] = {"text": mark + _percent(row["mean"]), "is_first": place == 0}
+    nothing = {"text": "", "is_first": False}
+    return {
+        policy: [cells.get((policy, budget), nothing) for budget in budgets] for policy in means["policy"]
+    }
 
 
-def means_table(rows: pl.DataFrame) -> str:
-    """Tabulate the means over traces of every policy and budget."""
+def means_table(rows: pl.DataFrame) -> dict[str, list[Any]]:
+    """Write the means over traces of every policy and budget: ``head``, and ``lines`` of texts."""
     done = comparable(rows)
     shown = [name for name in _MEANS if name in done.columns and done[name].null_count() < len(done)]
     how = [pl.col(name).max() if name == "bytes_peak" else pl.col(name).mean() for name in shown]
@@ -127,14 +125,14 @@ def means_table(rows: pl.DataFrame) -> str:
     means = means.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
     lines = [
         [
-            html.escape(row["policy"]),
+            row["policy"],
             row_budget(row),
             str(row["n_traces"]),
             *(format_bytes(row[name]) if name.startswith("bytes") else _percent(row[name]) for name in shown),
         ]
         for row in means.iter_rows(named=True)
     ]
-    return html_table(["policy", "budget", "traces", *(_MEANS[name] for name in shown)], lines)
+    return {"head": ["policy", "budget", "traces", *(_MEANS[name] for name in shown)], "lines": lines}
 
 
 def _percent(share: float | None) -> str:
@@ -142,22 +140,3 @@ def _percent(share: float | None) -> str:
     if share is None:
         return ""
     return f"{share:.1%}" if abs(share) >= 0.0995 else f"{share:.2%}"
-
-
-def html_table(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str = "") -> str:
-    """Write a table in a box that scrolls by itself; the first column is text, cells are HTML."""
-
-    def line(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if number == 0 else ''}>{value}</{tag}>"
-            for number, value in enumerate(values)
-        )
-
-    body = "\n".join(f"<tr>{line('td', values)}</tr>" for values in lines)
-    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    header = line("th", [html.escape(name) for name in head])
-    # Focusable, so that it can be scrolled by keyboard.
-    return (
-        f'<div class="wide" tabindex="0"><table>{told}<thead><tr>{header}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )

@@ -62,6 +62,8 @@ def files(tmp_path):
         ("altair", "report --trace sample --out page.html"),
         ("vl_convert", "report --trace sample --out page.html"),
         ("altair", "validate --prompts p.jsonl --out out --report page.html"),
+        ("jinja2", "report --trace sample --out page.html"),
+        ("jinja2", "validate --prompts p.jsonl --out out --report page.html"),
         ("optuna", "search --trace sample --held-out sample --budget 20% --out out"),
         ("fsspec", "replay --trace s3://bucket/traces"),
         ("distributed", "sweep s.toml --engine dask://localhost:1"),

@@ -85,7 +85,7 @@ def report(
     from traces.seeds import require_seed
     from traces.store import find_traces, open_trace
 
-    require_extra("a report", "altair", "vl_convert")
+    require_extra("a report", "altair", "vl_convert", "jinja2")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")

@@ -136,7 +136,7 @@ def validate(
     chosen = choose_format(format, output)
     require_places({"-o": output, "--report": report, "--steps": steps})
     if report is not None:
-        require_extra("--report", "altair", "vl_convert")
+        require_extra("--report", "altair", "vl_convert", "jinja2")
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,

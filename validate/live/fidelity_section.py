@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from simulator.charts.style import ordered_policies
-from simulator.report.figure import Figure
-from simulator.report.page import Section, paragraph
-from simulator.report.tables import html_table
+from simulator.report.page import Section
 from simulator.results.metric_names import METRICS
 from simulator.results.store import read_table
 from simulator.results.tables import ROW_SCHEMA, refuse_rows, with_budget_kind
 from traces.errors import UserError
-from traces.wording import number, span
 from validate.live.accuracy import ALL_FAMILIES, CELL
-from validate.live.charts import METRIC_NAMES, scatter_panel
+from validate.live.charts import METRIC_NAMES, scatter_figures
 from validate.live.fidelity import Cells
 
 _FIDELITY = {
@@ -66,37 +61,21 @@ def fidelity_section(
         )
     # Those of the whole page, so that a policy looks the same in all its charts.
     policies = ordered_policies(rows["policy"].to_list())
-    figures = []
-    for metric in metrics:
-        for family, own in cells.items():
-            chart = scatter_panel(own, metric, policies)
-            told = fidelity.filter((pl.col("family") == family) & (pl.col("metric") == metric))
-            figures.append(
-                Figure(
-                    f"accuracy-{metric}-{family or 'problems'}",
-                    chart,
-                    f"{family or 'problems'}: {METRIC_NAMES[metric]}".capitalize(),
-                    _correlations(told),
-                )
-            )
-    before = paragraph(
-        "Right answers of a model that decoded with entries really evicted, against the simulator's numbers. "
-        "Lines join the budgets of a policy."
-    )
-    note = paragraph(
-        "Within: mean over budgets of the Spearman correlation over policies, with its 95% interval. "
-        "All: over all cells. Regret: accuracy lost, in points, by taking the policy that the number puts "
-        "first.",
-        "note",
-    )
-    return Section("What predicts accuracy", figures, before, _table(fidelity) + note, narrow=True)
-
-
-def _correlations(told: pl.DataFrame) -> str:
-    if told.is_empty():
-        return ""
-    row = told.row(0, named=True)
-    return f"Spearman {number(row['spearman'], 2)}, within a budget {number(row['spearman_within'], 2)}"
+    families = fidelity["family"].unique(maintain_order=True).to_list()
+    told = {(row["metric"], row["family"]): row for row in fidelity.iter_rows(named=True)}
+    means = fidelity.group_by("metric").agg(pl.col("spearman_within").fill_nan(None).mean())
+    ranked = means.sort("spearman_within", descending=True, nulls_last=True)["metric"]
+    values = {
+        "head": [
+            f"{family or 'problems'}: {name}" for family in families for name in ("within", "all", "regret")
+        ],
+        "ranked": [
+            (METRIC_NAMES.get(metric, metric), [told.get((metric, family)) for family in families])
+            for metric in ranked
+        ],
+    }
+    figures = scatter_figures(cells, fidelity, metrics, policies)
+    return Section("What predicts accuracy", "predicted.html", values, figures, "validate.live")
 
 
 def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -> dict[str, Cells]:
@@ -122,28 +101,3 @@ def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -
         }
         found[str(own_family)] = Cells(own.select(CELL).rows(), simulated, np.array(own["accuracy"])[:, None])
     return found
-
-
-def _table(fidelity: pl.DataFrame) -> str:
-    families = fidelity["family"].unique(maintain_order=True).to_list()
-    told = {(row["metric"], row["family"]): row for row in fidelity.iter_rows(named=True)}
-    ranked = fidelity.group_by("metric").agg(pl.col("spearman_within").fill_nan(None).mean())
-    ranked = ranked.sort("spearman_within", descending=True, nulls_last=True)
-    lines = [
-        [
-            html.escape(METRIC_NAMES.get(metric, metric)),
-            *(text for family in families for text in _cell(told.get((metric, family)))),
-        ]
-        for metric in ranked["metric"]
-    ]
-    head = [f"{family or 'problems'}: {name}" for family in families for name in ("within", "all", "regret")]
-    return html_table(["the simulator's number", *head], lines)
-
-
-def _cell(row: dict[str, Any] | None) -> tuple[str, str, str]:
-    if row is None:
-        return "", "", ""
-    within = number(row["spearman_within"], 2)
-    if row.get("spearman_within_low") is not None:
-        within += f" ({span(row['spearman_within_low'], row['spearman_within_high'], 2)})"
-    return within, number(row["spearman"], 2), f"{100 * row['regret']:.1f}"

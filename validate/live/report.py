@@ -1,34 +1,26 @@
-"""One self-contained HTML page of a live run: what was right, what it took, what predicted it."""
+"""The page of a live run: what was right, what it took, what predicted it."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from simulator.charts.style import ordered_policies, styled
-from simulator.results.labels import row_budget
+from simulator.report.figure import Figure
+from simulator.report.page import Section, origin, page, this_command
+from simulator.report.quality import crowded
+from simulator.results.labels import with_budget_label
 from simulator.results.tables import BUDGET
-from simulator.results.terminal import format_bytes
 from traces.atomic import write_file
 from traces.extras import require_extra
-from traces.wording import counted, number, span
+from traces.wording import counted
 from validate.live.accuracy import ALL_FAMILIES, compare
 from validate.live.fidelity import Cells, best_metric
 from validate.live.terminal import published_text
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 1060px; margin: 2.5em auto;
-       padding: 0 1.5em }
-h1 { font-size: 1.5em; margin-bottom: 0.2em } h2 { font-size: 1.15em; margin-top: 2.2em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; margin: 0.8em 0 }
-th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid #e6e6e6; white-space: nowrap }
-th { border-bottom: 1px solid #555; font-weight: 600 } td.text, th.text { text-align: left }
-p.note { color: #555; font-size: 13px } svg { max-width: 100%; height: auto } .wide { overflow-x: auto }
-"""
 # Policies that are set against each other level by level: the layer's share, the head's share, both.
 _PAIRS = (("rkv+wave", "rkv"), ("rkv+utility", "rkv"), ("reasonalloc", "rkv"), ("pyramid-rkv", "rkv"))
 
@@ -66,225 +58,93 @@ def write_report(
     UserError
         If the packages that draw charts are not installed.
     """
-    require_extra("a report", "altair", "vl_convert")
+    require_extra("a report", "altair", "vl_convert", "jinja2")
+    import vl_convert
+
     from validate.live import charts
 
     policies = ordered_policies(rows["policy"].to_list())
-    figures = {"accuracy": _svg(charts.accuracy_chart(accuracy, policies))}
+    pictures: dict[str, Any] = {"accuracy": charts.accuracy_chart(accuracy, policies)}
+    sections = [
+        _section(
+            "What was decoded, and what was right", "decoded", _what_ran(rows, accuracy) | {"note": note}
+        ),
+        _section(
+            "Right answers against budget",
+            "accuracy",
+            {"crowded": crowded(accuracy)},
+            charts.accuracy_figures(accuracy, policies),
+        ),
+    ]
     if cells is not None and fidelity is not None:
         best = best_metric(fidelity)
         shown = [best] if best == "mass_mean" else [best, "mass_mean"]
-        figures["predictors"] = _svg(charts.ranking_chart(fidelity))
-        figures["scatter"] = _svg(charts.scatter_chart(cells, fidelity, shown, policies))
-    parts = [
-        "<h1>KV budgets under real eviction</h1>",
-        *([_paragraph(note)] if note else []),
-        _paragraph(_what_ran(rows, accuracy)),
-        "<h2>Right answers against budget</h2>",
-        _figure(figures["accuracy"]),
-        _note(
-            "Bars: 95% bootstrap intervals over problems. A budget in percent is of each problem's own "
-            "full-cache run."
-        ),
-    ]
-    if cells is not None and fidelity is not None:
-        parts += _fidelity_parts(charts.METRIC_NAMES[best], fidelity, figures)
+        pictures["predictors"] = charts.ranking_chart(fidelity)
+        pictures["scatter"] = charts.scatter_chart(cells, fidelity, shown, policies)
+        values = {
+            "best": best,
+            "name": charts.METRIC_NAMES[best],
+            "told": fidelity.filter(metric=best).to_dicts(),
+            "fidelity": fidelity.sort("family", "spearman_within", descending=[False, True]).to_dicts(),
+        }
+        figures = charts.ranking_figures(fidelity) + charts.scatter_figures(cells, fidelity, shown, policies)
+        sections.append(_section("How well the simulator predicts this", "predictors", values, figures))
     if published is not None:
-        parts += _published_parts(published, source)
-    parts += _comparison_parts(rows)
-    parts += ["<h2>All policies and budgets</h2>", _accuracy_table(accuracy)]
-    body = "\n".join(parts)
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>KV budgets under real eviction</title><style>{_STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
-    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return figures
-
-
-def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> str:
-    evicting = rows.filter(pl.col("budget_asked").is_not_null())
-    samples = rows["sample"].n_unique()
-    each = "" if samples == 1 else f", {samples} texts each"
-    full = accuracy.filter(pl.col("budget_asked").is_null() & (pl.col("family") != ALL_FAMILIES))
-    base = ", ".join(
-        f"{row['accuracy']:.1%} in {row['family'] or 'all'}" for row in full.iter_rows(named=True)
-    )
-    return (
-        f"{counted(rows['problem'].n_unique(), 'problem')}{each}, {evicting['policy'].n_unique()} policies, "
-        f"{evicting.select(BUDGET).n_unique()} budgets: {len(rows):,} texts decoded "
-        f"with entries really evicted. The full cache answers {base} right."
-    )
-
-
-def _fidelity_parts(named: str, fidelity: pl.DataFrame, figures: dict[str, str]) -> list[str]:
-    best = best_metric(fidelity)
-    lines = []
-    for row in fidelity.filter(pl.col("metric") == best).iter_rows(named=True):
-        lines.append(
-            f"{row['family'] or 'problems'}: {number(row['spearman_within'], 2)} within a budget and "
-            f"{number(row['spearman'], 2)} over all cells; its winner is {100 * row['regret']:.1f} points "
-            "below the best on average, "
-            f"{100 * row['regret_most']:.1f} at most"
-        )
-    return [
-        "<h2>How well the simulator predicts this</h2>",
-        _paragraph(
-            f"Best predictor: {named} (<code>{best}</code>). Spearman correlation with "
-            "accuracy, " + "; ".join(lines) + ".",
-            raw=True,
-        ),
-        _figure(figures["predictors"]),
-        _figure(figures["scatter"]),
-        _fidelity_table(fidelity),
-        _note(
-            "Within a budget: the mean of the correlations over policies at one budget, which is the "
-            "question of a user whose memory is given. Regret: accuracy lost by taking the policy that the "
-            "metric puts first. Intervals are bootstrapped over problems and traces at once."
-        ),
-    ]
-
-
-def _comparison_parts(rows: pl.DataFrame) -> list[str]:
+        marks: dict[str, str] = {}
+        texts = [(row, published_text(row, marks)) for row in with_budget_label(published).to_dicts()]
+        told = {"rows": texts, "marks": marks, "source": source}
+        sections.append(_section("Beside the published numbers", "published", told))
     held = set(rows["policy"])
-    parts = []
-    for policy, other in _PAIRS:
-        if {policy, other} <= held:
-            differences = compare(rows, policy, other).sort("family", "budget_asked")
-            parts.append(
-                _table(
-                    (f"{policy} less {other}", "budget", "problems", "points", "95% interval"),
-                    (
-                        (
-                            row["family"],
-                            row_budget(row),
-                            row["n_problems"],
-                            f"{100 * row['difference']:+.1f}",
-                            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
-                        )
-                        for row in differences.iter_rows(named=True)
-                    ),
-                )
-            )
-    return ["<h2>Level by level, at equal budget</h2>", *parts] if parts else []
-
-
-def _published_parts(published: pl.DataFrame, source: str) -> list[str]:
-    marks: dict[str, str] = {}
-    table = _table(
-        ("benchmark", "policy", "model", "budget", "ours", "95%", "published", "ours - published", "95%"),
-        [
-            (
-                row["benchmark"],
-                row["policy"],
-                row["model"],
-                row_budget(row),
-                *published_text(row, marks),
-            )
-            for row in published.iter_rows(named=True)
-        ],
-        n_text=3,
-    )
-    told = [f"Pass@1 in percent; intervals are of our own runs. Published: {source}."]
-    told += [f"{mark} {text}." for text, mark in marks.items()]
-    return ["<h2>Beside the published numbers</h2>", table, _note(" ".join(told))]
-
-
-def _accuracy_table(accuracy: pl.DataFrame) -> str:
+    pairs = {
+        f"{policy} less {other}": _differences(rows, policy, other)
+        for policy, other in _PAIRS
+        if {policy, other} <= held
+    }
+    if pairs:
+        sections.append(_section("Level by level, at equal budget", "levels", {"pairs": pairs}))
     order = ["family", "budget_asked", "accuracy"]
-    rows = accuracy.sort(order, descending=[False, False, True], nulls_last=False)
-    return _table(
-        (
-            "family",
-            "policy",
-            "budget",
-            "right",
-            "95% interval",
-            "answered",
-            "looping",
-            "tokens",
-            "diverges at",
-            "peak",
-        ),
-        (
-            (
-                row["family"],
-                row["policy"],
-                row_budget(row),
-                f"{row['accuracy']:.1%}",
-                f"{row['low']:.1%} to {row['high']:.1%}",
-                f"{row['answered']:.0%}",
-                f"{row['looping']:.0%}",
-                f"{row['tokens']:.0f}",
-                "-" if row["diverged_at"] is None else f"{row['diverged_at']:.0f}",
-                format_bytes(row["bytes_peak"]),
-            )
-            for row in rows.iter_rows(named=True)
-        ),
-        n_text=2,
-    )
+    every = with_budget_label(accuracy).sort(order, descending=[False, False, True], nulls_last=False)
+    sections.append(_section("All policies and budgets", "policies", {"rows": every.to_dicts()}))
+    made = page("KV budgets under real eviction", sections, origin(rows, this_command()))
+    write_file(path, lambda temporary: temporary.write_text(made.text, encoding="utf-8"))
+    return {name: vl_convert.vegalite_to_svg(styled(chart).to_dict()) for name, chart in pictures.items()}
 
 
-def _fidelity_table(fidelity: pl.DataFrame) -> str:
-    def interval(row: dict[str, Any], name: str) -> str:
-        interval = span(row[f"{name}_low"], row[f"{name}_high"], 2)
-        return number(row[name], 2) + (f" ({interval})" if interval != "-" else "")
-
-    rows = fidelity.sort("family", "spearman_within", descending=[False, True])
-    return _table(
-        (
-            "family",
-            "metric",
-            "Spearman within",
-            "Kendall within",
-            "Spearman, all",
-            "Kendall, all",
-            "regret, points",
-            "at most",
-        ),
-        (
-            (
-                row["family"],
-                row["metric"],
-                interval(row, "spearman_within"),
-                number(row["kendall_within"], 2),
-                interval(row, "spearman"),
-                number(row["kendall"], 2),
-                f"{100 * row['regret']:.1f}",
-                f"{100 * row['regret_most']:.1f}",
-            )
-            for row in rows.iter_rows(named=True)
-        ),
-        n_text=2,
-    )
+def _section(title: str, template: str, values: dict[str, Any], figures: Sequence[Figure] = ()) -> Section:
+    return Section(title, f"{template}.html", values, figures, "validate.live")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], n_text: int = 1) -> str:
-    def line(tag: str, values: Sequence[object]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if i < n_text else ''}>{html.escape(str(value))}</{tag}>"
-            for i, value in enumerate(values)
-        )
-
-    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{line('th', head)}</tr>\n{body}</table></div>"
-
-
-def _svg(chart: Any) -> str:
-    import vl_convert
-
-    return vl_convert.vegalite_to_svg(styled(chart).to_dict())
+def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> dict[str, Any]:
+    evicting = rows.filter(pl.col("budget_asked").is_not_null())
+    full = accuracy.filter(pl.col("budget_asked").is_null() & (pl.col("family") != ALL_FAMILIES))
+    return {
+        "n_problems": counted(rows["problem"].n_unique(), "problem"),
+        "n_samples": rows["sample"].n_unique(),
+        "n_policies": evicting["policy"].n_unique(),
+        "n_budgets": evicting.select(BUDGET).n_unique(),
+        "n_texts": len(rows),
+        "full": full.to_dicts(),
+        "leaders": _leaders(rows, accuracy),
+    }
 
 
-def _figure(svg: str) -> str:
-    return f"<div class=wide>{svg}</div>"
+def _leaders(rows: pl.DataFrame, accuracy: pl.DataFrame) -> list[dict[str, Any]]:
+    """Name who answers most over all families, who is not told apart from it, and ``at`` which budgets."""
+    if accuracy["family"].n_unique() > 1:
+        accuracy = accuracy.filter(family=ALL_FAMILIES)
+    pooled = with_budget_label(rows.with_columns(family=pl.lit(ALL_FAMILIES)))
+    evicting = with_budget_label(accuracy.filter(pl.col("budget_asked").is_not_null()))
+    ordered = evicting.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (budget,), own in ordered.group_by("budget", maintain_order=True):
+        first, *others = own.sort("accuracy", descending=True, maintain_order=True).to_dicts()
+        here = pooled.filter(budget=budget)
+        less = [(row["policy"], compare(here, first["policy"], row["policy"])["low"]) for row in others]
+        tied = [policy for policy, low in less if low.is_empty() or low[0] <= 0]
+        told = found.setdefault((first["policy"], *tied), {"first": first["policy"], "tied": tied, "at": []})
+        told["at"].append(first)
+    return list(found.values())
 
 
-def _paragraph(text: str, raw: bool = False) -> str:
-    return f"<p>{text if raw else html.escape(text)}</p>"
-
-
-def _note(text: str) -> str:
-    return f"<p class=note>{html.escape(text)}</p>"
+def _differences(rows: pl.DataFrame, policy: str, other: str) -> list[dict[str, Any]]:
+    return with_budget_label(compare(rows, policy, other)).sort("family", "budget_asked").to_dicts()
