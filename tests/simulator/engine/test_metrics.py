@@ -10,7 +10,7 @@ import pytest
 from agreement import make_wave
 from cases import MODERATE, cases
 from hypothesis import given
-from test_full_cache import brute_oracle, dense_weights
+from naive_full_cache import brute_oracle, dense_weights
 
 import simulator
 from simulator.cells import run_replay
