@@ -88,7 +88,7 @@ notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 
 	$(BIN)/python notebooks/execute.py
 
 gpu: .venv/.full ## check and measure the kernels on a GPU, for validate/results (10 minutes)
-	$(BIN)/python -m pytest tests/validate/eviction/test_gpu_*.py
+	$(BIN)/python -m pytest tests/validate/eviction/kernels tests/validate/eviction/device
 	mkdir -p validate/results
 	$(BIN)/sim validate bench --gpu --out validate/results
 

@@ -2,236 +2,35 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-from gpu_device import DEVICE, ragged_pool
+from gpu_device import DEVICE
+from scored_pools import (
+    FLOAT32,
+    LENGTHS,
+    UNTOUCHED,
+    WINDOW,
+    Kernels,
+    asked,
+    assert_matches,
+    both,
+    expected_importance,
+    expected_redundancy,
+    on_host,
+    output,
+    plant_duplicates,
+    segments,
+    shuffled_pool,
+    types,
+    view_of,
+)
 
 from simulator.engine.selection import select_slots
-from simulator.policies.scorers.redundancy import redundancy as reference_redundancy
 from simulator.policies.scorers.rkv import RKV
-from simulator.policies.scorers.snapkv import SnapKV, window_attention
-from simulator.policies.view import CacheView
-from validate.eviction.kernels import twins_scores
-
-pytest.importorskip("triton")
-
-from validate.eviction.kernels import importance as importance_kernels
+from simulator.policies.scorers.snapkv import SnapKV
 from validate.eviction.kernels import redundancy as redundancy_kernels
-from validate.eviction.kernels import scores as scores_kernels
-
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-WINDOW = 8
-# None, one, around the window, around a block of 64 and of 128, and several blocks of either.
-LENGTHS = [130, 0, 8, 1, 64, 9, 128, 67, 200, 3]
-UNTOUCHED = 7.5
-
-
-class Kernels:
-    window_importance = staticmethod(importance_kernels.window_importance)
-    redundancy = staticmethod(redundancy_kernels.redundancy)
-    combine_scores = staticmethod(scores_kernels.combine_scores)
-
-
-# Scores must not lean on segments standing in the order of their numbers.
-shuffled_pool = partial(ragged_pool, shuffled=True)
-
-both = pytest.mark.parametrize("code", [Kernels, twins_scores], ids=["kernels", "twins"])
-types = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=["32", "16", "b16"])
-
-
-def output(keys):
-    return torch.full((len(keys),), UNTOUCHED, device=keys.device)
-
-
-def asked(rng, keys, n_segments, group_size, n_queries, size=1.0):
-    """Draw queries of the keys' type."""
-    queries = size * rng.normal(size=(n_segments, group_size, n_queries, keys.shape[1]))
-    return torch.from_numpy(queries).to(keys.device, keys.dtype)
-
-
-def plant_duplicates(rng, keys, starts, lengths):
-    """Make a third of each segment copies of few of its keys, some of them scaled, and one key zero."""
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        copies = rng.choice(length, size=length // 3, replace=False)
-        factors = torch.from_numpy(2.0 ** rng.integers(-2, 3, size=len(copies))).to(keys)
-        sources = torch.from_numpy(rng.integers(max(1, length // 10), size=len(copies)))
-        keys[start + torch.from_numpy(copies)] = keys[start + sources] * factors[:, None]
-        if length > 5:
-            keys[start + length // 2] = 0
-
-
-def segments(starts, lengths):
-    """Give the slices of slots of all segments."""
-    return [slice(int(s), int(s + n)) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-
-
-def on_host(tensor):
-    return tensor.detach().float().cpu().numpy()
-
-
-def view_of(keys, positions, queries, slots, segment, scale):
-    """Show a scorer one segment of the pool."""
-    return CacheView(
-        keys=on_host(keys[slots]),
-        positions=positions[slots].cpu().numpy(),
-        queries=on_host(queries[segment]),
-        scale=scale,
-        n_tokens=10**6,
-        prompt_tokens=0,
-        layer=0,
-        kv_head=0,
-        seed=0,
-    )
-
-
-def assert_matches(found, expected, rtol, atol=0.0):
-    """Compare slots written, by slot, and see that no other was touched."""
-    found, by_slot = on_host(found), np.full(len(found), UNTOUCHED, np.float32)
-    for slots, numbers in expected:
-        by_slot[slots] = numbers
-    np.testing.assert_allclose(found, by_slot, rtol=rtol, atol=atol)
-    untouched = by_slot == UNTOUCHED
-    np.testing.assert_array_equal(found[untouched], by_slot[untouched])
-
-
-def expected_importance(pool, queries, scale, window=WINDOW):
-    keys, _, positions, starts, lengths = pool
-    for segment, slots in enumerate(segments(starts, lengths)):
-        n_candidates = slots.stop - slots.start - window
-        if n_candidates > 0:
-            view = view_of(keys, positions, queries, slots, segment, scale)
-            attention = window_attention(view, n_candidates, "max_logits")
-            yield slice(slots.start, slots.start + n_candidates), attention
-
-
-def expected_redundancy(pool, threshold):
-    keys, _, positions, starts, lengths = pool
-    for slots in segments(starts, lengths):
-        if slots.start < slots.stop:
-            held = [on_host(keys[slots])], [positions[slots].cpu().numpy()]
-            yield slots, reference_redundancy(*held, threshold, spare_column0=False, memos=[None])[0]
-
-
-@both
-@pytest.mark.parametrize(
-    ("group_size", "n_queries", "head_dim", "dtype"),
-    [
-        (1, 8, 16, FLOAT32),
-        (2, 1, 64, FLOAT32),
-        (3, 20, 16, FLOAT16),
-        (4, 8, 128, FLOAT32),
-        (4, 8, 128, FLOAT16),
-        (4, 8, 128, BFLOAT16),
-        (7, 5, 64, BFLOAT16),
-        (8, 33, 32, FLOAT16),
-        (8, 64, 16, FLOAT32),
-    ],
-)
-def test_importance_is_the_simulators(code, group_size, n_queries, head_dim, dtype, rng):
-    lengths = LENGTHS if head_dim == 16 else [0, 73, 9, 8, 150]
-    pool = shuffled_pool(rng, lengths, head_dim, dtype)
-    keys, _, _, starts, lengths = pool
-    queries = asked(rng, keys, len(lengths), group_size, n_queries)
-    scale, found = head_dim**-0.5, output(keys)
-    longest = int(lengths.max())
-    code.window_importance(queries, keys, starts, lengths, found, scale=scale, window=WINDOW, longest=longest)
-    assert_matches(found, expected_importance(pool, queries, scale), rtol=1e-5)
-
-
-@both
-@types
-def test_large_logits_do_not_overflow(code, dtype, rng):
-    pool = shuffled_pool(rng, [40, 200], 64, dtype)
-    keys, _, _, starts, lengths = pool
-    queries = asked(rng, keys, 2, 4, WINDOW, size=25.0)
-    found = output(keys)
-    code.window_importance(queries, keys, starts, lengths, found, scale=0.25, window=WINDOW, longest=200)
-    largest = (queries[1, 0] @ keys[starts[1] : starts[1] + 200].T).abs().max() * 0.25
-    assert largest > 100
-    # A logit of 100 is known to 1e-4 where tensor cores cut off what they add, and so is its weight.
-    assert_matches(found, expected_importance(pool, queries, 0.25), rtol=3e-4, atol=1e-9)
-
-
-@both
-@pytest.mark.parametrize("window", [1, 5, 40])
-def test_importance_leaves_out_any_window(code, window, rng):
-    pool = shuffled_pool(rng, [41, 40, 130, 6, 1], 16, FLOAT32)
-    keys, _, _, starts, lengths = pool
-    queries, found = asked(rng, keys, 5, 2, 3), output(keys)
-    code.window_importance(queries, keys, starts, lengths, found, scale=0.3, window=window, longest=130)
-    assert_matches(found, expected_importance(pool, queries, 0.3, window), rtol=1e-5)
-
-
-@both
-@pytest.mark.parametrize(
-    ("head_dim", "threshold", "dtype"),
-    [
-        (16, 0.5, FLOAT32),
-        (16, 0.8, FLOAT16),
-        (16, 0.5, BFLOAT16),
-        (32, 0.7, FLOAT32),
-        (64, 0.3, FLOAT16),
-        (128, 0.5, FLOAT32),
-        (128, 0.5, BFLOAT16),
-    ],
-)
-def test_redundancy_is_the_simulators(code, head_dim, threshold, dtype, rng):
-    lengths = LENGTHS if head_dim == 16 else [0, 73, 9, 150]
-    pool = shuffled_pool(rng, lengths, head_dim, dtype)
-    keys, _, _, starts, lengths = pool
-    plant_duplicates(rng, keys, starts, lengths)
-    found = output(keys)
-    code.redundancy(keys, starts, lengths, found, threshold=threshold, longest=int(lengths.max()))
-    expected = list(expected_redundancy(pool, threshold))
-    assert_matches(found, expected, rtol=1e-6, atol=1e-9)
-    # Duplicates count: without any, shares are others.
-    without = list(expected_redundancy(pool, 1.1))
-    assert max(np.abs(a - b).max() for (_, a), (_, b) in zip(expected, without, strict=True)) > 1e-5
-
-
-@both
-def test_every_key_but_opposites_is_a_duplicate_above_minus_one(code, rng):
-    pool = shuffled_pool(rng, [5, 140, 2, 1], 16, FLOAT32)
-    keys, _, _, starts, lengths = pool
-    found = output(keys)
-    code.redundancy(keys, starts, lengths, found, threshold=-1.0, longest=140)
-    assert_matches(found, expected_redundancy(pool, -1.0), rtol=1e-6, atol=1e-9)
-
-
-@both
-@types
-def test_a_cosine_at_the_threshold_is_no_duplicate(code, dtype, rng):
-    keys, _, _, starts, lengths = pool = shuffled_pool(rng, [3], 16, dtype)
-    # Both norms are powers of two: the cosine of the first two is 1/2 and no rounding moves it.
-    keys[starts[0] : starts[0] + 3] = 0
-    keys[starts[0], :4] = 1
-    keys[starts[0] + 1, 0] = 1
-    keys[starts[0] + 2, 5] = 1
-    found = {}
-    for threshold in (0.5, 0.4999):
-        found[threshold] = output(keys)
-        code.redundancy(keys, starts, lengths, found[threshold], threshold=threshold, longest=3)
-        assert_matches(found[threshold], expected_redundancy(pool, threshold), rtol=1e-6)
-    similar = torch.tensor([0.5, 0.5, 0.0], device=DEVICE) / 3
-    slots = slice(int(starts[0]), int(starts[0]) + 3)
-    torch.testing.assert_close(found[0.5][slots], similar.softmax(0), rtol=1e-6, atol=0)
-    equal = torch.full((3,), 1 / 3, device=DEVICE)
-    torch.testing.assert_close(found[0.4999][slots], equal, rtol=1e-6, atol=0)
-
-
-def test_kernels_compare_wide_float32_keys_piece_by_piece(rng):
-    # Two keys that differ in the last dimensions only: whoever leaves those out takes them for duplicates.
-    keys, _, _, starts, lengths = pool = shuffled_pool(rng, [2, 70], 128, FLOAT32)
-    first = int(starts[0])
-    keys[first : first + 2] = 0
-    keys[first : first + 2, 3] = 1
-    keys[first, 127], keys[first + 1, 127] = 2, -2
-    found = output(keys)
-    Kernels.redundancy(keys, starts, lengths, found, threshold=0.5, longest=70)
-    assert_matches(found, expected_redundancy(pool, 0.5), rtol=1e-6)
+from validate.eviction.kernels import twins_scores
 
 
 @types

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from spies import NAME, tiny_waves
-from tiny_models import N_TOKEN_IDS, tiny_model
-from transformers import DynamicCache
+from calling import (
+    CACHES,
+    KINDS,
+    N_NEW,
+    N_PROMPT,
+    OTHER,
+    PROMPT,
+    TIGHT,
+    generate,
+    ids_of,
+    loop,
+    made,
+    outcome,
+)
 
-from simulator.policies.language import parse_policy
 from traces.errors import UserError
-from validate.eviction.cache import EvictingCache, evicting
-from validate.eviction.device.cache import DeviceCache
-from validate.eviction.kernels.ops import torch_ops
+from validate.eviction.cache import evicting
 
-N_PROMPT, N_NEW, AMPLE, TIGHT = 50, 24, 4000, 24
-SETTINGS = {"name": NAME, "waves": tiny_waves()}
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": N_NEW}
-KINDS = ["llama", "qwen3", "gemma3_text"]
-CACHES = {
-    "host": lambda model, policy="rkv:buffer=6", entries=AMPLE, **given: EvictingCache(
-        model, parse_policy(policy), entries, **SETTINGS, **given
-    ),
-    "device": lambda model, policy="rkv:buffer=6", entries=AMPLE, **given: DeviceCache(
-        model, parse_policy(policy), entries, ahead=2 * N_NEW, ops=torch_ops(), **SETTINGS, **given
-    ),
-}
 # Every scorer and every allocator once, in one pass and in several.
 CHUNKED = [
     *("streamingllm", "h2o", "tova", "snapkv", "snapkv-paper:window=4", "rkv", "keydiff", "knorm"),
@@ -37,17 +31,6 @@ CHUNKED = [
     *("rkv+wave-dynamic:layer_delta=5", "snapkv+adakv", "rkv+uniform+headkv", "rkv:prompt=wait"),
     *("rkv+squeeze", "lagkv:lag=4", "random", "rkv:trigger=per-step"),
 ]
-
-
-def ids_of(seed, n=N_PROMPT, n_rows=1):
-    return torch.randint(3, N_TOKEN_IDS, (n_rows, n), generator=torch.Generator().manual_seed(seed))
-
-
-PROMPT, OTHER = ids_of(1), ids_of(2)
-
-
-def made(kind, seed=2):
-    return tiny_model(kind, seed=seed, head_dim=16)  # the least that a device's kernels take
 
 
 @pytest.fixture(scope="module")
@@ -67,172 +50,6 @@ def stock():
         return known[key]
 
     return written
-
-
-def generate(model, ids, **options):
-    given = {"attention_mask": torch.ones_like(ids)} | GREEDY | options
-    return model.generate(input_ids=ids, **given)[:, ids.shape[1] :].tolist()
-
-
-def loop(model, ids, cache, n_new=N_NEW, chunk=N_PROMPT, **given):
-    """Decode by hand, the prompt in passes of ``chunk`` tokens."""
-    written = []
-    with torch.inference_mode():
-        for part in ids.split(chunk, 1):
-            logits = model(input_ids=part, past_key_values=cache, **given).logits
-        while len(written) < n_new:
-            written.append(logits[:, -1].argmax(-1))
-            logits = model(input_ids=written[-1][:, None], past_key_values=cache, **given).logits
-    return torch.stack(written, 1).tolist()
-
-
-def outcome(call):
-    """Give what a call wrote, or the one line in which it was refused."""
-    try:
-        return call()
-    except UserError as error:
-        line = str(error)
-    assert "\n" not in line
-    return line
-
-
-def forgotten(model, cache):
-    return generate(model, PROMPT)
-
-
-def forgotten_by_hand(model, cache):
-    return loop(model, PROMPT, DynamicCache(config=model.config))
-
-
-def without_a_cache(model, cache):
-    return loop(model, PROMPT, None)
-
-
-def through_the_inner_model(model, cache):
-    states = model.model(PROMPT, past_key_values=DynamicCache(config=model.config)).last_hidden_state
-    return [[int(model.lm_head(states)[0, -1].argmax())]]
-
-
-def no_use_of_a_cache(model, cache):
-    return generate(model, PROMPT, past_key_values=cache, use_cache=False)
-
-
-def twice_without_a_cache(model, cache):
-    return [model(PROMPT, use_cache=False).logits[0, -1].argmax().view(1).tolist() for _ in range(2)]
-
-
-def guided(model, cache):
-    return generate(model, PROMPT, past_key_values=cache, guidance_scale=1.5)
-
-
-def another_cache(model, cache):
-    return generate(model, PROMPT, past_key_values=copy.deepcopy(cache))
-
-
-def another_cache_by_hand(model, cache):
-    return loop(model, PROMPT, copy.deepcopy(cache))
-
-
-def beams(model, cache):
-    return generate(model, PROMPT, past_key_values=cache, num_beams=2)
-
-
-def assisted(model, cache):
-    return generate(model, PROMPT, past_key_values=cache, prompt_lookup_num_tokens=3)
-
-
-def attentions(model, cache):
-    return model(PROMPT, past_key_values=cache, output_attentions=True).attentions
-
-
-def four_dimensions(model, cache):
-    mask = torch.zeros(1, 1, N_PROMPT, N_PROMPT).masked_fill(
-        torch.ones(N_PROMPT, N_PROMPT).triu(1).bool(), -1e9
-    )
-    return loop(model, PROMPT, cache, 1, attention_mask=mask)
-
-
-def padding_behind(model, cache):
-    mask = torch.ones_like(PROMPT)
-    mask[:, -3:] = 0
-    return generate(model, PROMPT, past_key_values=cache, attention_mask=mask)
-
-
-def positions_that_stay(model, cache):
-    loop(model, PROMPT, cache, 1)
-    return model(PROMPT[:, :1], past_key_values=cache, position_ids=torch.tensor([[0]]))
-
-
-def a_mask_of_the_new_tokens(model, cache):
-    loop(model, PROMPT, cache, 1)
-    return model(PROMPT[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1))
-
-
-def what_was_read_hidden(model, cache):
-    loop(model, PROMPT, cache, 1)
-    mask = torch.ones(1, N_PROMPT + 2)
-    mask[0, 5] = 0
-    return model(PROMPT[:, :1], past_key_values=cache, attention_mask=mask)
-
-
-def no_tokens(model, cache):
-    return model(PROMPT[:, :0], past_key_values=cache)
-
-
-REFUSED_WITHIN = {
-    call.__name__: call
-    for call in (
-        *(forgotten, forgotten_by_hand, without_a_cache, through_the_inner_model, no_use_of_a_cache),
-        *(twice_without_a_cache, guided, another_cache, another_cache_by_hand, beams, assisted, attentions),
-        *(four_dimensions, padding_behind, no_tokens),
-    )
-}
-# Looked at where it does not make a device wait.
-REFUSED_ON_THE_HOST = {
-    call.__name__: call for call in (positions_that_stay, a_mask_of_the_new_tokens, what_was_read_hidden)
-}
-
-
-@pytest.mark.parametrize("call", REFUSED_WITHIN)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", CACHES)
-def test_calls_that_are_not_meant_for_the_cache_are_refused(models, where, kind, call):
-    model = models[kind]
-    cache = CACHES[where](model)
-    with evicting(model, cache):
-        assert isinstance(outcome(lambda: REFUSED_WITHIN[call](model, cache)), str)
-
-
-@pytest.mark.parametrize("call", REFUSED_ON_THE_HOST)
-@pytest.mark.parametrize("kind", KINDS)
-def test_later_passes_that_do_not_continue_are_refused(models, kind, call):
-    model = models[kind]
-    cache = CACHES["host"](model)
-    with evicting(model, cache):
-        assert isinstance(outcome(lambda: REFUSED_ON_THE_HOST[call](model, cache)), str)
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", CACHES)
-def test_a_cache_outside_of_evicting_is_refused(models, where, kind, by_hand):
-    model = models[kind]
-    cache = CACHES[where](model)
-    call = loop if by_hand else generate
-    given = (model, PROMPT, cache) if by_hand else (model, PROMPT)
-    named = {} if by_hand else {"past_key_values": cache}
-    assert "outside of evicting" in outcome(lambda: call(*given, **named))
-    with evicting(model, cache):
-        assert not isinstance(outcome(lambda: call(*given, **named)), str)
-    assert "outside of evicting" in outcome(lambda: call(model, OTHER, *given[2:], **named))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_model_cannot_use_the_cache(models, kind):
-    model, other = models[kind], made(kind, seed=3)
-    cache = CACHES["host"](model)
-    with evicting(model, cache):
-        assert "turn of layer" in outcome(lambda: loop(other, PROMPT, cache))
 
 
 @pytest.mark.parametrize("where", CACHES)
@@ -398,33 +215,6 @@ def test_rows_left_out_take_their_budgets_and_seeds_along(models):
         cache.reset()
         assert generate(model, other, past_key_values=cache) == expected
     assert cache.held.tolist() == held
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"entries": 2.5}, "entries is 2.5; allowed: a whole number"),
-        ({"entries": "8"}, "entries is '8'; allowed"),
-        ({"entries": True}, "entries has True; allowed: whole numbers, 1 or more"),
-        ({"entries": 0}, "entries has 0; allowed"),
-        ({"entries": -3}, "entries has -3; allowed"),
-        ({"entries": [8, 2.5]}, "entries has 2.5; allowed"),
-        ({"entries": float("nan")}, "entries is nan; allowed"),
-        ({"entries": None}, "entries is None; allowed"),
-        ({"entries": {8: 1}}, "entries is {8: 1}; allowed"),
-        ({"entries": np.array([8.0])}, "entries has np.float64(8.0); allowed"),
-        ({"seeds": [-1]}, "seeds has -1; allowed: whole numbers, 0 or more"),
-        ({"seeds": "01"}, "seeds is '01'; allowed"),
-        ({"prompt_tokens": 0}, "prompt_tokens has 0; allowed"),
-        ({"prompt_tokens": 1.0}, "prompt_tokens has 1.0; allowed"),
-        ({"policy": "rkv"}, "policy is 'rkv'; allowed: what parse_policy gives"),
-    ],
-)
-def test_arguments_out_of_their_range_are_one_line(models, given, words):
-    given = {"policy": parse_policy("rkv"), "entries": AMPLE} | given
-    with pytest.raises(UserError) as refused:
-        EvictingCache(models["llama"], **given)
-    assert str(refused.value).startswith(words)
 
 
 @pytest.mark.parametrize("entries", [np.int64(4000), [np.int32(4000)], (4000,), np.array([4000])])
