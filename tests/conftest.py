@@ -72,3 +72,14 @@ def run_sim(monkeypatch, capsys):
 def shared_folder(tmp_path_factory):
     """Give a directory that outlives the examples of one property test."""
     return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture
+def machine_code(request, tmp_path):
+    """Give a folder for Numba's machine code of one kind; it outlives the run where pytest keeps anything.
+
+    Not the folder of this processor's: two processes that compile one function for two processors at a time
+    may each store their code under the name that the other has just put into the index.
+    """
+    kept = getattr(request.config, "cache", None)
+    return lambda kind: kept.mkdir(f"numba-{kind}") if kept else tmp_path

@@ -144,6 +144,7 @@ def test_curves_that_predict_nothing_are_one_line(tmp_path, text, words):
         read_calibrations(path)
 
 
+@pytest.mark.slow
 def test_damaged_problems_in_parquet_are_one_line(tmp_path):
     """Such a file is another program's, and the reader may end the process at some of its bytes."""
     buffer = BytesIO()

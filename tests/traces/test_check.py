@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from traces import TraceError, causal_lse, check_trace, open_trace, write_trace
 
 
+@pytest.mark.slow
 @given(
     n_kv_heads=st.integers(1, 3),
     group_size=st.integers(1, 3),
@@ -66,6 +67,7 @@ def test_a_good_trace_passes_with_five_facts(tmp_path, dtype):
     assert "all 1600 log-sum-exps agree" in check_trace(trace, samples=None)[4]
 
 
+@pytest.mark.slow
 def test_the_sample_grows_with_the_trace(tmp_path):
     trace = naive.small_trace(tmp_path / "t.kvtrace", n_tokens=6400, n_layers=3)
     assert "300 log-sum-exps agree" in check_trace(trace, samples=64)[4]  # one of 64 tokens, in each layer
@@ -94,6 +96,7 @@ def shifted_lse(trace, layer, offset):
     return np.logaddexp.reduce(np.where(seen, logits, -np.inf), axis=2).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("n_tokens", [2, 30, 150])
 @pytest.mark.parametrize("wrong", ["next key", "all keys", "no self", "first key", "scale", "heads"])

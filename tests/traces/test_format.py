@@ -72,6 +72,7 @@ def test_exact_cast_takes_what_fits_and_refuses_the_rest():
         cast_exactly(np.array([1.0]), "float16")
 
 
+@pytest.mark.slow
 @given(
     dtype=dtypes,
     n_layers=st.integers(1, 3),
@@ -303,6 +304,7 @@ def test_model_shape_counts_bytes_and_groups():
     assert ModelShape(1, 2, 1, 8, "float32").bytes_per_entry == 64
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_numpy():
     code = (
         "import sys, traces, traces.commands; assert 'numpy' not in sys.modules;"

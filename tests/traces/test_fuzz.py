@@ -66,6 +66,7 @@ def outcome(path):
     return "accepted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [False, True])
 def test_changed_bytes_are_refused_in_words(good, tmp_path, sealed):
     path = tmp_path / "t.kvtrace"
@@ -101,6 +102,7 @@ anything = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(data=st.data(), value=anything, sealed=st.booleans())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_any_field_is_refused_in_words_or_harmless(good, tmp_path, data, value, sealed):

@@ -51,6 +51,7 @@ def test_what_is_no_trace_is_refused(tmp_path, path):
     assert "no manifest.json found; the recording is unfinished" in refusal(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

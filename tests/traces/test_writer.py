@@ -219,6 +219,7 @@ def test_a_killed_recording_is_no_trace_and_the_next_one_starts_clean(tmp_path):
     assert os.listdir(tmp_path) == ["t.kvtrace"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("append_limit", [True, False])
 def test_a_full_disk_is_an_oserror_and_leaves_no_manifest(tmp_path, existing, append_limit):
@@ -244,6 +245,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_no_manifest(tmp_path, existing, ap
     assert os.listdir(tmp_path) == (["t.kvtrace"] if existing else [])
 
 
+@pytest.mark.slow
 def test_finishing_holds_a_group_of_heads_in_memory_not_a_layer(tmp_path):
     shape = ModelShape(1, 16, 8, 128, "float16")
     n_tokens = 16_384  # 4 MiB for each of 24 heads: 96 MiB

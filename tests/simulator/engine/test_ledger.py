@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import pytest
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ def _at(address, stored):
     return np.frombuffer(ctypes.string_at(int(address), stored.nbytes), stored.dtype).reshape(stored.shape)
 
 
+@pytest.mark.slow
 @given(moves, st.sampled_from(sorted(STORAGE_DTYPES)))
 @MODERATE
 def test_ledger_holds_what_lists_would(moves, dtype):

@@ -61,6 +61,7 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
         assert 0 < row["lost_lookup_rate"] < row["miss_rate"]
 
 
+@pytest.mark.slow
 @given(cases())
 @MODERATE
 def test_the_oracle_is_a_bound(shared_folder, case):

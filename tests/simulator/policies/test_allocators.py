@@ -83,6 +83,7 @@ def test_dynamic_layer_budgets_move_and_their_total_stays(policy, moves, uneven_
     assert outcome.held[1:].max() <= total + 3 * n_kv_heads * (buffer + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "moves"), DYNAMIC)
 def test_dynamic_runs_are_equal_bit_for_bit(policy, moves, uneven_trace):
     outcomes = [
@@ -138,6 +139,7 @@ KEEPING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", KEEPING)
 def test_a_kept_prompt_is_never_evicted(policy, make_trace):
     trace = make_trace(n_layers=3, n_tokens=90, prompt_tokens=20)

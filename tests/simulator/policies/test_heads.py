@@ -25,6 +25,7 @@ from traces.errors import MissingDataError, UserError
 HEADS = [HeadKV(), HeadKV(head_beta=3.0), Duo(), Duo(streaming_share=0.8, stream_budget=0.0), CustomHeads()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", HEADS, ids=repr)
 @given(demands, protected_and_free, st.integers(0, 9))
 @MODERATE

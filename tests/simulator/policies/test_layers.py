@@ -29,6 +29,7 @@ from traces.errors import MissingDataError, UserError
 LAYERS = [WaveLayers(), Squeeze(), Squeeze(squeeze_share=0.0), TableLayers(), TableLayers(head_beta=2.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocator", LAYERS, ids=repr)
 @given(demands, protected_and_free)
 @MODERATE

@@ -49,6 +49,7 @@ def asked(make_trace, tmp_path):
 
 
 class TestSearch:
+    @pytest.mark.slow
     def test_a_search_finds_confirms_and_writes(self, asked, tmp_path, run_sim):
         code, out, err = run_sim(*asked, "--trials", 16, "--jobs", 1)
         assert (code, err) == (0, f"wrote {tmp_path / 'out' / 'winners.json'}, for sim validate --configs\n")
@@ -69,6 +70,7 @@ class TestSearch:
         first = whole_trials(tmp_path / "out" / "study.db")[:2]
         assert {own.policy for own in first} <= {"rkv", "snapkv"}
 
+    @pytest.mark.slow
     def test_one_process_repeats_exactly(self, asked, tmp_path, run_sim):
         found = []
         for name in ("one", "two"):
@@ -79,6 +81,7 @@ class TestSearch:
             found.append([(own.params, own.values) for own in trials])
         assert found[0] == found[1]
 
+    @pytest.mark.slow
     def test_a_killed_search_goes_on(self, asked, tmp_path, run_sim, monkeypatch):
         def killed(*arguments):
             raise SystemError
@@ -93,17 +96,20 @@ class TestSearch:
         assert trials[0].state == TrialState.FAIL
         assert TrialState.RUNNING not in {trial.state for trial in trials}
 
+    @pytest.mark.slow
     def test_another_question_is_refused(self, asked, run_sim):
         assert run_sim(*asked, "--trials", 5, "--jobs", 1)[0] == 0
         code, _, err = run_sim(*asked, "--trials", 5, "--metric", "miss_rate")
         assert code == 2
         assert "holds a search with other metric; allowed: the same, or another --out" in err
 
+    @pytest.mark.slow
     def test_two_processes_share_a_study(self, asked, tmp_path, run_sim):
         assert run_sim(*asked, "--trials", 14, "--jobs", 2)[0] == 0
         counts = count_trials(tmp_path / "out" / "study.db")
         assert 14 <= counts["judged"] + counts["failed"] <= 15
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("options", "said"),
         [
@@ -129,6 +135,7 @@ class TestSearch:
         assert code == 2
         assert "--held-out has made-0.kvtrace, which policies are chosen on" in err
 
+    @pytest.mark.slow
     def test_a_copy_of_a_trace_counts_once(self, asked, run_sim, tmp_path):
         shutil.copytree(tmp_path / "made-7.kvtrace", tmp_path / "copy.kvtrace")
         arguments = [*asked, "--held-out", tmp_path / "copy.kvtrace", "--trials", 6, "--jobs", 1]
@@ -143,11 +150,13 @@ class TestSearch:
         assert code == 2
         assert "another search runs there" in err
 
+    @pytest.mark.slow
     def test_starts_that_wait_are_no_trials_yet(self, asked, run_sim, tmp_path):
         assert run_sim(*asked, "--trials", 3, "--jobs", 1)[0] == 0
         counts = count_trials(tmp_path / "out" / "study.db")
         assert counts["judged"] == 3
 
+    @pytest.mark.slow
     def test_a_worker_that_dies_is_one_line(self, asked, run_sim, monkeypatch):
         monkeypatch.setattr(workers, "_search", _die)
         code, _, err = run_sim(*asked, "--jobs", 2)
@@ -155,6 +164,7 @@ class TestSearch:
         assert "a search process was killed" in err
         assert len(err.splitlines()) == 1
 
+    @pytest.mark.slow
     def test_a_start_that_two_processes_took_counts_once(self, asked, run_sim, tmp_path, monkeypatch):
         plain = studying._climb
 

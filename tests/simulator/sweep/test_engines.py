@@ -37,6 +37,7 @@ def test_a_missing_package_is_one_line_with_the_remedy(engine, package, monkeypa
         pass
 
 
+@pytest.mark.slow
 def test_the_sweep_loads_no_cluster_library():
 
     code = (

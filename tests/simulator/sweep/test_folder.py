@@ -81,6 +81,7 @@ def test_half_written_files_of_a_killed_run_are_cleared(tmp_path):
     assert (out / "parts" / "notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_one_sweep_at_a_time(folder):
     other = (
         "from pathlib import Path; from simulator.sweep.folder import SweepFolder\n"

@@ -41,6 +41,7 @@ def slow_spec(make_trace, tmp_path):
     return write_spec(tmp_path, traces=paths, grid=[slow], budgets=[12, 14, "40%", "50%"])
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_random_ends_with_the_rows_of_an_undisturbed_one(slow_spec, tmp_path):
     rng = random.Random(1)
     out = tmp_path / "out"
@@ -60,6 +61,7 @@ def test_a_sweep_killed_at_random_ends_with_the_rows_of_an_undisturbed_one(slow_
     assert not list(out.rglob(".*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["SIGKILL", "SIGINT"])
 def test_workers_end_with_their_sweep(way, slow_spec, tmp_path):
     out = tmp_path / "out"
@@ -79,6 +81,7 @@ def test_workers_end_with_their_sweep(way, slow_spec, tmp_path):
     assert 0 < len(table_of(out)) < N_CELLS
 
 
+@pytest.mark.slow
 def test_a_second_sweep_of_the_same_folder_is_refused(slow_spec, tmp_path, run_sim):
     sweep = start_sweep(slow_spec, "--jobs", 1)
     wait_for_parts(sweep, tmp_path / "out", more_than=0)
@@ -88,6 +91,7 @@ def test_a_second_sweep_of_the_same_folder_is_refused(slow_spec, tmp_path, run_s
     assert "another sweep is writing there" in err
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_said_in_one_line(make_trace, tmp_path):
     code = SLOW_POLICY.replace("time.sleep(self.milliseconds / 1000)", "__import__('os')._exit(9)")
     (tmp_path / "slow.py").write_text(code)

@@ -252,6 +252,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(asked, tmp_path, run_si
     assert table_of(out).equals(table_of(tmp_path / "calm"))
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits_and_bring_users_files_along(asked, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_POLICY)
     spec = write_spec(
@@ -287,6 +288,7 @@ def test_seeds_are_rows_of_their_own_and_one_trace_in_comparisons(make_trace, tm
         assert "2 traces" in out
 
 
+@pytest.mark.slow
 def test_results_read_filter_and_export_folders_and_files(asked, tmp_path, run_sim):
     spec, (paths, *_) = asked
     run_sim("sweep", spec, "--jobs", 1)

@@ -60,6 +60,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
 def test_every_mistake_is_one_line_that_names_it(change, message, tmp_path, run_sim):
     code, out, err = run_sim("sweep", write_spec(tmp_path, **FINE | change))

@@ -19,6 +19,7 @@ from calling import (
     made,
     outcome,
 )
+from tiers import sampled
 
 from traces.errors import UserError
 from validate.eviction.cache import evicting
@@ -76,6 +77,7 @@ def test_a_call_that_broke_off_leaves_no_half_text(models, stock, where):
         assert loop(model, PROMPT, cache) == stock("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", CACHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_meant_for_the_cache_writes_what_transformers_writes(models, stock, kind, where):
@@ -99,6 +101,7 @@ def test_what_is_meant_for_the_cache_writes_what_transformers_writes(models, sto
         assert generate(model, two[1:, 13:], past_key_values=cache) == found[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_goes_on_with_all_or_with_the_new_tokens(models, stock, kind):
     model, more = models[kind], ids_of(3, 5)
@@ -121,6 +124,7 @@ def test_a_text_goes_on_with_all_or_with_the_new_tokens(models, stock, kind):
         assert loop(model, more, cache) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_text_needs_a_reset(models, stock, kind):
     model = models[kind]
@@ -150,25 +154,30 @@ def test_a_call_that_was_refused_before_it_read_anything_leaves_no_trace(models,
         assert generate(model, PROMPT, past_key_values=cache) == stock("llama")
 
 
-@pytest.mark.parametrize("policy", CHUNKED)
-def test_a_prompt_in_several_passes_is_one_prompt(models, policy):
+def chunked():
+    """Give every policy with every size of a pass; every run tries one size of each."""
+    for number, policy in enumerate(CHUNKED):
+        yield from sampled([(policy, chunk) for chunk in (1, 7, 16)], 1, seed=number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "chunk"), list(chunked()))
+def test_a_prompt_in_several_passes_is_one_prompt(models, policy, chunk):
     model = models["llama"]
     with evicting(model, cache := CACHES["host"](model, policy, TIGHT)):
         expected = generate(model, PROMPT, past_key_values=cache)
         held = cache.held.tolist()
-    for chunk in (1, 7, 16):
-        with evicting(model, cache := CACHES["host"](model, policy, TIGHT)):
-            assert generate(model, PROMPT, past_key_values=cache, prefill_chunk_size=chunk) == expected
-            assert cache.held.tolist() == held
-        with evicting(model, cache := CACHES["host"](model, policy, TIGHT, prompt_tokens=N_PROMPT)):
-            assert loop(model, PROMPT, cache, chunk=chunk) == expected
-        # Nobody says where the prompt ends: the first pass may not be the whole.
-        with evicting(model, cache := CACHES["host"](model, policy, TIGHT)):
-            assert "prompt_tokens=N" in outcome(
-                lambda cache=cache, n=chunk: loop(model, PROMPT, cache, chunk=n)
-            )
+    with evicting(model, cache := CACHES["host"](model, policy, TIGHT)):
+        assert generate(model, PROMPT, past_key_values=cache, prefill_chunk_size=chunk) == expected
+        assert cache.held.tolist() == held
+    with evicting(model, cache := CACHES["host"](model, policy, TIGHT, prompt_tokens=N_PROMPT)):
+        assert loop(model, PROMPT, cache, chunk=chunk) == expected
+    # Nobody says where the prompt ends: the first pass may not be the whole.
+    with evicting(model, cache := CACHES["host"](model, policy, TIGHT)):
+        assert "prompt_tokens=N" in outcome(lambda: loop(model, PROMPT, cache, chunk=chunk))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_prompts_in_several_passes_are_the_same_prompts(models, stock, kind):
     model, two = models[kind], ids_of(5, n_rows=2)

@@ -64,6 +64,7 @@ def looped(model, cache, prompts, n_new, *, give_positions):
     return torch.stack(written, 1).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", NEVER_EVICTING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_budget_above_the_length_writes_what_transformers_writes(models, kind, text):
@@ -72,6 +73,7 @@ def test_a_budget_above_the_length_writes_what_transformers_writes(models, kind,
     assert texts(decoded(model, text, AMPLE, N_NEW, PROMPTS[1:2])) == written[1:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 5])
 @pytest.mark.parametrize("text", NEVER_EVICTING)
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,6 +87,7 @@ def test_generate_writes_the_same_through_an_evicting_cache(models, kind, text, 
     assert cache.held.tolist() == [2 * 2 * n for n in held]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 5])
 @pytest.mark.parametrize("text", NEVER_EVICTING)
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,6 +139,7 @@ ORACLE_CASES = [("llama", text) for text in ["fullkv", *POLICIES, *LAYERED] if "
 ORACLE_CASES += [("qwen2", "reasonalloc:delta=16"), ("qwen3", "reasonalloc:delta=16"), ("qwen3", "snapkv")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("spying")
 @pytest.mark.parametrize(("kind", "text"), ORACLE_CASES)
 def test_tokens_and_retained_entries_are_those_of_a_masked_full_cache(models, kind, text):
@@ -149,6 +153,7 @@ def test_tokens_and_retained_entries_are_those_of_a_masked_full_cache(models, ki
         assert (expected.token_ids == models[kind].written[row][:limit]) == (text == "fullkv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["rkv+utility:delta=16,buffer=7", "random:buffer=7"])
 def test_generate_and_a_loop_by_hand_evict_as_decode_does(llama, text):
     expected = texts(decoded(llama.model, text, limits=40))
@@ -213,6 +218,7 @@ def test_a_text_may_end_at_once(llama):
     assert (found.token_ids, found.ended, found.bytes_peak, found.bytes_mean) == ([], True, 0, 0)
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(llama):
     policy, hot = "snapkv:buffer=7", partial(Sampling, do_sample=True, temperature=2.0, top_p=0.95)
     samplings = [hot(seed=seed) for seed in range(5)]
@@ -225,6 +231,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(llama):
         assert others[row] != together[row]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("spying")
 @pytest.mark.parametrize("text", ["fullkv", "snapkv", "random+utility:delta=8", *LAYERED])
 def test_bytes_are_those_that_the_replay_predicts(llama, text, tmp_path, monkeypatch):

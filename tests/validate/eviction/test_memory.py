@@ -23,6 +23,7 @@ BYTES_PER_ENTRY = 2 * 8 * 4
 FULL = 2 * 2 * (14 + 7) * BYTES_PER_ENTRY  # one sequence: layers x KV heads x (budget + buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["snapkv", "pyramid-rkv", "rkv+wave"])
 def test_memory_is_budget_and_buffer_of_every_sequence_however_long_it_grows(llama, text):
     assert set(allocated(llama, f"{text}:buffer=7", limits=90)) == {4 * FULL}

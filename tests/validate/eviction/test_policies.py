@@ -68,6 +68,7 @@ def waves(trace):
     return {trace.model: make_wave(trace, (3, 1))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", POLICIES)
 def test_a_shadow_run_retains_who_the_simulator_retains(text, model, trace, waves):
     shadow = run_shadow(model, trace, policy_of(text), ENTRIES, seed=3, waves=waves)
@@ -77,6 +78,7 @@ def test_a_shadow_run_retains_who_the_simulator_retains(text, model, trace, wave
     assert len({tuple(kept.positions) for kept in shadow.expected}) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["h2o", "rkv+wave-dynamic:layer_delta=10", "vatp+cake+adakv:cake_window=6,sinks=3"]
 )
@@ -89,6 +91,7 @@ def test_no_mass_drifts_in_the_first_layer(text, model, trace, waves):
         assert abs(forced.forced[0] - forced.simulated[0]).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

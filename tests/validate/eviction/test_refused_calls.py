@@ -136,6 +136,7 @@ def test_later_passes_that_do_not_continue_are_refused(models, kind, call):
         assert isinstance(outcome(lambda: REFUSED_ON_THE_HOST[call](model, cache)), str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", CACHES)

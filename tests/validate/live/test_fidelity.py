@@ -36,6 +36,7 @@ def test_fidelity_measures_the_means_and_its_intervals_hold_them(rng):
         assert row[f"{name}_low"] < row[f"{name}_high"]
 
 
+@pytest.mark.slow
 def test_fidelity_is_reproducible_by_seed(rng):
     cells = {"walk": made_cells(rng)}
     first, again, other = (fidelity_table(cells, resamples=40, seed=seed) for seed in (1, 1, 2))

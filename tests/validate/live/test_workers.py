@@ -30,6 +30,7 @@ def worker(monkeypatch):
     signal.signal(signal.SIGINT, interrupt)
 
 
+@pytest.mark.slow
 def test_a_worker_writes_the_rows_of_a_batch(folder, tmp_path, loaded, worker):
     asked = settings_for(folder, live={"max_new_tokens": 8, "samples": 2, "sampling": asdict(DRAWN.sampling)})
     own = Matrix(tmp_path, asked, 4)
@@ -73,6 +74,7 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
         matrix._run_batch(tmp_path, Batch(FULL, None, 0, 2))
 
 
+@pytest.mark.slow
 def test_what_a_users_part_raises_fails_its_batch_in_words(folder, tmp_path, worker):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"

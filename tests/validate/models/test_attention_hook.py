@@ -54,6 +54,7 @@ def random_heads(n_query_heads, n_kv_heads, n_tokens, n_entries, dtype):
     return draw(n_tokens, n_query_heads) * 3, draw(n_entries, n_kv_heads), draw(n_entries, n_kv_heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [flash_attention, blocked_attention, causal_attention])
 @pytest.mark.parametrize("dtype", list(LSE_TOLERANCE))
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 6])

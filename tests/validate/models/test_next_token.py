@@ -31,6 +31,7 @@ def drawn_shares(sampling, n_draws=4000):
     return [draws.count(token) / n_draws for token in range(len(LOGITS))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6])
 def test_draws_follow_temperature_and_nucleus(temperature, top_p):
@@ -117,6 +118,7 @@ def naive_choice(logits, sampling, generator):
     raise AssertionError("the last token of a nucleus reaches its total")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_draws_what_a_walk_down_its_rows_draws(dtype):
     generators, twins = ([own.generator() for own in MIXED] for _ in range(2))

@@ -270,6 +270,7 @@ def test_a_recording_with_random_weights_says_so_and_gives_a_wave(sim, run_sim, 
     assert "reasonalloc" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["validate", "record"])
 @pytest.mark.parametrize(
     ("weights", "options", "words"),

@@ -215,6 +215,7 @@ def test_stability_tells_families_and_problems_apart():
     assert stability["variation"]["other"] is None
 
 
+@pytest.mark.slow
 def test_commands_write_the_profile_and_two_pictures(make_run, tmp_path, monkeypatch):
     for name in ("SPECIFIC_MASS", "TIMES_UNIFORM"):
         monkeypatch.setattr(heads, name, 0.01)  # random heads have names, too
@@ -252,6 +253,7 @@ def test_what_cannot_be_profiled_or_drawn_is_refused(make_trace, make_run, tmp_p
         charts.map_chart({"maps": {"heads": []}})
 
 
+@pytest.mark.slow
 def test_a_profile_needs_no_torch():
     script = "import sys, validate.reasoner.profile; print('torch' in sys.modules)"
     command = [sys.executable, "-c", script]

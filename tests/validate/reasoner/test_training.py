@@ -92,6 +92,7 @@ def test_batches_are_fixed_by_step_family_and_stage():
     assert len({tuple(batch[0].tolist()) for batch in batches}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_training")
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     options = {"steps": 5, "tokens": 300, "peak": 1e-3, "checkpoint_every": 2}
@@ -122,6 +123,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_training")
 def test_loss_goes_down():
     run = training.Run(build_tokenizer(), "cpu")

@@ -108,6 +108,7 @@ def test_a_second_run_goes_on_where_the_first_ended(run, tmp_path):
     assert run("-q")[2] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "n", "words"),
     [

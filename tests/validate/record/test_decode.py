@@ -33,6 +33,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("kind", "n_kv_heads", "rope"), MODELS)
 def test_greedy_tokens_equal_generate(tmp_path, kind, n_kv_heads, rope, implementation):
@@ -46,6 +47,7 @@ def test_greedy_tokens_equal_generate(tmp_path, kind, n_kv_heads, rope, implemen
     assert len(set(trace.token_ids[len(PROMPT) :])) > 3  # not one token over and over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "n_kv_heads", "rope"), MODELS)
 def test_rescore_equals_decode(tmp_path, kind, n_kv_heads, rope):
     model = tiny_model(kind, n_kv_heads, rope)
@@ -60,6 +62,7 @@ def test_rescore_equals_decode(tmp_path, kind, n_kv_heads, rope):
     check_trace(rescored, samples=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fused", [True, False])
@@ -171,6 +174,7 @@ def test_interrupted_recording_leaves_no_trace(tmp_path, error):
     check_trace(decode(model, path))
 
 
+@pytest.mark.slow
 def test_killed_recording_leaves_no_trace(tmp_path):
     path = tmp_path / "a.kvtrace"
     script = f"""

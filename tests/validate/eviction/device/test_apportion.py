@@ -18,6 +18,7 @@ def _both(demand, totals, **settings):
     return found.cpu().numpy(), expected
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     data=st.data(),

@@ -106,6 +106,7 @@ def _decode_both(model, text, prompts=PROMPTS, entries=ENTRIES, n_new=N_NEW, ops
     return host, device, n_compressed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", POLICIES)
 def test_what_is_held_and_written_is_the_same_token_by_token(model, text):
     _, device, n_compressed = _decode_both(model, text)
@@ -113,17 +114,20 @@ def test_what_is_held_and_written_is_the_same_token_by_token(model, text):
     assert device.get_seq_length() == max(map(len, PROMPTS)) + N_NEW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fullkv", "reasonalloc:window=4"])
 def test_rows_can_be_dropped(model, text):
     _decode_both(model, text, drop_at=25)
 
 
+@pytest.mark.slow
 def test_heads_shorter_than_their_budgets_put_compressions_off(model):
     text = "rkv+utility:window=2,delta=1,beta=3,mu=0.1,head_cap=2"
     _, device, _ = _decode_both(model, text, prompts=[[5] * 9], entries=40, n_new=150)
     assert len(set(device.pool.lengths.flatten().tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["rkv:window=4", "reasonalloc:window=4"])
 def test_the_kernels_decide_the_same(model, text):
     pytest.importorskip("triton")
@@ -133,6 +137,7 @@ def test_the_kernels_decide_the_same(model, text):
     assert n_compressed >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [text for text in POLICIES if text != "fullkv"])
 def test_memory_is_planned(model, text):
     _, device, _ = _decode_both(model, text, n_new=30)
@@ -206,6 +211,7 @@ def test_a_full_cache_ends_where_its_memory_ends(model):
             steps.step(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fullkv", "rkv:window=4", "reasonalloc:window=4"])
 def test_decoding_writes_the_same_whichever_cache_it_takes(model, text):
     policy = parse_policy(text, buffer=BUFFER)

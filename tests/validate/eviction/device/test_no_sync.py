@@ -45,6 +45,7 @@ def _run(model, text, n_steps, on_step=lambda steps, cache: None):
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fullkv", "snapkv:window=4", "rkv:window=4", "rkv+pyramid:window=4"])
 def test_steps_and_compressions_ask_nothing(model, text):
     cache = _run(model, text, 5 * BUFFER)
@@ -109,6 +110,7 @@ class _Answer:
         return np.full(self._shape, 2 * ENTRIES)
 
 
+@pytest.mark.slow
 def test_counts_of_unequal_heads_are_asked_for_a_buffer_later(model, monkeypatch):
     asked, given, at = [], [], []
 

@@ -106,6 +106,7 @@ def two_traces(tmp_path_factory):
     return synthetic_pair(tmp_path_factory.mktemp("traces"), "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["compress", "wait"])
 @pytest.mark.parametrize("redistribute", ["true", "false"])
 @pytest.mark.parametrize("trigger", TRIGGERS)
@@ -147,6 +148,7 @@ def test_a_prompt_shorter_than_the_window(tmp_path, rng, prompt_tokens):
     assert assert_same_decisions([trace], parsed("snapkv", "buffer=4"), [12], drop=True) > 5
 
 
+@pytest.mark.slow
 @settings(MODERATE, max_examples=25)
 @given(cases())
 def test_any_policy_on_any_trace_retains_what_the_replay_retains(shared_folder, case):

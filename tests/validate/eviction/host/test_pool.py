@@ -90,6 +90,7 @@ def filled(twin, n_kv_heads, room, padding=0):
     return pool
 
 
+@pytest.mark.slow
 @settings(MODERATE, max_examples=80)
 @given(st.data())
 def test_a_pool_holds_what_a_dictionary_of_lists_holds(data):
@@ -190,6 +191,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [attend_ragged, attend_padded])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(("group_size", "width"), [(1, 8), (4, 5)])

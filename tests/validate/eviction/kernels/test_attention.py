@@ -71,6 +71,7 @@ def attend(request):
     return ATTEND[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "group_size"),
     [(torch.float32, 64, group_size) for group_size in (1, 2, 3, 4, 7, 8)]
@@ -92,6 +93,7 @@ def test_attention_agrees_with_the_padded_path(rng, attend, dtype):
     torch.testing.assert_close(attended(attend, heads), expected, atol=TOLERANCES[dtype], rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_result_is_rounded_to_the_type_of_the_output(rng, attend, dtype):
     heads = make_heads(rng, LENGTHS, 2, 64, dtype)
@@ -100,6 +102,7 @@ def test_the_result_is_rounded_to_the_type_of_the_output(rng, attend, dtype):
     torch.testing.assert_close(found.float(), exact, atol=1e-7, rtol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", [0, 1, 700, 701, 6000])
 def test_the_kernel_is_right_for_any_bound_of_the_lengths(rng, longest):
     heads = make_heads(rng, (700, 0, 129, 1), 2, 64)
@@ -143,6 +146,7 @@ def test_one_logit_far_above_the_others_takes_all(rng, attend):
         assert_equal(found[0, 0], heads.values[slot].cpu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", [100, 700, 5000])
 def test_scratch_is_written_before_it_is_read(rng, longest):
     heads = make_heads(rng, (0, 300, 700, 1), 2, 64)
@@ -248,6 +252,7 @@ def test_append_without_a_ring_leaves_it_alone(rng, append):
     decode.step(append)
 
 
+@pytest.mark.slow
 def test_kernels_repeat_bit_for_bit(rng):
     heads = make_heads(rng, LENGTHS, 3, 64, torch.bfloat16)
     first = attended(attention.attend, heads)

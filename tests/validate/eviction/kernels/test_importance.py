@@ -19,6 +19,7 @@ from scored_pools import (
 )
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("group_size", "n_queries", "head_dim", "dtype"),

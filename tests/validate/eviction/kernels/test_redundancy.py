@@ -22,6 +22,7 @@ from scored_pools import (
 )
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("head_dim", "threshold", "dtype"),

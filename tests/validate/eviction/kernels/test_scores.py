@@ -33,6 +33,7 @@ from validate.eviction.kernels import redundancy as redundancy_kernels
 from validate.eviction.kernels import twins_scores
 
 
+@pytest.mark.slow
 @types
 def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
     pool = shuffled_pool(rng, [150, 30, 0], 16, dtype)
@@ -51,6 +52,7 @@ def test_a_loose_bound_on_lengths_changes_nothing_but_rounding(dtype, rng):
         assert_matches(found, attended, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_kernels_score_a_segment_of_many_blocks(rng, monkeypatch):
     # More blocks, and more parts of 64, than are summed at once.
     monkeypatch.setattr(redundancy_kernels, "_BLOCK", 32)
@@ -106,6 +108,7 @@ scorers = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @both
 @scorers
 def test_the_same_positions_survive(code, scorer, rng):
@@ -161,6 +164,7 @@ def test_scores_combine_pooled_importance_and_redundancy(code, kernel_size, alph
     assert_matches(found, expected, rtol=0)
 
 
+@pytest.mark.slow
 @types
 def test_kernels_repeat_bit_for_bit_alone_and_in_company(dtype, rng):
     pool = shuffled_pool(rng, [200, 70, 133], 16, dtype)

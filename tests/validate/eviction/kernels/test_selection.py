@@ -96,6 +96,7 @@ def demand(request):
     return DEMAND[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_scores_survive(rng, select, kind):
     pool = ragged_scores(rng, LENGTHS, lambda n: draw_scores(rng, kind, n))
@@ -108,6 +109,7 @@ def test_quotas_from_none_to_more_than_all(rng, select, quotas):
     check_selection(select, pool, quotas.clip(min=0), 700)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", [10, 20_000])
 def test_the_kernel_selects_whatever_bound_it_is_given(rng, longest):
     # With the smaller bound, a block is 128 entries.
@@ -120,6 +122,7 @@ def test_the_twin_selects_with_any_bound_that_is_large_enough(rng):
     check_selection(twins.select, pool, np.array([100, 60]), 2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian", "few"])
 def test_segments_of_several_blocks(rng, select, kind):
     pool = ragged_scores(rng, (9000, 0), lambda n: draw_scores(rng, kind, n))
@@ -136,6 +139,7 @@ def test_blocks_of_segments_do_not_change_the_twins(rng, monkeypatch):
 FEW = st.sampled_from([-np.inf, -1.5, -0.0, 0.0, 0.5, np.inf])
 
 
+@pytest.mark.slow
 @settings(MODERATE, max_examples=30)
 @given(st.lists(st.lists(FEW, max_size=12), min_size=1, max_size=3), st.data())
 def test_selection_of_drawn_ties(scores, data):
@@ -166,6 +170,7 @@ def check_demand(demand, pool, totals, n_kv_heads, longest):
     np.testing.assert_array_equal(counts.cpu(), np.concatenate(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_demand_what_they_win(rng, demand, kind):
     pool = ragged_scores(rng, LENGTHS, lambda n: draw_scores(rng, kind, n))
@@ -178,6 +183,7 @@ def test_totals_from_one_entry_to_more_than_all(rng, demand, totals):
     check_demand(demand, pool, totals, 3, 700)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_kv_heads", [1, 3])
 def test_any_number_of_heads_competes(rng, demand, n_kv_heads):
     pool = ragged_scores(rng, (40, 0, 300, 7, 200, 1), lambda n: draw_scores(rng, "gaussian", n))
@@ -248,6 +254,7 @@ def check_compaction(compact, rows, dtype=torch.float32):
     return before.numpy() - old_slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", COMPACT.values(), ids=COMPACT)
 @pytest.mark.parametrize("chunk", [2, 4, 64])
 @settings(MODERATE, max_examples=12)
@@ -260,6 +267,7 @@ def test_survivors_move_in_place(compact, chunk, n_rows, n_kv_heads, longest, sl
         check_compaction(compact, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", COMPACT.values(), ids=COMPACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_heads_move_past_each_other(rng, compact, dtype):
@@ -317,6 +325,7 @@ def check_filling(fill, rng, lengths, kept, longest, dtype, with_survivors=True)
         np.testing.assert_array_equal(found.float().cpu(), wanted.float().cpu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", FILL.values(), ids=FILL)
 @pytest.mark.parametrize("with_survivors", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
