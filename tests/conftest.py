@@ -74,12 +74,16 @@ def shared_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("traces")
 
 
-@pytest.fixture
-def machine_code(request, tmp_path):
-    """Give a folder for Numba's machine code of one kind; it outlives the run where pytest keeps anything.
+@pytest.fixture(scope="session")
+def machine_code(request, tmp_path_factory):
+    """Give a folder for machine code of one kind, which outlives the run where pytest keeps anything.
 
-    Not the folder of this processor's: two processes that compile one function for two processors at a time
-    may each store their code under the name that the other has just put into the index.
+    Numba's for another processor has no place beside that for this one: two processes that compile a function
+    for two processors may each store it under the name that the other has just put into the index.
     """
     kept = getattr(request.config, "cache", None)
-    return lambda kind: kept.mkdir(f"numba-{kind}") if kept else tmp_path
+
+    def folder(kind):
+        return kept.mkdir(f"code-{kind}") if kept else tmp_path_factory.mktemp(kind)
+
+    return folder

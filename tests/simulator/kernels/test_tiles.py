@@ -239,7 +239,9 @@ def test_other_processors_get_other_tiles(target, width, machine_code):
             "'tests/simulator/kernels/test_tiles.py', 'tests/simulator/kernels/test_measure.py']))",
         ],
         cwd=ROOT,
-        env=os.environ | target | {"NUMBA_CACHE_DIR": str(machine_code(width)), "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | target
+        | {"NUMBA_CACHE_DIR": str(machine_code(f"tiles-{width}")), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -36,11 +36,10 @@ MOST_SHARED = 227 * 1024
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(machine_code):
     """Give what every launch was compiled to, in a process of its own: an interpreter has no compiler."""
-    folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(TESTS.parent), "TRITON_CACHE_DIR": str(folder)}
+    environment |= {"PYTHONPATH": str(TESTS.parent), "TRITON_CACHE_DIR": str(machine_code("triton"))}
     command = [sys.executable, str(TESTS / "tools" / "compile_launches.py")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
