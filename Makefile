@@ -20,7 +20,7 @@ space := $(empty) $(empty)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test traces results policies validate others grid search wave card notebooks gpu lint format clean
+.PHONY: help demo quick test nightly traces results policies validate others grid search wave card notebooks gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -29,8 +29,14 @@ demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torc
 	$(BIN)/sim replay --trace sample --buffer 32
 	@echo "sim is in $(BIN): . $(BIN)/activate puts it on the path"
 
+quick: .venv/.full ## the tests to run at every change (1 minute)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not nightly"
+
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+nightly: .venv/.full lint ## the same, with every case of the products that `make test` draws samples of
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
 
 traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (490 MB in runs/)
 	mkdir -p runs
@@ -88,7 +94,7 @@ notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 
 	$(BIN)/python notebooks/execute.py
 
 gpu: .venv/.full ## check and measure the kernels on a GPU, for validate/results (10 minutes)
-	$(BIN)/python -m pytest tests/validate/eviction/test_gpu_*.py
+	$(BIN)/python -m pytest tests/validate/eviction/kernels tests/validate/eviction/device
 	mkdir -p validate/results
 	$(BIN)/sim validate bench --gpu --out validate/results
 

@@ -72,3 +72,18 @@ def run_sim(monkeypatch, capsys):
 def shared_folder(tmp_path_factory):
     """Give a directory that outlives the examples of one property test."""
     return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="session")
+def machine_code(request, tmp_path_factory):
+    """Give a folder for machine code of one kind, which outlives the run where pytest keeps anything.
+
+    Numba's for another processor has no place beside that for this one: two processes that compile a function
+    for two processors may each store it under the name that the other has just put into the index.
+    """
+    kept = getattr(request.config, "cache", None)
+
+    def folder(kind):
+        return kept.mkdir(f"code-{kind}") if kept else tmp_path_factory.mktemp(kind)
+
+    return folder

@@ -110,6 +110,7 @@ def test_some_failed_cells_exit_1_and_keep_the_others(run_sim, trace_path):
     assert "1 of 2 cells failed" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -206,6 +207,7 @@ def bear_nan(path):
     return "layer_000.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [corrupt, truncate, half_write, wrong_version, bear_nan])
 @pytest.mark.parametrize("verb", ["replay", "validate"])
 def test_a_damaged_trace_is_one_line_and_exit_3(run_sim, trace_path, damage, verb):
@@ -245,6 +247,7 @@ def test_listings_keep_within_the_terminal(run_sim, monkeypatch, width):
         assert max(map(len, out.splitlines())) <= min(width, 110)
 
 
+@pytest.mark.slow
 def test_every_name_is_shown_with_a_meaning_for_every_parameter(run_sim):
     for name in {*SCORERS, *ALIASES, *LAYER_ALLOCATORS, *HEAD_ALLOCATORS, *TRIGGERS}:
         code, out, _ = run_sim("policies", "show", name, "--format", "json")
@@ -314,6 +317,7 @@ def test_help_imports_nothing_heavy():
     assert "replay" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(trace_path):
     sim = shutil.which("sim", path=str(Path(sys.executable).parent))
     ended = subprocess.run(

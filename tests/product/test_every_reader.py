@@ -120,6 +120,7 @@ def test_accuracies_that_no_run_wrote_are_not_drawn(tables, tmp_path, column, va
     assert words in str(refused.value)
 
 
+@pytest.mark.slow
 def test_damaged_problems_in_parquet_are_one_line(tmp_path):
     """Such a file is another program's, and the reader may end the process at some of its bytes."""
     buffer = BytesIO()

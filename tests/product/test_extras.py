@@ -46,6 +46,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "command"),
     [
@@ -80,6 +81,7 @@ def test_a_missing_package_is_one_line_that_names_the_command(package, command, 
     assert not (files / "out").exists()
 
 
+@pytest.mark.slow
 def test_everything_else_works_without_any_extra(files):
     for command in ("replay --trace sample --buffer 32 -p rkv -b 20% -o rows.csv", "results rows.csv"):
         ended = run_without(EXTRAS, *command.split(), cwd=files)

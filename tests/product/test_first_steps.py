@@ -26,6 +26,7 @@ def test_versions_are_told(run_sim):
     assert any(line.startswith("numba ") for line in out.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "verb",
     [

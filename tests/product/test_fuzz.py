@@ -28,6 +28,7 @@ def test_sound_files_mean_what_they_say(targets, kind):
     assert target.meaning(target.path) == target.expected(target.sound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_is_refused_in_a_line_or_means_what_it_should(targets, kind):
     tally = fuzz(targets[kind], range(-(-CHANGES // len(KINDS))), seed=1)

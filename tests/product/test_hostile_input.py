@@ -38,6 +38,7 @@ def spec(make_trace, tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -81,6 +82,7 @@ def test_a_spec_of_hostile_text_is_one_line(spec, run_sim, tmp_path, text, words
     one_line(err, words)
 
 
+@pytest.mark.slow
 def test_too_many_combinations_are_counted_at_once(spec, run_sim, trace_of_one):
     started = time.perf_counter()
     code, _, err = run_sim("sweep", spec(parameters={"buffer": [*range(1, 200_000)]}), "--dry-run")
@@ -100,6 +102,7 @@ def trace_of_one(make_trace):
     return make_trace().path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
 def test_a_seed_that_no_table_holds_is_refused_by_every_verb(run_sim, trace_of_one, tmp_path, seed):
     rows = tmp_path / "rows.parquet"
@@ -179,6 +182,7 @@ def test_a_sweep_whose_files_have_other_columns_is_told(spec, run_sim, tmp_path)
     one_line(err, "has no column 'cell'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
 @pytest.mark.parametrize(
     ("column", "value", "words"),

@@ -24,6 +24,7 @@ def forbidden_after_loading(*packages, search=()):
     return printed[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["traces", "simulator"])
 def test_package_loads_no_model_library(package):
     assert forbidden_after_loading(package) == []

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from tiers import sampled
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups")
 
@@ -56,6 +57,7 @@ def test_no_process_sees_an_interrupt_and_the_parent_does_again(tmp_path):
     assert ran.stdout.splitlines() == ["True False", "True False"]
 
 
+@pytest.mark.slow
 def test_no_worker_of_a_sweep_sees_an_interrupt(tmp_path):
     ran = subprocess.run(
         [sys.executable, script(tmp_path, WORKERS)], capture_output=True, text=True, check=True
@@ -79,25 +81,32 @@ def interrupted(tmp_path, arguments, seconds):
     return running.returncode, said
 
 
+# Seconds after which a verb has nothing left to be interrupted in.
+DONE_AFTER = {"help": 0.3, "sweep": 3.0, "search": 6.0}
+
+
+def moments(verb):
+    """Give eight moments of a run; three of them are tried on every run."""
+    rng = random.Random(1)
+    cases = [(verb, round(rng.uniform(0.1, DONE_AFTER[verb]), 3)) for _ in range(8)]
+    return sampled(cases, 3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["help", "sweep", "search"])
-def test_an_interrupt_at_any_moment_is_one_line(verb, tmp_path, make_trace):
+@pytest.mark.parametrize(("verb", "seconds"), [case for verb in DONE_AFTER for case in moments(verb)])
+def test_an_interrupt_at_any_moment_is_one_line(verb, seconds, tmp_path, make_trace):
     one, other = make_trace(n_tokens=200).path, make_trace(n_tokens=240).path
     (tmp_path / "s.toml").write_text(
         f'traces = ["{one}"]\npolicies = ["rkv", "h2o", "tova"]\nbudgets = [20, 24, 28, 32]\n'
     )
     search = f"search --trace {one} --held-out {other} --budget 20 --against rkv --also snapkv --jobs 2"
     commands = {
-        "help": (["policies", "list"], 0.3),
-        "sweep": (["sweep", "s.toml", "--jobs", "2"], 3.0),
-        "search": (search.split(), 6.0),
+        "help": ["policies", "list"],
+        "sweep": ["sweep", "s.toml", "--jobs", "2", "--out", "out"],
+        "search": [*search.split(), "--out", "out"],
     }
-    arguments, most = commands[verb]
-    rng = random.Random(1)
-    for number in range(8):
-        out = [] if verb == "help" else ["--out", f"out-{number}"]
-        # Python itself answers, in its own words, what comes before it runs anything.
-        code, said = interrupted(tmp_path, [*arguments, *out], rng.uniform(0.1, most))
-        assert code in (0, 130), said
-        assert "Traceback" not in said
-        assert [line for line in said.splitlines() if not line.startswith("sim: ")] == []
+    # Python itself answers, in its own words, what comes before it runs anything.
+    code, said = interrupted(tmp_path, commands[verb], seconds)
+    assert code in (0, 130), said
+    assert "Traceback" not in said
+    assert [line for line in said.splitlines() if not line.startswith("sim: ")] == []

@@ -28,6 +28,7 @@ def two_models(make_trace, rng, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_table_is_of_one_model(two_models, run_sim, tmp_path):
     rows = tmp_path / "rows.parquet"
     options = ["--trace", two_models, "-p", "rkv,snapkv:window=4", "--buffer", 5, "-b", 12]
@@ -88,6 +89,7 @@ def test_a_format_that_contradicts_the_file_is_refused(name, tmp_path):
     assert choose_format("csv", tmp_path / "x.csv") == choose_format("csv", tmp_path / "x.dat") == "csv"
 
 
+@pytest.mark.slow
 def test_tables_that_are_parquet_are_not_named_otherwise(make_trace, run_sim, tmp_path):
     trace = make_trace().path
     forced = ("validate", "--level", "forced")

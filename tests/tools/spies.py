@@ -108,7 +108,7 @@ def write_seen(path, layers, row, prompt_tokens, n_steps):
 class InThisProcess(Executor):
     """Takes the place of a process, whose start takes longer than all that it does here."""
 
-    def __init__(self, n_workers, context, initializer, initargs):
+    def __init__(self, n_workers, initializer, initargs):
         initializer(*initargs)
 
     def submit(self, function, *arguments):

@@ -103,6 +103,7 @@ def test_toml_has_the_same_bounds(tmp_path: Path, content: str, told: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     for path, told in [(tmp_path, "directory"), (tmp_path / "x", "No such file"), ("a\0b", "no file name")]:
         with pytest.raises(UserError, match=told):

@@ -175,6 +175,7 @@ def test_the_seed_decides_the_trace(tmp_path):
     assert len({first, made_id("c", 6), made_id("d", 5, recipe=Recipe(noise=0.4))}) == 3
 
 
+@pytest.mark.slow
 @given(
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
     n_layers=st.integers(1, 2),
@@ -231,6 +232,7 @@ def test_any_small_trace_is_valid_and_keeps_its_shares(
             np.testing.assert_allclose(mass, recipe.needle_share, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_keys_of_a_layer(tmp_path):
     def peak(n_layers):
         tracemalloc.start()

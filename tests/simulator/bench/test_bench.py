@@ -123,6 +123,7 @@ def test_useful_work_of_the_full_cache_is_every_decode_query_on_its_past():
     assert bench.useful_flop(case, TINY, None) == 2 * 16 * 2 * 4 * n_pairs
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_in_this_process_too(tmp_path):
     path = write_bench_trace(tmp_path / "tiny.kvtrace", TINY, 400).path
     found = bench.measure_case(bench.Case("rkv", 400, 64, 2), path, path, repeat=2, seconds=0.01)
@@ -139,6 +140,7 @@ def test_the_bench_trace_repeats_and_its_estimated_lse_is_near(tmp_path):
     assert 0.8 < weights.sum() < 1.2
 
 
+@pytest.mark.slow
 def test_a_bench_process_that_dies_or_refuses_is_told():
     with pytest.raises(UserError, match="exit code 7"):
         bench._in_own_process(partial(os._exit, 7))
@@ -147,6 +149,7 @@ def test_a_bench_process_that_dies_or_refuses_is_told():
         bench._in_own_process(refused)
 
 
+@pytest.mark.slow
 def test_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path):
     path = tmp_path / "mapped"
     np.ones(50_000_000, np.uint8).tofile(path)
@@ -161,6 +164,7 @@ def test_memory_counts_what_is_written_and_not_what_is_mapped(tmp_path):
     assert 50 < peak(lambda: np.ones(100_000_000, np.uint8).sum()) - usual < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

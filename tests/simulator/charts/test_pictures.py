@@ -17,6 +17,7 @@ def drawn(chart):
     return vl_convert.vegalite_to_svg(styled(chart).to_dict())
 
 
+@pytest.mark.slow
 def test_layers_are_drawn_by_series():
     chart = layer_chart({"wave": [3, 1, 2], "sample": np.array([4.0, 2, 1])}, "Demand")
     svg = drawn(chart)
@@ -25,6 +26,7 @@ def test_layers_are_drawn_by_series():
     assert [value["value"] for value in values] == [3, 1, 2, 4, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["mass_mean", "lost_lookup_rate"])
 def test_a_front_is_drawn_and_a_bound_only_of_mass(make_trace, metric):
     policies = ["random:buffer=4", "snapkv:window=4,buffer=4"]

@@ -39,6 +39,7 @@ def cap_of(trace, amount, unit):
     return Budget(amount, "entries", "peak"), amount * heads
 
 
+@pytest.mark.slow
 @MODERATE
 @given(
     case=cases(kinds=("gaussian",), dynamic=True),
@@ -59,6 +60,7 @@ def test_what_is_held_never_exceeds_the_cap(case, amount, unit, shared_folder):
         assert row["bytes_peak"] <= most * trace.shape.bytes_per_entry
 
 
+@pytest.mark.slow
 @MODERATE
 @given(case=cases(kinds=("gaussian",)), amount=st.integers(2, 100))
 def test_one_more_entry_per_head_would_exceed_the_cap_where_heads_and_layers_share_alike(

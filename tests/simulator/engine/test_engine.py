@@ -41,6 +41,7 @@ def request_for(trace, text, entries=14, **options):
     return Request(trace, policy, entries, waves=waves, keep_retained=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_input_gives_the_same_bits_on_any_number_of_threads(policy, make_trace):
     trace = make_trace(n_layers=4)
@@ -90,6 +91,7 @@ def test_one_entry_less_than_the_length_evicts(make_trace):
     assert set(np.unique(outcome.evicted_at)) == {59, NEVER}
 
 
+@pytest.mark.slow
 @given(cases(dynamic=True), st.integers(0, 4))
 @MODERATE
 def test_protected_entries_survive_and_counts_are_exact(shared_folder, case, seed):
@@ -197,6 +199,7 @@ def test_reallocation_waits_for_delta_and_a_compression(make_trace):
 lengths = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(lengths)
 @MODERATE
 def test_lent_budget_is_used_where_it_can_be(heads):

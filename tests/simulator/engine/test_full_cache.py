@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import naive
 import numpy as np
 import pytest
 from cases import MODERATE, draw_arrays
 from hypothesis import given
 from hypothesis import strategies as st
-from naive_rules import Rules
+from naive_full_cache import brute_oracle, dense_weights
 
 from simulator.engine import full_cache
 from simulator.engine.full_cache import FullCache, group_weights, sampled_steps
 from simulator.kernels import spans
-
-
-def dense_weights(trace):
-    """Full attention, [layer][query head][token] to a list of weights."""
-    layers = []
-    for index in range(trace.shape.n_layers):
-        arrays = trace.queries(index), trace.keys(index), trace.scale
-        layers.append(naive.Layer(index, *arrays, trace.prompt_tokens, Rules(), 1, 0, naive.Alone()).weights)
-    return layers
-
-
-def brute_oracle(trace, weights, held, step):
-    """Take the best entries of all layers and KV heads by what their group gives them at one step."""
-    shape, position = trace.shape, trace.prompt_tokens + step
-    worth = []
-    for layer in weights:
-        for kv_head in range(shape.n_kv_heads):
-            group = layer[kv_head * shape.group_size : (kv_head + 1) * shape.group_size]
-            worth += [
-                sum(head[position][j] for head in group) / shape.group_size for j in range(position + 1)
-            ]
-    return sum(sorted(worth, reverse=True)[:held]) / (shape.n_layers * shape.n_kv_heads)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

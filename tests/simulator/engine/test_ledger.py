@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ moves = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(moves, st.sampled_from(sorted(STORAGE_DTYPES)))
 @MODERATE
 def test_ledger_holds_what_lists_would(moves, dtype):

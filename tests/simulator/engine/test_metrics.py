@@ -10,7 +10,7 @@ import pytest
 from agreement import make_wave
 from cases import MODERATE, cases
 from hypothesis import given
-from test_full_cache import brute_oracle, dense_weights
+from naive_full_cache import brute_oracle, dense_weights
 
 import simulator
 from simulator.cells import run_replay
@@ -61,6 +61,7 @@ def test_a_row_is_what_the_twin_measures(policy, make_trace):
         assert 0 < row["lost_lookup_rate"] < row["miss_rate"]
 
 
+@pytest.mark.slow
 @given(cases())
 @MODERATE
 def test_the_oracle_is_a_bound(shared_folder, case):

@@ -69,6 +69,7 @@ def test_one_of_each_run_is_drawn(n, data):
     assert ((edges[:-1] <= drawn) & (drawn < edges[1:])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", PARTS, ids=str)
 def test_a_sampled_replay_decides_as_the_whole_one_and_measures_a_part_of_it(trace, replayed, sampling):
     whole, sample = replayed("rkv+utility"), sampling.draw(trace, seed=5)
@@ -92,6 +93,7 @@ def test_the_same_seed_draws_the_same_and_another_one_other_parts(trace):
     assert not np.array_equal(one.steps, other.steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["streamingllm", "snapkv", "rkv", "rkv+utility", "random"])
 def test_an_eighth_of_the_queries_holds_the_mean_mass_in_its_interval(trace, replayed, policy):
     mass = replayed(policy).mass
@@ -117,6 +119,7 @@ def test_layers_and_heads_hold_the_mean_mass_in_their_interval(trace, replayed, 
     assert held >= 93
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", PARTS, ids=str)
 def test_estimates_are_unbiased(trace, replayed, sampling):
     mass = replayed("rkv").mass
@@ -128,6 +131,7 @@ def test_estimates_are_unbiased(trace, replayed, sampling):
     assert abs(np.mean(found) - mass.mean(dtype=np.float64)) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", PARTS, ids=str)
 def test_a_row_of_a_sample_is_what_its_part_says(make_trace, sampling):
     trace = make_trace(n_layers=6, n_kv_heads=4, n_tokens=120)

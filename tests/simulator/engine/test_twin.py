@@ -112,6 +112,7 @@ def make_whole_trace(make_trace):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replay_is_the_twin_on_gaussian_data(policy, make_whole_trace):
     trace = make_whole_trace()
@@ -143,6 +144,7 @@ def test_replay_is_the_twin_when_spans_are_measured_in_blocks(make_trace, monkey
     assert not agree(trace, "fullkv", 20).adopted
 
 
+@pytest.mark.slow
 def test_replay_is_the_twin_on_anything(shared_folder):
     account = Counter()
 
@@ -178,6 +180,7 @@ def test_twin_notices_ties_that_go_to_the_earlier_position(make_trace, monkeypat
     assert agree(trace, "snapkv:buffer=8", 17).adopted["exact tie"]  # where none is right, see above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "policy"),
     [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 
+import pytest
 from numba.core import event
 from places import ROOT
 
@@ -24,6 +25,7 @@ print(mass[0] == ROWS, hits)
 """
 
 
+@pytest.mark.slow
 def test_code_on_disk_is_used_until_a_file_changes(tmp_path):
     for package in ("traces", "simulator"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -43,8 +43,9 @@ np.savez(path, **found)
 """
 
 
+@pytest.mark.slow
 @has_pairs
-def test_whole_replays_are_equal(make_trace, rng, tmp_path):
+def test_whole_replays_are_equal(make_trace, rng, tmp_path, machine_code):
     traces = []
     for head_dim in (34, 64):
         values = rng.normal(size=(2, 2, 150, head_dim))
@@ -53,7 +54,7 @@ def test_whole_replays_are_equal(make_trace, rng, tmp_path):
     without = {
         "NUMBA_CPU_NAME": llvmlite.binding.get_host_cpu_name(),
         "NUMBA_CPU_FEATURES": ",".join(features),
-        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "NUMBA_CACHE_DIR": str(machine_code("no-pairs")),
     }
     results = []
     for serial, told in enumerate(({}, without)):

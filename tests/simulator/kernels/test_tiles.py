@@ -226,9 +226,10 @@ def test_features_are_those_numba_is_told_to_use(monkeypatch):
     assert cpu.cpu_features() == {"avx2"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32" or cpu.is_arm(), reason="x86 processors")
 @pytest.mark.parametrize(("target", "width"), [(AVX2, 16), (SSE, 8)], ids=["avx2", "sse"])
-def test_other_processors_get_other_tiles(target, width, tmp_path):
+def test_other_processors_get_other_tiles(target, width, machine_code):
     said = subprocess.run(
         [
             sys.executable,
@@ -238,7 +239,9 @@ def test_other_processors_get_other_tiles(target, width, tmp_path):
             "'tests/simulator/kernels/test_tiles.py', 'tests/simulator/kernels/test_measure.py']))",
         ],
         cwd=ROOT,
-        env=os.environ | target | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | target
+        | {"NUMBA_CACHE_DIR": str(machine_code(f"tiles-{width}")), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

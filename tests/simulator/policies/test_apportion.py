@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import allocating
 import naive_rules
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.policies.apportion import apportion, robustify
+from simulator.policies.apportion import apportion, divide, fractions, robustify
 from simulator.policies.layers.pyramid import PyramidLayers
 from simulator.policies.layers.wave import WaveLayers
 from simulator.policies.parts import LayerRequest
@@ -179,3 +180,16 @@ def test_wave_of_another_shape_or_model_is_refused():
         WaveLayers().allocate(layer_request(4, 20, 8, [1.0, 2, 3]))
     with pytest.raises(MissingDataError, match="'m'"):
         WaveLayers().allocate(layer_request(4, 20, 8))
+
+
+@given(allocating.demands)
+@MODERATE
+def test_fractions_sum_to_one(weights):
+    found = fractions(np.array(weights))
+    assert abs(found.sum() - 1) < 1e-9
+    assert (found >= 0).all()
+
+
+def test_shares_equal_but_for_rounding_errors_are_ties():
+    # 10.4 - 10 exceeds 3.4 - 3 in floats.
+    assert divide(np.array([3.4, 10.4, 6.2]), 20).tolist() == [4, 10, 6]

@@ -120,6 +120,7 @@ def test_every_published_step_keeps_the_best_scores(vector):
     assert n_compared == len(vector.lengths) * len(vector.keys)
 
 
+@pytest.mark.slow
 def test_replay_is_the_twin_on_golden_data(vector):
     assert agree(vector.trace, vector.policy, vector.budget).adopted.total() <= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -55,15 +56,28 @@ def test_there_are_over_four_hundred_products():
     assert len(EVICTING) * len(LAYER_ALLOCATORS) * len(HEAD_ALLOCATORS) > 400
 
 
-@pytest.mark.parametrize("layers", LAYER_ALLOCATORS)
-@pytest.mark.parametrize("scorer", EVICTING)
-def test_all_products_keep_the_rules(scorer, layers, trace):
+def products():
+    """Give all products; a third, in which every two parts meet, is tried on every run."""
+    parts = (EVICTING, LAYER_ALLOCATORS, HEAD_ALLOCATORS)
+    for (i, scorer), (j, layers), (k, heads) in product(*map(enumerate, parts)):
+        yield pytest.param(scorer, layers, heads, marks=() if (i + j + k) % 3 == 0 else pytest.mark.nightly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scorer", "layers", "heads"), list(products()))
+def test_all_products_keep_the_rules(scorer, layers, heads, trace):
     wave = make_wave(trace, [9, 3, 5])
-    for heads in HEAD_ALLOCATORS:
-        policy = small(f"{scorer}+{layers}+{heads}")
-        request = Request(trace, policy, ENTRIES, waves={trace.model: wave}, keep_retained=True, seed=3)
-        (outcome,) = Engine([request]).run()
-        check(policy, outcome, trace)
+    policy = small(f"{scorer}+{layers}+{heads}")
+    request = Request(trace, policy, ENTRIES, waves={trace.model: wave}, keep_retained=True, seed=3)
+    (outcome,) = Engine([request]).run()
+    check(policy, outcome, trace)
+
+
+def test_every_two_parts_meet_in_what_every_run_tries():
+    parts = (EVICTING, LAYER_ALLOCATORS, HEAD_ALLOCATORS)
+    tried = [case.values for case in products() if not case.marks]
+    for one, other in combinations(range(3), 2):
+        assert {(case[one], case[other]) for case in tried} == set(product(parts[one], parts[other]))
 
 
 def check(policy, outcome, trace):

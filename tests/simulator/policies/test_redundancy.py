@@ -126,6 +126,7 @@ def outcome_of(trace, policy, jobs=1):
     return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_replay_with_and_without_memory_is_the_same(policy, make_trace, monkeypatch):
     rng = np.random.default_rng(4)

@@ -98,6 +98,7 @@ def runs(draw):
     return seed, n_kv_heads, entries, prompt_tokens, spans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @given(runs())
 @settings(MODERATE, max_examples=25)
@@ -119,6 +120,7 @@ def test_protected_entries_survive_and_counts_are_exact(name, drawn):
             assert set(protected) <= set(kept) <= set(held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("random")])
 @given(runs())
 @settings(MODERATE, max_examples=15)
@@ -176,6 +178,7 @@ def test_scores_are_finite_on_degenerate_input(name, kind, rng):
         assert [len(kept) for kept in sequence.positions] == [scorer.quota(20, sequence.n_tokens)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_SCORERS)
 def test_replay_is_the_twin_on_anything(name, shared_folder):
     account = Counter()
@@ -249,6 +252,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "broken", "policy"), MUTATIONS)
 def test_twin_notices_a_changed_rule(owner, name, broken, policy, make_trace, monkeypatch):
     values = np.random.default_rng(3).normal(size=(2, 2, 60, 8))

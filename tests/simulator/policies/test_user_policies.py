@@ -158,6 +158,7 @@ def replayed_elsewhere(policy, path):
     return policy.parameters_json, table["mass_mean"].item(), table["status"].item()
 
 
+@pytest.mark.slow
 def test_a_policy_survives_the_way_to_another_process(own, make_trace):
     policy = parse_policy("mine.py:MyScorer+mine.py:MyHeads:alpha=0.3,trigger=mine.py:MyTrigger,every=5")
     path = make_trace().path
@@ -196,6 +197,7 @@ def test_results_outlive_the_file(own, make_trace):
     assert _changed_parameters(rows[0])["alpha"] == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "text", "words"),
     [
@@ -262,6 +264,7 @@ NEXT = "next_compression(self, n_tokens, n_entries, total, n_kv_heads)"
 FIRES = NEXT + ": return 50\n    def fires_on(self, token_ids)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "body", "words"),
     [

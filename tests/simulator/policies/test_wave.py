@@ -13,7 +13,7 @@ from agreement import make_wave
 from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
-from test_full_cache import dense_weights
+from naive_full_cache import dense_weights
 
 from simulator.cells import run_replay
 from simulator.engine.demand import calibrate

@@ -71,6 +71,7 @@ def several(make_trace):
     return [make_trace(model="tiny").path for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_whoever_is_put_first_stands_beside_the_note(several, run_sim, tmp_path):
     rows = tmp_path / "rows.parquet"
     asked = ["-p", "rkv,h2o", "-b", 20, "--buffer", 5]

@@ -43,6 +43,7 @@ def test_every_flipped_bit_is_noticed() -> None:
             parse_table(bytes(damaged), ".parquet", "rows", SCHEMA)
 
 
+@pytest.mark.slow
 def test_cut_and_lengthened_files_are_noticed() -> None:
     sound = sealed_parquet(TABLE)
     for damaged in (sound[:-1], sound[:100], b"", sound + b"x", b"PAR1" + sound):

@@ -70,6 +70,7 @@ def test_the_profile_is_of_the_model_of_the_tables():
     assert set(stored_profile()["demand"]) == set(judged_rows()["family"])
 
 
+@pytest.mark.slow
 def test_reading_loads_no_model_library():
     code = "import sys, validate.reasoner.tables, validate.live.charts, validate.reasoner.profile; "
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"

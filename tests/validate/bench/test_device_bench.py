@@ -41,6 +41,7 @@ def result(model):
     return found
 
 
+@pytest.mark.slow
 def test_tables_and_statistics_need_not_be_installed():
     absent = ("polars", "altair", "scipy", "math_verify")
     script = (
@@ -52,6 +53,7 @@ def test_tables_and_statistics_need_not_be_installed():
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_once(result):
     assert not result["skipped"]
     kernels = {(case["kernel"], case["batch"], case["ragged"]) for case in result["kernels"]}
@@ -66,6 +68,7 @@ def test_everything_is_measured_once(result):
     assert all(check["error"] <= check["allowed"] for check in result["checks"])
 
 
+@pytest.mark.slow
 def test_memory_and_entries_are_those_of_the_plan(result):
     for case in result["decode"]:
         if case["policy"] == "full cache, transformers":
@@ -179,6 +182,7 @@ def test_what_cannot_be_measured_is_one_line(run_sim, given, code, told):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_least_that_can_be_measured(run_sim, tmp_path):
     small = ("--budget", 32, "--buffer", 4, "--lengths", 72, "--batches", 1, "--most-batch", 2)
     code, printed, _ = run_sim("validate", "bench", "--device", "cpu", "-q", "--out", tmp_path, *small)
@@ -237,6 +241,7 @@ class _NotCompiled(Exception):
 _NotCompiled.__module__ = "triton.compiler.errors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "words"),
     [

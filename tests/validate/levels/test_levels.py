@@ -76,6 +76,7 @@ def differences(shadow):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", POLICIES)
 def test_a_shadow_run_retains_who_the_simulator_retains(text, model, trace, waves):
     shadow = run_shadow(model, trace, policy_of(text), ENTRIES, seed=3, waves=waves)
@@ -102,6 +103,7 @@ def test_random_policies_draw_from_the_seed(model, trace, waves):
     assert Shadow(first.found, second.expected, True).mismatches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["rkv", "reasonalloc"])
 def test_a_shadow_run_of_the_reference_equals_the_simulator_in_bfloat16(text, tmp_path):
     loaded = load_model("reference", "bfloat16", "cpu")
@@ -153,6 +155,7 @@ def earlier(scores, positions, n_kept, slot_order):
     return np.sort(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [simulator.engine.layer, validate.eviction.host.layer])
 @pytest.mark.parametrize("wrong", [Worst, Late, Forgetful, Unscaled])
 def test_a_shadow_run_notices_a_mistake_on_either_side(wrong, side, model, trace, waves, monkeypatch):
@@ -232,6 +235,7 @@ def masked_mass(model, trace, policy, entries):
     return mass, lost, chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["streamingllm", "rkv", "rkv+utility:delta=12"])
 def test_forced_mass_is_what_a_masked_model_finds_retained(text, model, trace, waves):
     policy = policy_of(text)
@@ -256,6 +260,7 @@ def test_a_forced_run_may_be_fed_in_any_portions(model, trace, waves, monkeypatc
     np.testing.assert_array_equal(parts.agrees, whole.agrees)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", POLICIES)
 def test_no_mass_drifts_in_the_first_layer(text, model, trace, waves):
     forced = run_forced(model, trace, policy_of(text), ENTRIES, seed=3, waves=waves)

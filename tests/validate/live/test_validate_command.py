@@ -68,7 +68,7 @@ def trace(folder):
 @pytest.fixture
 def run_sim(monkeypatch, capsys):
     """Run ``sim validate`` in this process; give exit code, standard output and standard error."""
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(matrix, "processes", InThisProcess)
     monkeypatch.setattr(matrix, "_worker", {})
     # A process that decodes sets these for itself.
     n_threads, interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
@@ -291,7 +291,7 @@ def test_a_live_run_prints_accuracy_and_goes_on_where_it_ended(live, tmp_path, m
         ("random", 60, 3),
     ]
     # Nothing is left to do: no process starts.
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(matrix, "processes", None)
     assert live("-p", "rkv,random", "-b", "20,60%", "--batch", 2) == (0, out, "")
 
 

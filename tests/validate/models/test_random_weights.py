@@ -218,7 +218,7 @@ def test_the_line_under_results_is_for_random_weights_only():
 @pytest.fixture
 def sim(monkeypatch, capsys, tmp_path):
     """Run a verb in this process on two problems; give exit code, standard output and standard error."""
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(matrix, "processes", InThisProcess)
     monkeypatch.setattr(matrix, "_worker", {})
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
@@ -270,6 +270,7 @@ def test_a_recording_with_random_weights_says_so_and_gives_a_wave(sim, run_sim, 
     assert "reasonalloc" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["validate", "record"])
 @pytest.mark.parametrize(
     ("weights", "options", "words"),

@@ -113,7 +113,7 @@ def config(folder, tmp_path):
 @pytest.fixture
 def sim(monkeypatch, capsys, tmp_path, config):
     """Run ``sim validate --config`` in this process; give exit code, standard output and standard error."""
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(matrix, "processes", InThisProcess)
     monkeypatch.setattr(matrix, "_worker", {})
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
@@ -261,9 +261,9 @@ def test_a_run_is_one_folder_per_model_and_benchmark_and_goes_on(sim, tmp_path, 
     assert settings["live"]["stretch"] is None
     assert settings["live"]["sampling"] == {"do_sample": True, "temperature": 1.5, "top_p": 1.0, "seed": 0}
     # Nothing is left to do: no process starts. Another policy adds only its own.
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(matrix, "processes", None)
     assert sim("-p", "rkv") == (0, out, "")
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(matrix, "processes", InThisProcess)
     before = decoded(tmp_path)
     assert sim()[0] == 0
     assert {name.split("-")[0] for name in set(decoded(tmp_path)) - set(before)} == {"reasonalloc"}
