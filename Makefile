@@ -48,7 +48,7 @@ validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge
 	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/simulated.parquet
 	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
-	  --out runs/live --simulated runs/simulated.parquet --calibration simulator/calibrations/$(REASONER).json --report runs/report.html
+	  --out runs/live --simulated runs/simulated.parquet --report runs/report.html
 	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
 	$(BIN)/sim results runs/simulated.parquet --means -o validate/reasoner/results/simulated.csv
 

@@ -11,18 +11,12 @@ import pytest
 from simulator.cells import run_replay
 from simulator.charts.head_budgets import main as draw
 from simulator.report.sources import read_parquet
-from simulator.results.calibration import read_calibrations
 from simulator.results.output import write_parquet
 from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
 from traces.errors import UserError
 from validate.live.fidelity_section import fidelity_section
 from validate.live.output import read_simulated
 from validate.protocol.prompts import prepare_prompts
-
-CURVE = (
-    '[{"model": "m", "family": "f", "metric": "gap", "values": [%s], "accuracy": [%s], '
-    '"error": %s, "n_cells": 1, "n_problems": 1}]'
-)
 
 
 @pytest.fixture
@@ -124,24 +118,6 @@ def test_accuracies_that_no_run_wrote_are_not_drawn(tables, tmp_path, column, va
     with pytest.raises(UserError) as refused:
         fidelity_section(tables.table, fidelity, accuracy, ["gap"])
     assert words in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (CURVE % ("1, 2", "0, 1", '"0"'), r"\[0\]\.error is '0'; allowed: float"),
-        (CURVE % ("1, 2", "0", "0"), "2 values and 1 accuracies; allowed: as many of both"),
-        (CURVE % ("2, 1", "0, 1", "0"), "values rising"),
-        (CURVE % ("", "", "0"), "0 values"),
-        (CURVE % ("1", "0", "0") + "x", "not valid JSON"),
-        ("[" * 5000, "levels of nesting"),
-    ],
-)
-def test_curves_that_predict_nothing_are_one_line(tmp_path, text, words):
-    path = tmp_path / "curves.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=words):
-        read_calibrations(path)
 
 
 def test_damaged_problems_in_parquet_are_one_line(tmp_path):

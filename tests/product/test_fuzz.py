@@ -9,7 +9,7 @@ from fuzz_targets import make_targets
 CHANGES = 300
 KINDS = (
     *("manifest", "tensors", "tokens", "tensors, resealed"),
-    *("wave", "sweep", "configs", "prompts", "head shares", "curves"),
+    *("wave", "sweep", "configs", "prompts", "head shares"),
     *("rows.parquet", "rows.csv", "rows.json", "trajectory", "retained"),
     *("sweep part", "sweep plan", "live part"),
 )

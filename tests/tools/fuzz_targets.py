@@ -32,7 +32,6 @@ def make_targets(folder: Path) -> list[Target]:
         _configs_target(folder),
         _prompts_target(folder),
         _shares_target(folder, trace),
-        _curves_target(folder),
         *table_targets(folder, trace.path),
         *beside_targets(folder, trace.path),
         *sweep_folder_targets(folder, trace.path),
@@ -43,29 +42,6 @@ def make_targets(folder: Path) -> list[Target]:
 def _replay_of(trace: Path, policies: str) -> list[str]:
     asked = ["--budget", "50%", "--buffer", "2", "--format", "json", "--jobs", "1"]
     return ["replay", "--trace", str(trace), "--policy", policies, *asked]
-
-
-def _curves_target(folder: Path) -> Target:
-    from simulator.results.calibration import Calibration, read_calibrations, write_calibrations
-
-    path = folder / "curves.json"
-    names = "model", "family", "metric", "values", "accuracy", "error"
-    curves = [
-        Calibration("m", family, "gap", (0.1, 0.5, 2.0), (0.0, 0.25, 1.0), 0.1, 6, 3)
-        for family in ("walk", "machine")
-    ]
-    write_calibrations(curves, path)
-
-    def told(value: Any) -> Any:
-        return [*map(float, value)] if isinstance(value, list | tuple) else value
-
-    return Target(
-        "curves",
-        path,
-        change.changed_json,
-        lambda place: [[told(getattr(own, name)) for name in names] for own in read_calibrations(place)],
-        lambda content: [[told(own[name]) for name in names] for own in only_json(content)],
-    )
 
 
 def _trace_targets(path: Path) -> list[Target]:

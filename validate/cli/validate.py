@@ -104,10 +104,6 @@ def validate(
         Path | None,
         typer.Option(help="Rows of sim replay (Parquet): how well do they predict these answers?"),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="With --simulated: write expected accuracy by the best metric (JSON)."),
-    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write charts and tables to this HTML file.")] = None,
     steps: Annotated[
         Path | None, typer.Option(help="forced: write mass per layer and step to this file (Parquet).")
@@ -138,13 +134,13 @@ def validate(
         raise UserError(f"--level is '{level}'; allowed: {', '.join(LEVELS)}")
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
-    require_places({"-o": output, "--report": report, "--calibration": calibration, "--steps": steps})
+    require_places({"-o": output, "--report": report, "--steps": steps})
     if report is not None:
         require_extra("--report", "altair", "vl_convert")
     if config is not None:
         beside = {
             "--trace": trace or None, "--configs": configs, "--buffer": buffer, "--temperature": temperature,
-            "--top-p": top_p, "--stretch": stretch, "--simulated": simulated, "--calibration": calibration,
+            "--top-p": top_p, "--stretch": stretch, "--simulated": simulated,
             "--steps": steps, "--level": None if level == "live" else level,
         }  # fmt: skip
         for option, given in beside.items():
@@ -182,7 +178,7 @@ def validate(
     if level != "live":
         live_only = {
             "--prompts": prompts or None, "--out": out, "--simulated": simulated, "--report": report,
-            "--calibration": calibration, "--limit": limit, "--samples": samples,
+            "--limit": limit, "--samples": samples,
             "--temperature": temperature, "--top-p": top_p, "--max-new-tokens": max_new_tokens,
             "--stretch": stretch, "--batch": batch, "--no-chat": no_chat or None, "--jobs": jobs or None,
         }  # fmt: skip
@@ -202,8 +198,6 @@ def validate(
         raise UserError("--trace goes with --level shadow or forced; --level live takes --prompts")
     if steps is not None:
         raise UserError("--steps goes with --level forced; found: live")
-    if calibration is not None and simulated is None:
-        raise UserError("--calibration needs --simulated: it relates simulated rows to live answers")
     if len(prompts) > 1:
         raise UserError(f"--prompts is given {len(prompts)} times; allowed: once, or with --config")
     settings = _matrix_settings(
@@ -218,7 +212,7 @@ def validate(
     matrix = open_matrix(settings, out)
     rows, failed = run_matrix(matrix, cells, n_processes, quiet)
     note = meaningless(source)
-    tell(rows, out, replayed, calibration, report, chosen, output, note, quiet=quiet)
+    tell(rows, out, replayed, report, chosen, output, note, quiet=quiet)
     report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
 
 

@@ -24,7 +24,7 @@ _GROUPS = {
     ),
     "Measure only a sample": ("--sample-queries", "--sample-layers", "--sample-heads"),
     "Output": (
-        *("--out", "--output", "--format", "--retained", "--trajectory", "--steps", "--calibration"),
+        *("--out", "--output", "--format", "--retained", "--trajectory", "--steps"),
         *("--report", "--charts", "--fidelity", "--accuracy", "--json"),
     ),
 }

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy import optimize, stats
+from scipy import stats
 
-from simulator.results.calibration import Calibration
 from simulator.results.metric_names import METRICS
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
@@ -236,43 +235,3 @@ def best_metric(fidelity: pl.DataFrame) -> str:
     within = pl.col("spearman_within").fill_nan(None).mean()
     means = simulated.group_by("metric", maintain_order=True).agg(within)
     return means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)["metric"][0]
-
-
-def fit_calibration(cells: Cells, metric: str, *, model: str, family: str) -> Calibration:
-    """Fit expected accuracy as a monotone function of a metric (isotonic least squares).
-
-    The error is measured on policies left out of the fit, one after the other.
-    """
-    sign = 1 if METRICS[metric].more_is_better else -1
-    x, y = cells.simulated[metric].mean(1), cells.solved.mean(1)
-    policies = np.array([label[0] for label in cells.labels])
-    residuals = []
-    for policy in dict.fromkeys(policies):
-        left_out = policies == policy
-        if left_out.all():
-            continue
-        knots, heights = _isotonic(x[~left_out], y[~left_out])
-        residuals.append(np.abs(np.interp(x[left_out], knots, heights) - y[left_out]))
-    # With a single policy nothing is known of others: any accuracy is possible.
-    error = float(np.quantile(np.concatenate(residuals), 0.9)) if residuals else 1.0
-    knots, heights = _isotonic(x, y)
-    if sign < 0:
-        knots, heights = -knots[::-1], heights[::-1]
-    return Calibration(
-        model,
-        family,
-        metric,
-        tuple(knots.tolist()),
-        tuple(heights.tolist()),
-        error,
-        len(x),
-        cells.solved.shape[1],
-    )
-
-
-def _isotonic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the knots of the best rising step function, ties of ``x`` averaged."""
-    knots, where = np.unique(x, return_inverse=True)
-    counts = np.bincount(where)
-    means = np.bincount(where, weights=y) / counts
-    return knots, optimize.isotonic_regression(means, weights=counts).x

@@ -41,7 +41,6 @@ def tell(
     rows: pl.DataFrame,
     out: Path,
     replayed: pl.DataFrame | None,
-    calibration: Path | None,
     report: Path | None,
     chosen: str,
     output: Path | None,
@@ -49,15 +48,14 @@ def tell(
     *,
     quiet: bool = False,
 ) -> None:
-    """Print accuracy and fidelity; write tables into the folder, the calibration and the report.
+    """Print accuracy and fidelity; write tables into the folder and the report.
 
     A ``note`` stands under the table and in the report; next to rows it goes to standard error.
     """
-    from simulator.results.calibration import write_calibrations
     from simulator.results.labels import told_apart
     from simulator.results.output import tell_written, write_rows
     from validate.live.accuracy import accuracy_table
-    from validate.live.fidelity import best_metric, fidelity_table, fit_calibration, matched_cells
+    from validate.live.fidelity import fidelity_table, matched_cells
     from validate.live.terminal import print_accuracy, print_fidelity
 
     labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
@@ -77,13 +75,6 @@ def tell(
         write_rows(fidelity, out / "fidelity.csv", "csv")
         if chosen == "table" or output is not None:
             print_fidelity(fidelity)
-        if calibration is not None:
-            metric = best_metric(fidelity)
-            curves = [
-                fit_calibration(own, metric, model=replayed["model"][0], family=f) for f, own in cells.items()
-            ]
-            write_calibrations(curves, calibration)
-            tell_written(calibration, len(curves), quiet, "curve")
     if report is not None:
         from validate.live.report import write_report
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import polars as pl
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.policies.language import parse_policy
-from simulator.results.calibration import Calibration, read_calibrations, write_calibrations
 from simulator.results.labels import told_apart
 from traces.errors import UserError
 from validate.live.accuracy import accuracy_table, compare, mean_interval
@@ -23,7 +21,6 @@ from validate.live.fidelity import (
     Cells,
     best_metric,
     fidelity_table,
-    fit_calibration,
     matched_cells,
     rank,
 )
@@ -381,132 +378,6 @@ def test_the_best_metric_is_of_the_simulator_and_of_telling_families():
     assert best_metric(table.filter(family="walk")) == "miss_rate"
     assert best_metric(table.filter(pl.col("family") != "code")) == "miss_rate"
     assert best_metric(table.filter(family="idle")) == "mass_mean"
-
-
-# Calibration ---------------------------------------------------------------------------------------------
-
-
-def slow_isotonic(x, y):
-    """Pool neighbours for as long as one falls below the one before it; knots and heights."""
-    blocks = []
-    for value in sorted(set(x)):
-        own = [b for a, b in zip(x, y, strict=True) if a == value]
-        blocks.append([[value], sum(own), len(own)])
-        while len(blocks) > 1 and blocks[-2][1] / blocks[-2][2] > blocks[-1][1] / blocks[-1][2]:
-            knots, total, count = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + knots, blocks[-1][1] + total, blocks[-1][2] + count]
-    return [(knot, total / count) for knots, total, count in blocks for knot in knots]
-
-
-def slow_curve(points, value):
-    """Read a curve: straight between its points, flat beyond them."""
-    if value <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if value <= x1:
-            return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
-    return points[-1][1]
-
-
-def slow_quantile(values, share):
-    values = sorted(values)
-    at = share * (len(values) - 1)
-    low = math.floor(at)
-    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 4), st.sampled_from("abc")), min_size=1, max_size=12
-    ),
-    st.sampled_from(["mass_mean", "miss_rate"]),
-)
-def test_a_calibration_is_the_best_monotone_curve(points, metric):
-    sign = 1 if METRICS[metric].more_is_better else -1
-    labels = [label(policy, i) for i, (_, _, policy) in enumerate(points)]
-    x, y = [sign * a / 7 for a, _, _ in points], [b / 4 for _, b, _ in points]
-    cells = Cells(labels, {metric: np.array(x)[:, None]}, np.array(y)[:, None])
-    curve = fit_calibration(cells, metric, model="m", family="f")
-    expected = slow_isotonic(x, y)
-    if sign < 0:
-        expected = [(-value, height) for value, height in reversed(expected)]
-    assert list(curve.values) == pytest.approx([value for value, _ in expected], abs=1e-12)
-    assert list(curve.accuracy) == pytest.approx([height for _, height in expected], abs=1e-9)
-    assert list(curve.values) == sorted(set(curve.values))
-    steps = np.diff(curve.accuracy) * sign
-    assert (steps >= -1e-12).all()
-    errors = []
-    for policy in {own[2] for own in points}:
-        others = [(a, b) for a, b, own in zip(x, y, points, strict=True) if own[2] != policy]
-        if others:
-            fitted = slow_isotonic(*zip(*others, strict=True))
-            mine = [(a, b) for a, b, own in zip(x, y, points, strict=True) if own[2] == policy]
-            errors += [abs(slow_curve(fitted, a) - b) for a, b in mine]
-    if errors:
-        assert curve.error == pytest.approx(slow_quantile(errors, 0.9), abs=1e-9)
-    else:
-        assert curve.error == 1
-    assert (curve.model, curve.family, curve.metric) == ("m", "f", metric)
-    assert (curve.n_cells, curve.n_problems) == (len(points), 1)
-
-
-RISING = Calibration("m", "walk", "mass_mean", (0.5, 0.7, 0.9), (0.0, 0.4, 0.8), 0.1, 9, 128)
-FALLING = Calibration("m", "walk", "miss_rate", (0.1, 0.3), (0.95, 0.05), 0.1, 9, 128)
-
-
-@pytest.mark.parametrize(
-    ("curve", "value", "expected"),
-    [
-        (RISING, 0.6, (0.2, 0.1, 0.3)),
-        (RISING, 0.7, (0.4, 0.3, 0.5)),
-        (RISING, 0.1, (0.0, 0.0, 0.1)),
-        (RISING, 2.0, (0.8, 0.7, 0.9)),
-        (FALLING, 0.2, (0.5, 0.4, 0.6)),
-        (FALLING, 0.0, (0.95, 0.85, 1.0)),
-        (FALLING, 0.9, (0.05, 0.0, 0.15)),
-    ],
-)
-def test_a_prediction_is_linear_between_and_constant_beyond(curve, value, expected):
-    assert curve.predict(value) == pytest.approx(expected)
-
-
-def test_of_one_policy_alone_nothing_is_known_of_others():
-    cells = Cells([label("rkv", 10)], {"mass_mean": np.array([[0.5]])}, np.array([[0.0, 1.0]]))
-    assert fit_calibration(cells, "mass_mean", model="m", family="f").predict(0.5) == (0.5, 0.0, 1.0)
-
-
-def test_calibrations_are_written_and_read_back(tmp_path):
-    path = tmp_path / "curves.json"
-    write_calibrations([RISING, FALLING], path)
-    assert read_calibrations(path) == [RISING, FALLING]
-    assert json.loads(path.read_text())[0]["error"] == 0.1
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "not valid JSON"),
-        ("{}x", "not valid JSON"),
-        ("3", "the whole is 3; allowed: array"),
-        ('{"a": 1}', "allowed: array"),
-        ("[1]", "[0] is 1; allowed: object"),
-        ('[{"model": "m"}]', "[0]: field 'family' is missing"),
-        ('[{"values": 1}]', "[0].values is 1; allowed: array"),
-    ],
-)
-def test_a_file_that_holds_no_curves_is_refused(tmp_path, text, words):
-    path = tmp_path / "curves.json"
-    path.write_text(text)
-    with pytest.raises(UserError) as refused:
-        read_calibrations(path)
-    assert str(refused.value).startswith(f"calibration {path}: ")
-    assert words in str(refused.value)
-
-
-def test_a_file_of_curves_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json: cannot be read: No such file"):
-        read_calibrations(tmp_path / "none.json")
 
 
 # Accuracy ------------------------------------------------------------------------------------------------

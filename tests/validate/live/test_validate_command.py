@@ -17,7 +17,6 @@ from tiny_models import tiny_model
 
 import validate.live
 from simulator.policies.language import parse_policy
-from simulator.results.calibration import read_calibrations
 from simulator.results.output import write_parquet
 from simulator.results.tables import GROUP
 from traces.store import open_trace
@@ -27,7 +26,7 @@ from validate.levels.runs import Shadow, forced_steps, run_forced, run_shadow
 from validate.live import completions, matrix
 from validate.live.accuracy import accuracy_table
 from validate.live.completions import ROW_SCHEMA
-from validate.live.fidelity import LIVE_HALF, METRICS, fidelity_table
+from validate.live.fidelity import LIVE_HALF, METRICS, best_metric, fidelity_table
 from validate.models.load import load_model
 from validate.problems.families import make_problem
 from validate.problems.prompts import encode_prompt
@@ -424,10 +423,10 @@ def simulated(run_sim, folder, tmp_path):
 
 
 def test_answers_are_compared_with_what_the_simulator_said(live, answering, simulated, tmp_path):
-    report, curves = tmp_path / "report.html", tmp_path / "curves.json"
+    report = tmp_path / "report.html"
     options = ["-p", ",".join(RIGHT), "-b", "20,30", "--simulated", simulated]
-    code, out, err = live(*options, "--report", report, "--calibration", curves)
-    assert (code, err) == (0, f"sim: wrote {curves}: 1 curve\nsim: wrote {report}: 3 charts\n")
+    code, out, err = live(*options, "--report", report)
+    assert (code, err) == (0, f"sim: wrote {report}: 3 charts\n")
     assert re.search(r"20\s+rkv\s+0\.667\s", out)
     assert "walk: what predicts accuracy, 6 cells of 3 problems, 2 traces" in out
     fidelity = pl.read_csv(tmp_path / "run" / "fidelity.csv")
@@ -439,8 +438,6 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
         2 / 3 - RIGHT[own.sort("mass_mean")["policy"][-1]] / 3 for _, own in replayed.group_by("budget_asked")
     ]
     assert row["regret"] == pytest.approx(sum(regrets) / 2)
-    (curve,) = read_calibrations(curves)
-    assert (curve.model, curve.family, curve.n_cells, curve.n_problems) == (NAME, "walk", 6, 3)
     page = report.read_text(encoding="utf-8")
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(figures) == 3
@@ -454,7 +451,8 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
     assert not re.search(r"<script|<link|src=|@import", page)
     assert all(name in figures[0] for name in RIGHT)
     assert "full cache 100%" in figures[0]
-    for words in ("66.7%", "33.3%", "0.0%", "100.0%", "3 problems, 3 policies, 2 budgets", curve.metric):
+    shares = "66.7%", "33.3%", "0.0%", "100.0%"
+    for words in (*shares, "3 problems, 3 policies, 2 budgets", best_metric(fidelity)):
         assert words in page
     # With rows in a file, what predicts them is still told.
     code, out, _ = live(*options, "-o", tmp_path / "rows.parquet")
@@ -530,7 +528,6 @@ def test_options_that_do_not_belong_together_are_refused(run_sim, folder, trace,
     [
         (["--trace", "sample"], "--trace goes with --level shadow or forced"),
         (["--steps", "steps.parquet"], "--steps goes with --level forced"),
-        (["--calibration", "curves.json"], "--calibration needs --simulated"),
         (["--samples", 2], "--samples 2 is given without --temperature"),
         (["--top-p", 0.9], "--top-p is given without --temperature"),
         (["--temperature", 0], "temperature is 0.0; allowed: above 0"),
