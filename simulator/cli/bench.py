@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.cli import shared
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,15 +26,15 @@ def bench(
         int | None, typer.Option(help="Layers of the traces.", show_default="one per thread")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    jobs: shared.Threads = 0,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Time standard replays against what this machine can do.
 
     Each is stated as a fraction of the rate of matrix products.
     """
-    from simulator.cli.replay import progress, worker_count
     from simulator.workers.blas import use_one_thread, warn
+    from simulator.workers.cores import worker_count
     from traces.errors import UserError
 
     use_one_thread()
@@ -46,7 +48,7 @@ def bench(
     tokens = (_QUICK_TOKENS if quick else _TOKENS) if tokens is None else tokens
     plan = make_plan(tokens, workers, repeat=repeat, quick=quick, long=long, layers=layers)
     warn(workers)
-    with progress("measuring", len(plan.cases) + 1, quiet) as advance:
+    with shared.progress("measuring", len(plan.cases) + 1, quiet) as advance:
         result = run_bench(plan, advance)
     if json:
         from json import dumps

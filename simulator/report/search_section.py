@@ -71,7 +71,7 @@ def search_section(path: Path) -> Section:
     )
     told = paragraph(
         f"Policies searched by {name}; of the runners-up, the first by chance is among them. "
-        "Winners are confirmed by decoding: sim validate --configs winners.json.",
+        "Winners are confirmed by decoding: sim validate live --configs winners.json.",
         "note",
     )
     return Section("What the search found", [], told + tables)

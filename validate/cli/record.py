@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulator.cli import shared
 from traces.errors import Interrupted, UserError
 from traces.seeds import require_seed
 from traces.wording import counted
+from validate.cli import options
 from validate.models.shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from validate.problems.prompts import Prompt
     from validate.record.rows import Row
 
@@ -29,19 +27,14 @@ def record(
         Path, typer.Option(help="JSONL with prompt (or problem, question), optional id, answer.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the traces, one ID.kvtrace per row.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="'reference', a folder with a saved model, or a hub id.", show_default="reference"),
-    ] = None,
-    random_weights: Annotated[
-        str | None, typer.Option(help="Instead: random weights of this shape, such as R1-Llama-8B.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    model: options.Model = None,
+    random_weights: options.RandomWeights = None,
+    revision: options.Revision = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Take each row's completion instead of decoding.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Decode at most this many tokens.", show_default="1024")
     ] = None,
@@ -53,9 +46,7 @@ def record(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="0")] = None,
     limit: Annotated[int | None, typer.Option(help="Record only the first N rows.")] = None,
     values: Annotated[bool, typer.Option("--values", help="Record values as well.")] = False,
-    no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
-    ] = False,
+    no_chat: options.NoChat = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Record again what is there already.")
     ] = False,
@@ -114,7 +105,7 @@ def record(
         observed_shape(loaded.model)
         require_known_words(rows, loaded.tokenizer, prompts, rescore)
         limit_threads(loaded.model)
-        _make_folder(out)
+        options.make_folder(out)
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -142,65 +133,32 @@ def _set_library_messages(quiet: bool) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if not _shows_progress(quiet):
+    if not shared.shows_progress(quiet):
         logging.disable_progress_bar()
-
-
-def _shows_progress(quiet: bool) -> bool:
-    return sys.stderr.isatty() and not quiet
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
 
 
 def _record_all(
     record_row: Callable[..., Row], prompts: list[Prompt], results: list[Row], quiet: bool
 ) -> None:
     """Record every row, append what became of it to ``results`` and report on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with _progress(console, _shows_progress(quiet)) as progress:
-        task = progress.add_task("", total=len(prompts))
+    with shared.progress("recording", len(prompts), quiet) as advance:
         for prompt in prompts:
 
             def show(n_tokens: int, name: str = prompt.file_stem) -> None:
-                progress.update(task, description=f"{name}: {n_tokens} tokens")
+                advance(told=f"{name}: {n_tokens} tokens")
 
             row = record_row(prompt, on_tokens=show)
             results.append(row)
-            progress.advance(task)
+            advance()
             if row.status == "failed":
-                _say(console, f"line {prompt.line}, {row.name}: failed: {row.error}")
+                print(f"line {prompt.line}, {row.name}: failed: {row.error}", file=sys.stderr)
             elif row.status == "kept" and not quiet:
-                _say(console, f"{row.name}: recorded already, kept")
-
-
-@contextmanager
-def _progress(console: Console, show_progress: bool) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not show_progress) as progress:
-        yield progress
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                print(f"{row.name}: recorded already, kept", file=sys.stderr)
 
 
 def table_lines(rows: Iterable[Row]) -> list[str]:
     """Give a table of what became of each row, one line each under a header, columns aligned."""
-    cells = [("trace", "status", "prompt_tokens", "total_tokens", "correct")]
+    cells: list[tuple[str, ...]] = [("trace", "status", "prompt_tokens", "total_tokens", "correct")]
     for row in rows:
         numbers = (row.prompt_tokens, row.total_tokens)
         correct = {None: "-", True: "yes", False: "no"}[row.correct]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from traces.errors import UserError
 
@@ -120,7 +120,10 @@ def random_revision(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def asked_model(model: str | None, random_weights: str | None, default: str | None) -> str | None:
+Default = TypeVar("Default", str, None)
+
+
+def asked_model(model: str | None, random_weights: str | None, default: Default) -> str | Default:
     """Settle the model of a run from ``--model`` and ``--random-weights``.
 
     Raises

@@ -24,6 +24,8 @@ class Asked:
     config, out : Path
     model : str or None
         A name of the file, ``NAME=PLACE``, or any model.
+    revision, dtype : str or None
+    device : str
     prompts : tuple of str
         ``BENCHMARK=FILE`` each.
     policies, budgets : tuple of str
@@ -34,6 +36,9 @@ class Asked:
         Instead of the file's.
     limit : int or None
         Only the first problems of every benchmark.
+    use_chat_template : bool
+    seed, jobs : int
+    quiet : bool
     """
 
     config: Path
@@ -186,6 +191,6 @@ def given_prompts(protocol: Protocol, asked: Asked) -> dict[str, str]:
         name, _, place = text.partition("=")
         if name not in protocol.benchmarks or not place:
             names = ", ".join(protocol.benchmarks)
-            raise UserError(f"--prompts is '{text}'; allowed with --config: BENCHMARK=FILE, of {names}")
+            raise UserError(f"--prompts is '{text}'; allowed: BENCHMARK=FILE, of {names}")
         given[name] = place
     return given

@@ -27,7 +27,7 @@ from simulator.search.study import Tried, count_trials, whole_trials
 from simulator.search.verdict import candidates, front, judge_held_out
 from traces.errors import UserError
 from traces.lock import locked
-from validate.cli.validate import _asked_cells
+from validate.cli.options import asked_cells
 
 PARTS = {"scorer": ["rkv", "snapkv"], "layers": ["uniform", "pyramid"], "heads": ["uniform", "utility"]}
 
@@ -219,7 +219,10 @@ def asked(make_trace, tmp_path):
 class TestSearch:
     def test_a_search_finds_confirms_and_writes(self, asked, tmp_path, run_sim):
         code, out, err = run_sim(*asked, "--trials", 16, "--jobs", 1)
-        assert (code, err) == (0, f"wrote {tmp_path / 'out' / 'winners.json'}, for sim validate --configs\n")
+        assert (code, err) == (
+            0,
+            f"wrote {tmp_path / 'out' / 'winners.json'}, for sim validate live --configs\n",
+        )
         assert "On 3 held-out traces, against rkv" in out
         counts = count_trials(tmp_path / "out" / "study.db")
         assert counts["judged"] + counts["failed"] == 16
@@ -229,7 +232,7 @@ class TestSearch:
         assert roles[0] == "base"
         assert roles[1] == "winner"
         assert "published" in roles
-        cells = _asked_cells(None, None, tmp_path / "out" / "winners.json", None)
+        cells = asked_cells(None, None, tmp_path / "out" / "winners.json", None)
         assert {policy.parameters["buffer"] for policy, _ in cells} == {5}
         rows = pl.read_parquet(tmp_path / "out" / "held-out.parquet")
         assert rows["trace_id"].n_unique() == 3
