@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import shared
+from traces.progress import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,15 +41,14 @@ def bench(
     use_one_thread()
     from simulator.bench.cases import make_plan, run_bench
 
-    if repeat < 1:
-        raise UserError(f"--repeat is {repeat}; allowed: 1 or more")
+    shared.require_counts(repeat=repeat)
     if quick and long:
         raise UserError("--quick and --long are both given; allowed: one of them")
     workers = worker_count(jobs)
     tokens = (_QUICK_TOKENS if quick else _TOKENS) if tokens is None else tokens
     plan = make_plan(tokens, workers, repeat=repeat, quick=quick, long=long, layers=layers)
     warn(workers)
-    with shared.progress("measuring", len(plan.cases) + 1, quiet) as advance:
+    with progress("measuring", len(plan.cases) + 1, quiet) as advance:
         result = run_bench(plan, advance)
     if json:
         from json import dumps
@@ -62,9 +62,7 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the machine's rates, a table of the cases and how time grows, as ``run_bench`` gives them."""
     import sys
 
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     machine, cases = result["machine"], result["cases"]
@@ -82,11 +80,10 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
             "This processor multiplies bfloat16 numbers in pairs, as sgemm does not: replays can pass 100%."
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    shown.add_column("\npolicy", no_wrap=True)
-    headers = ["\ntokens", "\nbudget", "\nworkers", "useful\nGFLOP", "\nseconds", "\nGFLOP/s"]
-    for header in [*headers, "of\nsgemm", "peak\nMB"]:
-        shown.add_column(header, justify="right", no_wrap=True)
+    shown = shared.number_table(
+        *("\npolicy", "\ntokens", "\nbudget", "\nworkers", "useful\nGFLOP", "\nseconds"),
+        *("\nGFLOP/s", "of\nsgemm", "peak\nMB"),
+    )
     for case in cases:
         shown.add_row(
             case["policy"] + ("" if case["queries"] == "1" else f", {case['queries']} of queries"),

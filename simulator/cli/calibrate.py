@@ -26,11 +26,9 @@ def calibrate(
     from simulator.engine.demand import calibrate as measure
     from simulator.results.output import require_place
     from simulator.workers.blas import warn
-    from traces.errors import UserError
     from traces.store import find_traces, open_trace
 
-    if steps < 1:
-        raise UserError(f"--steps is {steps}; allowed: 1 or more")
+    shared.require_counts(steps=steps)
     require_place(out, "--out")
     warn(n_workers=1)
     wave = measure([open_trace(path) for path in find_traces(trace)], rho, steps, check=check)

@@ -10,10 +10,11 @@ import typer
 
 from simulator.cli import shared
 from simulator.cli.completion import policies
+from traces.progress import progress
 from traces.wording import counted
 
 if TYPE_CHECKING:
-    from simulator.cells import Replay
+    pass
 
 
 def replay(
@@ -89,7 +90,7 @@ def replay(
     paths = find_traces(trace)
     workers = worker_count(jobs)
     warn(workers)
-    with shared.progress("replaying", len(paths) * len(policies) * len(budgets), quiet) as advance:
+    with progress("replaying", len(paths) * len(policies) * len(budgets), quiet) as advance:
         result = run_replay(
             paths,
             policies,
@@ -110,20 +111,11 @@ def replay(
         if path is not None:
             write_parquet(own, path)
             tell_written(path, len(own), quiet)
-    _tell_end(result, verbose)
-
-
-def _tell_end(result: Replay, verbose: bool) -> None:
-    """Say what it took, if asked, and why cells failed; exit with their code."""
-    from simulator.results.labels import row_budget
-
-    table = result.table
     if verbose:
-        took = f"{table['seconds'].sum():.1f} s in all, code {table['code_version'][0]}"
-        print(f"sim: {counted(len(table), 'cell')}, {took}", file=sys.stderr)
-    failed = table.filter(table["status"] != "ok")
-    for row in failed.unique("error", keep="first", maintain_order=True).iter_rows(named=True):
-        print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
+        took = f"{result.table['seconds'].sum():.1f} s in all, code {result.table['code_version'][0]}"
+        print(f"sim: {counted(len(result.table), 'cell')}, {took}", file=sys.stderr)
+    shared.tell_failed(result.table)
     if result.exit_code:
-        print(f"sim: {len(failed)} of {counted(len(table), 'cell')} failed", file=sys.stderr)
+        n_failed = (result.table["status"] != "ok").sum()
+        print(f"sim: {n_failed} of {counted(len(result.table), 'cell')} failed", file=sys.stderr)
         raise typer.Exit(result.exit_code)

@@ -14,6 +14,7 @@ import typer
 from simulator.cli import shared
 from simulator.cli.completion import metrics, policies
 from simulator.results.metric_names import DEFAULT_METRIC, METRICS
+from traces.progress import progress, shows_progress
 
 if TYPE_CHECKING:
     from simulator.search.study import Question, Tried
@@ -167,12 +168,12 @@ def _try_policies(
     from simulator.search.workers import search_together
 
     started = last = time.time()
-    with shared.progress("searching, minutes", minutes, quiet) as show:
+    with progress("searching, minutes", minutes, quiet) as show:
 
         def look() -> None:
             nonlocal last
             # Counting reads the file: not where nobody sees it, and not at every moment.
-            if shared.shows_progress(quiet) and time.time() - last > 1:
+            if shows_progress(quiet) and time.time() - last > 1:
                 last = time.time()
                 told = ", ".join(f"{count} {name}" for name, count in count_trials(study).items())
                 show(completed=(last - started) / 60, told=told)
@@ -204,7 +205,7 @@ def _conclude(
             worth = judge.worth(question.space.parse(text), budget, -1)
             chosen.append(("published", Tried(text, budget, worth)))
     asked = list(dict.fromkeys((own.policy, own.budget) for _, own in chosen))
-    with shared.progress("judging on held-out traces", len(judged_on) * len(asked), quiet) as advance:
+    with progress("judging on held-out traces", len(judged_on) * len(asked), quiet) as advance:
         rows = replay_held_out(judged_on, asked, question, jobs, advance)
     verdicts = judge_held_out(rows, chosen, question.base, question.metric, seed=question.seed)
     undominated = front(tried, judge.sign)

@@ -1,16 +1,18 @@
-"""What verbs share: options, how work begins, and how progress looks."""
+"""What verbs share: options, how work begins, and how failures are told."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from traces.errors import UserError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import polars as pl
+    from rich.table import Table
 
 DEFAULT_POLICIES = "fullkv,streamingllm,snapkv,rkv,pyramid-rkv,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,20%,30%,50%"
@@ -39,28 +41,35 @@ def prepare_kernels() -> None:
     tell_compiling()
 
 
-def shows_progress(quiet: bool) -> bool:
-    """Tell whether somebody sees it."""
-    return not quiet and sys.stderr.isatty()
+def require_counts(**given: float | None) -> None:
+    """Refuse what is below 1, of options by name.
 
-
-@contextmanager
-def progress(doing: str, total: float | None, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Show a bar on a terminal while ``doing``.
-
-    Gives what advances it by one of ``total``. Given changes, as rich's ``Progress.update`` takes them, it
-    makes these instead; ``told`` is what stands behind the bar.
+    Raises
+    ------
+    UserError
     """
-    if not shows_progress(quiet):
-        yield lambda **_: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    for name, value in given.items():
+        if value is not None and not value >= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
 
-    columns = (
-        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()),
-        *(TimeRemainingColumn(), TextColumn("{task.fields[told]}", markup=False)),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(doing, total=total, told="")
-        yield lambda **changes: bar.update(task, **(changes or {"advance": 1}))
+
+def tell_failed(table: pl.DataFrame, most: int | None = None) -> int:
+    """Say why cells failed, each reason once and at most so many; give how many there are."""
+    from simulator.results.labels import row_budget
+
+    failed = table.filter(table["status"] != "ok").unique("error", keep="first", maintain_order=True)
+    for row in failed.head(most or len(failed)).iter_rows(named=True):
+        print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
+    return len(failed)
+
+
+def number_table(first: str, *numbers: str) -> Table:
+    """Make an empty table for a terminal: a column of words, and columns of numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import shared
+from traces.progress import progress
 from traces.wording import counted
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from simulator.sweep.run import Progress
 
 
@@ -58,7 +57,7 @@ def sweep(
         all_of = f"{counted(n_cells, 'cell')} of {counted(len(work), 'trace')}"
         print(f"{all_of}: {n_cells - n_left} done, {n_left} to replay")
         return
-    with shared.progress("replaying", None, quiet) as show:
+    with progress("replaying", None, quiet) as show:
         done = run_sweep(
             asked,
             folder,
@@ -72,25 +71,15 @@ def sweep(
     table = SweepFolder(folder).table() if done.n_failed or asked.waves else None
     if table is not None:
         tell_unused(asked.waves, table["model"].drop_nulls())
-        _tell_failed(table, folder)
+        others = shared.tell_failed(table, 10) - 10
+        if others > 0:
+            print(f"sim: and {others} other reasons: sim results {folder}", file=sys.stderr)
     if not quiet:
         # A sample tells no worst step.
         metric = DEFAULT_METRIC if asked.sampling == EVERYTHING else DEFAULT_OF_SAMPLES
         print(f"sim: rows are in {folder}: sim results {folder} --metric {metric}", file=sys.stderr)
     if done.exit_code:
         raise typer.Exit(done.exit_code)
-
-
-def _tell_failed(table: pl.DataFrame, folder: Path) -> None:
-    """Say each reason for which cells failed once, ten at most."""
-    from simulator.results.labels import row_budget
-
-    failed = table.filter(table["status"] != "ok").unique("error", keep="first", maintain_order=True)
-    for row in failed.head(10).iter_rows(named=True):
-        where = f"{row['trace']}, {row['policy']} at {row_budget(row)}"
-        print(f"sim: {where}: {row['error']}", file=sys.stderr)
-    if len(failed) > 10:
-        print(f"sim: and {len(failed) - 10} other reasons: sim results {folder}", file=sys.stderr)
 
 
 def _bar(now: Progress) -> dict[str, Any]:

@@ -90,9 +90,7 @@ def bench(
         most_batch = _GPU_BATCH if on_gpu else _CPU_BATCH
     if lengths is None:
         lengths = _GPU_LENGTHS if on_gpu else _CPU_LENGTHS
-    for name, value in (("budget", budget), ("buffer", buffer), ("most-batch", most_batch)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    shared.require_counts(budget=budget, buffer=buffer, most_batch=most_batch)
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes:g}; allowed: above 0")
     if out is not None:
@@ -147,8 +145,7 @@ def _write(result: dict[str, Any], folder: Path) -> Path:
 
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['device']}-{result['model']['name']}".lower())
     path = folder / f"{name.strip('-')}.json"
-    text = dumps(result, indent=1) + "\n"
-    write_text(path, text)
+    write_text(path, dumps(result, indent=1) + "\n")
     return path
 
 
@@ -192,18 +189,8 @@ def print_device_bench(result: dict[str, Any], console: Console | None = None) -
         console.print(f"not measured: {skipped['what']}: {skipped['why']}", highlight=False, soft_wrap=True)
 
 
-def _table(*headers: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for number, header in enumerate(headers):
-        shown.add_column(header, justify="right" if number else "left", no_wrap=True)
-    return shown
-
-
 def _kernel_table(cases: list[dict[str, Any]]) -> Any:
-    shown = _table(
+    shown = shared.number_table(
         "\nkernel", "\nbatch", "heads of\nlength", "\nmicroseconds", "\nGB/s", "of\ncopy", "\nTFLOP/s"
     )
     for case in cases:
@@ -221,7 +208,7 @@ def _kernel_table(cases: list[dict[str, Any]]) -> Any:
 
 
 def _decode_table(cases: list[dict[str, Any]]) -> Any:
-    shown = _table(
+    shown = shared.number_table(
         "\npolicy", "\nbatch", "\ntokens", "\ntokens/s", "ms a\nstep", "ms a com-\npression", "cache\nMB",
         "peak\nGB", "\ngraph",
     )  # fmt: skip

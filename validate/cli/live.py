@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,9 +13,6 @@ from traces.errors import UserError
 from traces.seeds import require_seed
 from validate.cli import options
 from validate.models.shapes import asked_model, meaningless
-
-if TYPE_CHECKING:
-    pass
 
 
 def live(
@@ -75,11 +73,10 @@ def live(
     from validate.models.load import know_model, resolve_device
 
     target = str(resolve_device(device))
-    for name, value in (("samples", samples), ("batch", batch), ("max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}; allowed: 1 or more")
-    if stretch is not None and not stretch >= 1:
-        raise UserError(f"--stretch is {stretch}; allowed: 1 or more")
+    shared.require_counts(samples=samples, batch=batch, max_new_tokens=max_new_tokens, stretch=stretch)
+    if temperature is None and (top_p is not None or samples > 1):
+        what = "--top-p" if top_p is not None else f"--samples {samples}"
+        raise UserError(f"{what} is given without --temperature: greedy texts are all the same")
     settings = MatrixSettings(
         model=source,
         dtype=decoding_dtype(dtype, target),
@@ -94,7 +91,7 @@ def live(
             # Sampled texts differ in length even with the full cache.
             "stretch": stretch or (1.1 if temperature is None else 2.0),
             "samples": samples,
-            "sampling": _sampling(samples, temperature, top_p, seed),
+            "sampling": asdict(options.asked_sampling(temperature, top_p, seed)),
             "use_chat_template": not no_chat,
             "seed": seed,
         },
@@ -107,22 +104,3 @@ def live(
     rows, failed = run_matrix(matrix, cells, n_processes, quiet)
     tell(rows, out, replayed, report, chosen, output, meaningless(source), quiet=quiet)
     report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
-
-
-def _sampling(samples: int, temperature: float | None, top_p: float | None, seed: int) -> dict[str, Any]:
-    """Give how tokens are chosen, refusing what greedy decoding does not use."""
-    from dataclasses import asdict
-
-    from validate.models.next_token import Sampling
-
-    if temperature is None and (top_p is not None or samples > 1):
-        what = "--top-p" if top_p is not None else f"--samples {samples}"
-        raise UserError(f"{what} is given without --temperature: greedy texts are all the same")
-    return asdict(
-        Sampling(
-            temperature is not None,
-            1.0 if temperature is None else temperature,
-            1.0 if top_p is None else top_p,
-            seed,
-        )
-    )

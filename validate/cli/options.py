@@ -15,6 +15,7 @@ from traces.extras import require_extra
 if TYPE_CHECKING:
     from simulator.budget import Budget
     from simulator.policies.language import Policy
+    from validate.models.next_token import Sampling
 
 DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
@@ -93,6 +94,18 @@ def asked_cells(
     cells = [(parse_policy(row["policy"], **overrides), parse_budget(row["budget"])) for row in rows]
     require_buffers((own for own, _ in cells), buffer)
     return list(dict.fromkeys(cells))
+
+
+def asked_sampling(temperature: float | None, top_p: float | None, seed: int) -> Sampling:
+    """Give how tokens are chosen: greedily without a temperature."""
+    from validate.models.next_token import Sampling
+
+    return Sampling(
+        temperature is not None,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+    )
 
 
 def make_folder(out: Path) -> None:

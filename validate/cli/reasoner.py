@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from simulator.cli import shared
+from traces.documents import read_json, shown
 from traces.errors import UserError
 from traces.extras import require_extra
 from traces.seeds import require_seed
@@ -90,9 +93,7 @@ def evaluate(
     if seed == TRAINING_SEED:
         raise UserError(f"--seed is {TRAINING_SEED}, the training stream; allowed: any other")
     require_seed(seed, "--seed")
-    for name, value in (("--count", count), ("--batch", batch)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; allowed: 1 or more")
+    shared.require_counts(count=count, batch=batch)
     require_place(json, "--json")
     asked = _ranges(size, length, legs)
     loaded = load_model(model, dtype, "cpu")
@@ -136,7 +137,6 @@ def charts(
     """Draw the demand and the attention maps of a profile as SVG."""
     require_extra("a figure", "altair", "vl_convert")
     from simulator.charts.style import styled
-    from traces.documents import read_json, shown
     from validate.reasoner.charts import demand_chart, map_chart
     from validate.reasoner.profile import FORMAT
 
@@ -168,11 +168,12 @@ def _ranges(size: str, length: str, legs: str) -> dict[str, tuple[int, int]]:
     """Read ``8`` or ``8-16`` of each that is given."""
     found = {}
     for name, text in (("size", size), ("length", length), ("legs", legs)):
-        first, _, last = text.partition("-")
-        if text and not (first.isdecimal() and (last or first).isdecimal()):
-            raise UserError(f"--{name} is '{text}'; allowed: a number, or two such as 8-16")
-        if text:
-            found[name] = int(first), int(last or first)
+        if not text:
+            continue
+        ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+        if ends is None:
+            raise UserError(f"--{name} is {shown(text)}; allowed: a number, or two such as 8-16")
+        found[name] = int(ends[1]), int(ends[2] or ends[1])
     return found
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.cli import shared
 from traces.errors import Interrupted, UserError
+from traces.progress import progress, shows_progress
 from traces.seeds import require_seed
 from traces.wording import counted
 from validate.cli import options
@@ -63,15 +63,19 @@ def record(
     if rescore and max_new_tokens is not None:
         raise UserError(f"--max-new-tokens {max_new_tokens} contradicts --rescore, which decodes nothing")
     require_seed(seed or 0, "--seed")
-    if seed is not None and temperature is None:
-        raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
-    do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
+    if temperature is None:
+        if seed is not None:
+            raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
+        if top_p is not None:
+            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
+    elif greedy or rescore:
+        other = "--greedy" if greedy else "--rescore"
+        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
     name = asked_model(model, random_weights, "reference")
     results: list[Row] = []
     try:
         # torch and transformers take seconds to import; only here are they needed.
         from validate.models.load import load_model
-        from validate.models.next_token import Sampling
         from validate.models.threads import limit_threads
         from validate.problems.prompts import (
             read_prompts,
@@ -85,12 +89,7 @@ def record(
         settings = RowSettings(
             rescore=rescore,
             max_new_tokens=1024 if max_new_tokens is None else max_new_tokens,
-            sampling=Sampling(
-                do_sample,
-                temperature=1.0 if temperature is None else temperature,
-                top_p=1.0 if top_p is None else top_p,
-                seed=0 if seed is None else seed,
-            ),
+            sampling=options.asked_sampling(temperature, top_p, seed or 0),
             use_chat_template=not no_chat,
             with_values=values,
             overwrite=overwrite,
@@ -117,23 +116,11 @@ def record(
         raise typer.Exit(1)
 
 
-def _asks_for_sampling(greedy: bool, temperature: float | None, top_p: float | None, rescore: bool) -> bool:
-    """Tell whether tokens are drawn, refusing options that contradict each other."""
-    if temperature is None:
-        if top_p is not None:
-            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
-        return False
-    if greedy or rescore:
-        other = "--greedy" if greedy else "--rescore"
-        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
-    return True
-
-
 def _set_library_messages(quiet: bool) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if not shared.shows_progress(quiet):
+    if not shows_progress(quiet):
         logging.disable_progress_bar()
 
 
@@ -141,7 +128,7 @@ def _record_all(
     record_row: Callable[..., Row], prompts: list[Prompt], results: list[Row], quiet: bool
 ) -> None:
     """Record every row, append what became of it to ``results`` and report on stderr."""
-    with shared.progress("recording", len(prompts), quiet) as advance:
+    with progress("recording", len(prompts), quiet) as advance:
         for prompt in prompts:
 
             def show(n_tokens: int, name: str = prompt.file_stem) -> None:

@@ -14,6 +14,7 @@ from simulator.cli.completion import metrics, policies
 from simulator.results.metric_names import DEFAULT_METRIC, METRICS
 from traces.atomic import write_text
 from traces.errors import UserError
+from traces.progress import progress
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _replay(
     workers = worker_count(jobs)
     warn(workers)
     rows = []
-    with shared.progress("replaying", len(traces) * len(policies) * len(budgets), quiet) as advance:
+    with progress("replaying", len(traces) * len(policies) * len(budgets), quiet) as advance:
         # The page shows the heads and tokens of one trace; those of all would not fit into memory.
         for part, is_shown in ((traces[:1], True), (traces[1:], False)):
             if part:

@@ -8,9 +8,9 @@ from pathlib import Path
 import polars as pl
 
 from simulator.budget import Budget
-from simulator.cli.shared import progress
 from simulator.policies.language import Policy
 from traces.errors import Interrupted, UserError
+from traces.progress import progress
 from validate.live.matrix import Batch, Matrix, MatrixSettings
 from validate.problems.grading import require_grader
 from validate.problems.prompts import read_prompts, require_answers, tell_limit

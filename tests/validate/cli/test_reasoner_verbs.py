@@ -52,6 +52,7 @@ def test_help_tells_the_ranges_that_problems_are_drawn_from(problems):
         (["--care", "3"], "care 3 is out of range"),
         (["--legs", "0-2"], "legs 0-2 is out of range"),
         (["--legs", "-"], "--legs is '-'"),
+        (["--legs", "9" * 5000], "allowed: a number"),
         (["--slip-rate", "2"], "slip_rate 2.0 is out of range"),
         (["--seed", "-1"], "--seed is -1"),
         (["--count", "many"], "valid integer"),
