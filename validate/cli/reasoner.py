@@ -84,6 +84,8 @@ def evaluate(
     Greedy decoding writes exactly the reference chain if, with it as input, every word of it is the most
     probable next one. So one forward pass settles most problems; --decode decodes them all.
     """
+    from transformers.utils import logging
+
     from simulator.results.output import require_place
     from validate.models.load import load_model
     from validate.problems.families import FAMILIES
@@ -96,6 +98,8 @@ def evaluate(
     shared.require_counts(count=count, batch=batch)
     require_place(json, "--json")
     asked = _ranges(size, length, legs)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     loaded = load_model(model, dtype, "cpu")
     rows = []
     for family in FAMILIES:

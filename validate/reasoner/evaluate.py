@@ -7,7 +7,8 @@ is the most probable next one. So one forward pass settles most problems, and on
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -20,12 +21,13 @@ def greedy_completions(
 ) -> list[str]:
     """Complete prompts greedily with stock ``generate``, in batches with left padding."""
     tokenizer.padding_side = "left"
+    generate = cast(Callable[..., torch.Tensor], model.generate)
     completions = []
     for first in range(0, len(problems), batch):
         prompts = [problem.prompt for problem in problems[first : first + batch]]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
         with torch.inference_mode():
-            ids = model.generate(**encoded, do_sample=False, max_new_tokens=max_new_tokens)
+            ids = generate(**encoded, do_sample=False, max_new_tokens=max_new_tokens)
         new = ids[:, encoded["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(new, skip_special_tokens=True)
     return completions
