@@ -40,7 +40,7 @@ nightly: .venv/.full lint ## the same, with every case of the products that `mak
 
 traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (490 MB in runs/)
 	mkdir -p runs
-	$(BIN)/python -m validate.problems.families --count 72 --seed 2 > runs/heldout.jsonl
+	$(BIN)/sim reasoner problems --count 72 --seed 2 > runs/heldout.jsonl
 	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout --values
 
 results: traces ## replay all policies on those traces: the table of the README
@@ -51,17 +51,17 @@ policies: traces ## replay every named policy on 30 of those traces: the standin
 	for metric in lost_lookup_peak lost_lookup_rate mass_mean; do $(BIN)/sim results runs/policies.parquet --metric $$metric; done
 
 validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (3 hours, resumes)
-	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim reasoner problems --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/simulated.parquet
-	$(BIN)/sim validate --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
+	$(BIN)/sim validate live --prompts runs/judged.jsonl --limit $(PROBLEMS) --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 \
 	  --out runs/live --simulated runs/simulated.parquet --report runs/report.html
 	cp runs/live/accuracy.csv runs/live/fidelity.csv runs/live/*.svg validate/reasoner/results/
 	$(BIN)/sim results runs/simulated.parquet --means -o validate/reasoner/results/simulated.csv
 
 others: traces ## the same for 8 policies and 256 problems that no number was chosen on (1 hour, resumes)
-	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim reasoner problems --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(OTHERS) --budget 15%,20%,30%,50% --buffer 32 -o runs/simulated-others.parquet
-	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
+	$(BIN)/sim validate live --prompts runs/judged.jsonl --limit 256 --policy $(OTHERS) --budget 20%,30%,15%,50% --buffer 32 \
 	  --out runs/live-others --simulated runs/simulated-others.parquet
 	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
 	$(BIN)/sim results runs/simulated-others.parquet --means -o validate/reasoner/results/simulated-others.csv
@@ -71,24 +71,24 @@ grid: traces ## replay 24 variants of R-KV on ten held-out walks, for a notebook
 	$(BIN)/sim results runs/grid.parquet --means -o validate/reasoner/results/simulated-grid.csv
 
 search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 others, decode the winners (1 hour, resumes)
-	$(BIN)/python -m validate.problems.families --count 768 --seed 1 > runs/judged.jsonl
+	$(BIN)/sim reasoner problems --count 768 --seed 1 > runs/judged.jsonl
 	$(BIN)/sim search --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --held-out 'runs/heldout/*-s2-00[3-7]?.kvtrace' \
 	  --budget 20%,30% --buffer 32 --minutes 15 --metric lost_lookup_rms --out runs/search
-	$(BIN)/sim validate --prompts runs/judged.jsonl --limit 256 --configs runs/search/winners.json --out runs/live-winners
+	$(BIN)/sim validate live --prompts runs/judged.jsonl --limit 256 --configs runs/search/winners.json --out runs/live-winners
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs
-	$(BIN)/python -m validate.problems.families --count 6 --seed 3 > runs/calibration.jsonl
+	$(BIN)/sim reasoner problems --count 6 --seed 3 > runs/calibration.jsonl
 	$(BIN)/sim record --model reference --prompts runs/calibration.jsonl --out runs/calibration
 	$(BIN)/sim calibrate --trace runs/calibration --out simulator/waves/$(REASONER).json
 
 card: traces ## measure everything on the reference model's card again: accuracy, demand, heads (10 minutes)
-	$(BIN)/python -m validate.reasoner.evaluate --json $(CARD)/accuracy-float32.json
-	$(BIN)/python -m validate.reasoner.evaluate --dtype bfloat16 --json $(CARD)/accuracy-bfloat16.json
-	$(BIN)/python -m validate.reasoner.profile --traces runs/heldout --out $(CARD)/profile.json
-	$(BIN)/python -m validate.reasoner.charts --profile $(CARD)/profile.json --out $(CARD)
+	$(BIN)/sim reasoner evaluate --json $(CARD)/accuracy-float32.json
+	$(BIN)/sim reasoner evaluate --dtype bfloat16 --json $(CARD)/accuracy-bfloat16.json
+	$(BIN)/sim reasoner profile --traces runs/heldout --out $(CARD)/profile.json
+	$(BIN)/sim reasoner charts --profile $(CARD)/profile.json --out $(CARD)
 
 notebooks: .venv/.full ## run all notebooks and save them with their outputs (1 minute)
 	$(BIN)/python notebooks/execute.py

@@ -22,3 +22,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, as `write_file` does."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

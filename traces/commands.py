@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from traces.errors import TraceError, UserError
+from traces.progress import progress
 
 if TYPE_CHECKING:
     from traces.trace import Trace
@@ -87,7 +86,7 @@ def validate(
         for path in found:
             try:
                 trace, started = open_trace(path), perf_counter()
-                with _layers_of(trace, quiet) as on_layer:
+                with progress(f"checking {trace.path.name}", trace.shape.n_layers, quiet) as on_layer:
                     facts = check_trace(trace, samples, seed, on_layer)
                 facts.append(f"{perf_counter() - started:.1f} s")
                 typer.echo(_printable(f"ok     {path}: {'; '.join(facts)}"))
@@ -161,20 +160,6 @@ def make(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"{trace.path}  {trace.trace_id}")
-
-
-@contextmanager
-def _layers_of(trace: Trace, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Show on a terminal how many layers are checked."""
-    import sys
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"checking {trace.path.name}", total=trace.shape.n_layers)
-        yield lambda: bar.advance(task)
 
 
 def _facts(trace: Trace) -> dict[str, object]:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from simulator.bench.machine import PeakMemory, copy_rate, exp_time, n_cores, sgemm_rate
+from simulator.bench.machine import PeakMemory, copy_rate, exp_time, sgemm_rate
 from simulator.bench.trace import PROMPT_TOKENS, eight_billion, write_bench_trace
 from simulator.engine.full_cache import FullCache
 from simulator.engine.loop import Engine
@@ -28,6 +28,7 @@ from simulator.engine.sampling import Sampling
 from simulator.kernels.tiles import HAS_PAIRS
 from simulator.policies.language import parse_policy
 from simulator.workers.blas import blas_name, use_one_thread
+from simulator.workers.cores import n_cores
 from simulator.workers.interrupts import held_back
 from traces.errors import UserError
 from traces.shape import ModelShape

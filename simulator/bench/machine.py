@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -85,13 +84,6 @@ def _best_time(work: Callable[[], object], seconds: float) -> float:
         work()
         best = min(best, time.perf_counter() - started)
     return float(best)
-
-
-def n_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class PeakMemory:

@@ -1,25 +1,17 @@
-"""Draw how the budgets of KV heads go on over time.
-
-``python -m simulator.charts.head_budgets T.parquet --policy P --budget 20% --trace NAME --out FILE.svg``
-"""
+"""Draw how the budgets of KV heads go on over time."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from simulator.charts.style import COLOURS, DASHES, over_plot, styled
-from simulator.results.labels import row_budget, with_budget_label
-from simulator.results.output import require_place
-from simulator.results.store import read_table
-from simulator.results.tables import GROUP, TRAJECTORY_SCHEMA
+from simulator.results.labels import row_budget
+from simulator.results.tables import GROUP
 from traces.atomic import write_file
 from traces.errors import UserError
-from traces.extras import require_extra
 
 if TYPE_CHECKING:
     import altair as alt
@@ -163,54 +155,3 @@ def _columns(n_panels: int) -> int:
 def _budget_words(row: dict[str, Any]) -> str:
     budget = row_budget(row)
     return f"{budget} entries per KV head" if budget.isdigit() else f"a budget of {budget}"
-
-
-def _cell(trajectory: pl.DataFrame, asked: dict[str, str | None]) -> pl.DataFrame:
-    """Choose the rows of one cell, by what tells it from the others."""
-    for name, value in asked.items():
-        found = trajectory[name].unique(maintain_order=True).to_list()
-        if value is None and len(found) > 1:
-            option = "--params" if name == "policy_params" else f"--{name}"
-            raise UserError(f"{option} is needed to choose one; allowed: {', '.join(found)}")
-        if value is not None and value not in found:
-            raise UserError(f"--{name} is '{value}'; allowed: {', '.join(found)}")
-        if value is not None:
-            trajectory = trajectory.filter(pl.col(name) == value)
-    return trajectory
-
-
-def _draw(options: argparse.Namespace) -> None:
-    require_extra("a figure", "altair", "vl_convert")
-    if options.out.suffix not in SUFFIXES:
-        raise UserError(f"--out {options.out}: suffix tells no format; allowed: {', '.join(SUFFIXES)}")
-    require_place(options.out, "--out")
-    asked = {
-        "trace": options.trace,
-        "policy": options.policy,
-        "budget": options.budget,
-        "policy_params": options.params,
-    }
-    trajectory = read_table(options.trajectory, str(options.trajectory), TRAJECTORY_SCHEMA)
-    save(head_budgets(_cell(with_budget_label(trajectory), asked)), options.out)
-    print(f"wrote {options.out}")
-
-
-def main() -> int:
-    """Draw one figure; a user's mistake is one line and an exit code."""
-    parser = argparse.ArgumentParser(prog="simulator.charts.head_budgets", description=__doc__)
-    parser.add_argument("trajectory", type=Path, help="a file of sim replay --trajectory")
-    parser.add_argument("--policy", help="as its rows call it; needed if there are several")
-    parser.add_argument("--params", help="policy_params, where a policy was replayed with several")
-    parser.add_argument("--budget", help="as it was asked: 20%%, 128")
-    parser.add_argument("--trace", help="name of the trace")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.svg, .png or .html")
-    try:
-        _draw(parser.parse_args())
-    except UserError as error:
-        print(f"charts: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.cli import shared
+from traces.progress import progress
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,22 +27,21 @@ def bench(
         int | None, typer.Option(help="Layers of the traces.", show_default="one per thread")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    jobs: Annotated[int, typer.Option(help="Threads; 0 uses all cores.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    jobs: shared.Threads = 0,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Time standard replays against what this machine can do.
 
     Each is stated as a fraction of the rate of matrix products.
     """
-    from simulator.cli.replay import progress, worker_count
     from simulator.workers.blas import use_one_thread, warn
+    from simulator.workers.cores import worker_count
     from traces.errors import UserError
 
     use_one_thread()
     from simulator.bench.cases import make_plan, run_bench
 
-    if repeat < 1:
-        raise UserError(f"--repeat is {repeat}; allowed: 1 or more")
+    shared.require_counts(repeat=repeat)
     if quick and long:
         raise UserError("--quick and --long are both given; allowed: one of them")
     workers = worker_count(jobs)
@@ -58,9 +60,6 @@ def bench(
 
 def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the machine's rates, a table of the cases and how time grows, as ``run_bench`` gives them."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from simulator.results.layout import plain_console
 
     console = console or plain_console(110)
@@ -79,11 +78,10 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
             "This processor multiplies bfloat16 numbers in pairs, as sgemm does not: replays can pass 100%."
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    shown.add_column("\npolicy", no_wrap=True)
-    headers = ["\ntokens", "\nbudget", "\nworkers", "useful\nGFLOP", "\nseconds", "\nGFLOP/s"]
-    for header in [*headers, "of\nsgemm", "peak\nMB"]:
-        shown.add_column(header, justify="right", no_wrap=True)
+    shown = shared.number_table(
+        *("\npolicy", "\ntokens", "\nbudget", "\nworkers", "useful\nGFLOP", "\nseconds"),
+        *("\nGFLOP/s", "of\nsgemm", "peak\nMB"),
+    )
     for case in cases:
         shown.add_row(
             case["policy"] + ("" if case["queries"] == "1" else f", {case['queries']} of queries"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simulator.cli.completion import metrics
 from simulator.results.metric_names import METRICS, asked_metric
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def results(
@@ -47,12 +50,10 @@ def results(
     """Read, filter and compare rows of replays and sweeps."""
     import polars as pl
 
-    from simulator.budget import parse_budgets
-    from simulator.policies.language import split_list
     from simulator.results.layout import plain_console
     from simulator.results.means import cell_means
     from simulator.results.output import choose_format, tell_written, write_rows
-    from simulator.results.standings import at_budgets, of_policies, of_traces, standings
+    from simulator.results.standings import standings
     from simulator.results.tables import by_model
     from simulator.results.terminal import print_standings, print_unevicted
     from simulator.sweep.rows import read_rows
@@ -72,19 +73,7 @@ def results(
         raise UserError(f"-o {output}: standings go to a terminal, or as rows; allowed: csv, json, parquet")
     if means and (metric is not None or chosen == "table"):
         raise UserError("--means goes with -o FILE or --format csv, json, parquet, and without --metric")
-    table = read_rows(files)
-    if family:
-        unknown = sorted(set(family) - set(table["family"].drop_nulls()))
-        if unknown:
-            known = ", ".join(sorted(set(table["family"].drop_nulls())))
-            raise UserError(f"--family is '{unknown[0]}'; the rows have: {known}")
-        table = table.filter(pl.col("family").is_in(family))
-    if policy:
-        table = of_policies(table, [name for text in policy for name in split_list(text)])
-    if budget:
-        table = at_budgets(table, parse_budgets(budget))
-    if trace:
-        table = of_traces(table, trace)
+    table = _chosen(read_rows(files), policy, family, budget, trace)
     if metric is None:
         table = cell_means(table) if means else table
         write_rows(table, output, chosen)
@@ -110,3 +99,29 @@ def results(
             models = of_model["model"].drop_nulls().unique().to_list()
             print_standings(own, metric, models, console, as_markdown=as_markdown)
         print_unevicted(of_model, console)
+
+
+def _chosen(
+    table: pl.DataFrame,
+    policy: list[str] | None,
+    family: list[str] | None,
+    budget: list[str] | None,
+    trace: list[str] | None,
+) -> pl.DataFrame:
+    """Keep the rows that are asked for."""
+    from simulator.budget import parse_budgets
+    from simulator.policies.language import split_list
+    from simulator.results.standings import at_budgets, of_policies, of_traces
+    from traces.errors import UserError
+
+    if family:
+        known = sorted(set(table["family"].drop_nulls()))
+        unknown = sorted(set(family) - set(known))
+        if unknown:
+            raise UserError(f"--family is '{unknown[0]}'; the rows have: {', '.join(known)}")
+        table = table.filter(table["family"].is_in(family))
+    if policy:
+        table = of_policies(table, [name for text in policy for name in split_list(text)])
+    if budget:
+        table = at_budgets(table, parse_budgets(budget))
+    return of_traces(table, trace) if trace else table

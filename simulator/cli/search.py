@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.cli import shared
 from simulator.cli.completion import metrics, policies
 from simulator.results.metric_names import DEFAULT_METRIC, METRICS
+from traces.progress import progress, shows_progress
 
 if TYPE_CHECKING:
     from simulator.search.study import Question, Tried
+    from traces.trace import Trace
 
 
 def search(
@@ -52,41 +56,29 @@ def search(
         str | None, typer.Option(help="Comma list of head allocators.", show_default="uniform,utility,adakv")
     ] = None,
     ranges: Annotated[Path | None, typer.Option(help="Ranges of parameters (TOML).")] = None,
-    buffer: Annotated[
-        int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
-    ] = None,
-    wave: Annotated[list[Path] | None, typer.Option(help="Wave made by sim calibrate; repeats.")] = None,
+    buffer: shared.Buffer = None,
+    wave: shared.Waves = None,
     keep: Annotated[int, typer.Option(help="Policies per budget that the held-out traces judge.")] = 3,
-    check: Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")] = True,
+    check: shared.Check = True,
     seed: Annotated[int, typer.Option(help="Of the search, of samples and of policies that draw.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0 uses all cores. One repeats exactly.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Search for policies on some traces; judge the best on others."""
-    from simulator.workers.blas import use_one_thread, warn
-
-    use_one_thread()
-    from simulator.kernels.compiled import tell_compiling
+    shared.prepare_kernels()
     from traces.extras import require_extra
 
-    tell_compiling()
     require_extra("a search", "optuna")
-    import time
-
     from simulator.budget import parse_budgets
-    from simulator.cli.replay import worker_count
     from simulator.policies.language import split_list
     from simulator.policies.wave import known_waves
-    from simulator.results.tables import require_one_model
     from simulator.search.judge import SEARCHABLE
     from simulator.search.space import make_space
     from simulator.search.study import Question, open_study
-    from simulator.search.workers import search_together
-    from traces.check import check_trace
-    from traces.errors import Interrupted, UserError
-    from traces.lock import locked
+    from simulator.workers.blas import warn
+    from simulator.workers.cores import worker_count
+    from traces.errors import UserError
     from traces.seeds import require_seed
-    from traces.store import find_traces, open_trace
 
     if metric not in SEARCHABLE:
         raise UserError(f"--metric is '{metric}'; allowed: {', '.join(SEARCHABLE)}")
@@ -104,14 +96,37 @@ def search(
         ranges,
     )
     known = known_waves(wave or [])
-    chosen_on, judged_on = find_traces(trace), find_traces(held_out)
+    searched, judging = _open_traces(trace), _open_traces(held_out)
     others = [text for text in split_list(also) if text]
     for text in (against, *others):
         space.parse(text)
-    # A copy of a trace counts once.
-    searched, judging = (
-        {own.trace_id: own for own in map(open_trace, paths)} for paths in (chosen_on, judged_on)
-    )
+    _require_searchable(searched, judging, check)
+    paths = tuple(str(own.path) for own in searched.values())
+    question = Question(paths, metric, against, space, known, seed)
+    judge = question.judge()
+    for item in budgets:
+        for text in (against, *others):
+            judge.require_replayable(space.parse(text), item)
+    warn(workers)
+    with _resumable(out) as study:
+        open_study(study, question, [against, *others])
+        _try_policies(study, question, minutes, trials, workers, quiet)
+        _conclude(out, question, list(judging.values()), others, keep, workers, quiet)
+
+
+def _open_traces(paths: list[str]) -> dict[str, Trace]:
+    """Open traces, by what they hold: a copy of a trace counts once."""
+    from traces.store import find_traces, open_trace
+
+    return {own.trace_id: own for own in map(open_trace, find_traces(paths))}
+
+
+def _require_searchable(searched: dict[str, Trace], judging: dict[str, Trace], check: bool) -> None:
+    """Refuse traces that are on both sides, without a decode step, damaged, or of several models."""
+    from simulator.results.tables import require_one_model
+    from traces.check import check_trace
+    from traces.errors import UserError
+
     for trace_id, own in judging.items():
         if trace_id in searched:
             raise UserError(
@@ -123,24 +138,20 @@ def search(
         if check:
             check_trace(own)
     require_one_model(own.model for own in [*searched.values(), *judging.values()])
-    question = Question(
-        tuple(str(own.path) for own in searched.values()), metric, against, space, known, seed
-    )
-    judge = question.judge()
-    for item in budgets:
-        for text in (against, *others):
-            judge.require_replayable(space.parse(text), item)
-    warn(workers)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[Path]:
+    """Keep other searches out of a folder, and say on Ctrl-C how to go on; gives the file of the study."""
+    from traces.errors import Interrupted, UserError
+    from traces.lock import locked
+
     out.mkdir(parents=True, exist_ok=True)
     study = out / "study.db"
     try:
         # Two searches in one folder would end each other's trials.
         with locked(out, wait=False):
-            open_study(study, question, [against, *others])
-            deadline = time.time() + 60 * minutes
-            with _progress(study, minutes, quiet) as advance:
-                search_together(study, question, workers, deadline, trials, advance)
-            _conclude(out, question, list(judging.values()), others, keep, workers, quiet)
+            yield study
     except BlockingIOError:
         raise UserError(
             f"--out {out}: another search runs there; allowed: another folder, or later"
@@ -149,11 +160,31 @@ def search(
         raise Interrupted(f"interrupted: run the same command again, it goes on with {study}") from None
 
 
+def _try_policies(
+    study: Path, question: Question, minutes: float, trials: int | None, workers: int, quiet: bool
+) -> None:
+    """Search for some minutes, and show how long is left and what was tried."""
+    from simulator.search.study import count_trials
+    from simulator.search.workers import search_together
+
+    started = last = time.time()
+    with progress("searching, minutes", minutes, quiet) as show:
+
+        def look() -> None:
+            nonlocal last
+            # Counting reads the file: not where nobody sees it, and not at every moment.
+            if shows_progress(quiet) and time.time() - last > 1:
+                last = time.time()
+                told = ", ".join(f"{count} {name}" for name, count in count_trials(study).items())
+                show(completed=(last - started) / 60, told=told)
+
+        search_together(study, question, workers, started + 60 * minutes, trials, look)
+
+
 def _conclude(
     out: Path, question: Question, judged_on: list[Any], others: list[str], keep: int, jobs: int, quiet: bool
 ) -> None:
     """Choose by the search's traces, judge by the others, print and write both."""
-    from simulator.cli.replay import progress
     from simulator.results.output import write_parquet
     from simulator.search.study import Tried, count_trials, whole_trials
     from simulator.search.terminal import print_search
@@ -183,32 +214,4 @@ def _conclude(
     write_parquet(verdicts, out / "verdicts.parquet")
     write_winners(out / "winners.json", verdicts, question.metric, dict(question.space.fixed))
     print_search(undominated, verdicts, question, count_trials(study), len(judge.traces))
-    print(f"wrote {out / 'winners.json'}, for sim validate --configs", file=sys.stderr)
-
-
-@contextmanager
-def _progress(study: Path, minutes: float, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Show how long is left and what was tried; gives what looks again."""
-    import time
-
-    if quiet or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from simulator.search.study import count_trials
-
-    columns = TextColumn("searching"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}")
-    started = last = time.time()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=60 * minutes, told="")
-
-        def look() -> None:
-            nonlocal last
-            if time.time() - last > 1:
-                last = time.time()
-                told = ", ".join(f"{count} {name}" for name, count in count_trials(study).items())
-                bar.update(task, completed=last - started, told=told)
-
-        yield look
+    print(f"wrote {out / 'winners.json'}, for sim validate live --configs", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The numbers that may tell policies apart: one name each, and how far each can be trusted.
 
 How far is measured on one small model, by decoding with entries really evicted: ``fidelity.json`` beside this
-file, which ``python -m validate.reasoner.trust`` makes from the stored tables.
+file, which ``sim reasoner trust`` makes from the stored tables.
 """
 
 from __future__ import annotations

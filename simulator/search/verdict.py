@@ -173,7 +173,7 @@ def judge_held_out(
 
 
 def write_winners(path: Path, verdicts: pl.DataFrame, metric: str, fixed: dict[str, Any]) -> None:
-    """Write what ``sim validate --configs`` decodes: each budget's winner, what it beat, and the base."""
+    """Write what ``sim validate live --configs`` decodes: each budget's winner, what it beat, the base."""
     entries = [
         {"policy": _with(row["policy"], fixed), "budget": row["budget"], "role": row["role"]}
         | {"metric": metric}

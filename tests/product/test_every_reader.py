@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from simulator.cells import run_replay
-from simulator.charts.head_budgets import main as draw
 from simulator.report.sources import read_parquet
 from simulator.results.output import write_parquet
 from simulator.results.tables import RETAINED_SCHEMA, TRAJECTORY_SCHEMA
@@ -86,16 +85,16 @@ def test_rows_with_impossible_numbers_judge_nothing(tables, tmp_path):
         read_simulated(path)
 
 
-def test_a_figure_of_a_damaged_trajectory_is_not_drawn(tables, tmp_path, monkeypatch, capsys):
+def test_a_figure_of_a_damaged_trajectory_is_not_drawn(tables, tmp_path, run_sim):
     pytest.importorskip("vl_convert")
     path, out = tmp_path / "over.parquet", tmp_path / "a.svg"
     write_parquet(tables.trajectory, path)
     content = bytearray(path.read_bytes())
     content[40] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr("sys.argv", ["charts", str(path), "--out", str(out)])
-    assert draw() == 2
-    assert "damaged" in capsys.readouterr().err
+    code, _, err = run_sim("chart", path, "--out", out)
+    assert code == 2
+    assert "damaged" in err
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ import simulator
 from simulator.results.output import write_parquet, write_rows
 from simulator.sweep.folder import SweepFolder
 from traces.errors import UserError
-from validate.cli.validate import _asked_cells
+from validate.cli.options import asked_cells
 from validate.problems.prompts import read_prompts
 
 DEEP = "[" * 5000 + "]" * 5000
@@ -110,7 +110,7 @@ def test_a_seed_that_no_table_holds_is_refused_by_every_verb(run_sim, trace_of_o
     for verb in (
         ["replay", "-t", trace_of_one, "-p", "random", "-b", 20, "--buffer", 5],
         ["trace", "make", tmp_path / "t.kvtrace"],
-        ["validate", "--level", "shadow", "-t", trace_of_one, "-p", "random", "-b", 20],
+        ["validate", "shadow", "-t", trace_of_one, "-p", "random", "-b", 20],
         ["report", rows, "--out", tmp_path / "page.html"],
         ["search", "--trace", trace_of_one, "--held-out", trace_of_one, "-b", 20, "--out", tmp_path / "s"],
     ):
@@ -134,7 +134,7 @@ def test_configurations_of_hostile_text_are_one_line(tmp_path, text, words):
     path = tmp_path / "configs.json"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
-        _asked_cells(None, None, path, None)
+        asked_cells(None, None, path, None)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 

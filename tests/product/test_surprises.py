@@ -92,7 +92,7 @@ def test_a_format_that_contradicts_the_file_is_refused(name, tmp_path):
 @pytest.mark.slow
 def test_tables_that_are_parquet_are_not_named_otherwise(make_trace, run_sim, tmp_path):
     trace = make_trace().path
-    forced = ("validate", "--level", "forced")
+    forced = ("validate", "forced")
     for verb, option in ((["replay"], "--retained"), (["replay"], "--trajectory"), (forced, "--steps")):
         code, _, err = run_sim(*verb, "-t", trace, "-p", "rkv", "-b", 12, option, tmp_path / "kept.csv")
         assert (code, err) == (
@@ -103,7 +103,7 @@ def test_tables_that_are_parquet_are_not_named_otherwise(make_trace, run_sim, tm
 
 def test_two_tables_are_not_written_to_one_file(run_sim, tmp_path):
     place = tmp_path / "x.parquet"
-    code, _, err = run_sim("validate", "--level", "forced", "-o", place, "--steps", place)
+    code, _, err = run_sim("validate", "forced", "-t", "sample", "-o", place, "--steps", place)
     assert (code, err) == (2, f"sim: -o and --steps are both {place}; allowed: two files\n")
 
 

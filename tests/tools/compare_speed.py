@@ -21,11 +21,11 @@ import naive_torch  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from simulator.bench.machine import n_cores  # noqa: E402
 from simulator.bench.trace import eight_billion  # noqa: E402
 from simulator.engine.loop import Engine  # noqa: E402
 from simulator.engine.request import Request  # noqa: E402
 from simulator.policies.language import parse_policy  # noqa: E402
+from simulator.workers.cores import n_cores  # noqa: E402
 from traces import make_synthetic  # noqa: E402
 
 

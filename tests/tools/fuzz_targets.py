@@ -184,7 +184,7 @@ def _sweep_target(folder: Path, trace: Path) -> Target:
 def _configs_target(folder: Path) -> Target:
     from simulator.budget import parse_budget
     from simulator.policies.language import parse_policy
-    from validate.cli.validate import _asked_cells
+    from validate.cli.options import asked_cells
 
     path = folder / "winners.json"
     rows = [
@@ -198,7 +198,7 @@ def _configs_target(folder: Path) -> Target:
         return [(parse_policy(row["policy"]), parse_budget(row["budget"])) for row in only_json(content)]
 
     def meaning(place: Path) -> Any:
-        return _asked_cells(None, None, place, None)
+        return asked_cells(None, None, place, None)
 
     return Target(
         "configs", path, change.changed_json, meaning, lambda content: [*dict.fromkeys(expected(content))]

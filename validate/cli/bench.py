@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simulator.cli import shared
+from traces.errors import NoDeviceError, UserError
+from validate.cli import options
+from validate.models.shapes import PREFIX, asked_model
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,7 +26,7 @@ _GPU_BATCH, _CPU_BATCH = 1024, 4
 
 def bench(
     gpu: Annotated[bool, typer.Option("--gpu", help="Refuse to run without a GPU.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     random_weights: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +69,7 @@ def bench(
         Path | None, typer.Option(help="Folder for the results, as JSON named after the device.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Measure what eviction costs and gains on this device.
 
@@ -72,31 +77,24 @@ def bench(
     Compares the full cache, SnapKV, R-KV and ReasonAlloc at one budget, at batch 1 and at the largest that
     fits. On a GPU this takes under ten minutes.
     """
-    from traces.errors import NoDeviceError, UserError
     from validate.models.load import load_model, resolve_device
 
     target = resolve_device("cuda" if gpu and device == "auto" else device)
     if gpu and target.type != "cuda":
         raise NoDeviceError(f"--gpu is given with --device {device}; allowed: cuda, cuda:N")
-    if model is not None and random_weights is not None:
-        raise UserError("--model and --random-weights are both given; allowed: one of them")
     on_gpu = target.type == "cuda"
+    source = asked_model(model, random_weights, PREFIX + (_GPU_SHAPE if on_gpu else _CPU_SHAPE))
     if budget is None:
         budget = _GPU_BUDGET if on_gpu else _CPU_BUDGET
     if most_batch is None:
         most_batch = _GPU_BATCH if on_gpu else _CPU_BATCH
     if lengths is None:
         lengths = _GPU_LENGTHS if on_gpu else _CPU_LENGTHS
-    for name, value in (("budget", budget), ("buffer", buffer), ("most-batch", most_batch)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}; allowed: 1 or more")
+    shared.require_counts(budget=budget, buffer=buffer, most_batch=most_batch)
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes:g}; allowed: above 0")
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made: {error.strerror}; allowed: a folder") from None
+        options.make_folder(out)
     from validate.bench.run import BenchPlan, require_measurable, run_bench
 
     plan = BenchPlan(
@@ -114,19 +112,13 @@ def bench(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    if model is not None:
-        loaded = load_model(model, kind, str(target))
-    else:
-        from validate.models.random_weights import random_model
-
-        shape = random_weights or (_GPU_SHAPE if on_gpu else _CPU_SHAPE)
-        tell(f"random weights of {shape} on {target}")
-        loaded = random_model(shape, dtype=kind, device=str(target))
-    place: list[Path | None] = [None]
+    tell(f"{source} on {target}")
+    loaded = load_model(source, kind, str(target))
+    place: list[Path] = []
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:
-            place[0] = _write(result, out)
+            place[:] = [_write(result, out)]
 
     result = run_bench(loaded.model, loaded.name, plan, tell=tell, keep=keep)
     if json:
@@ -135,13 +127,11 @@ def bench(
         print(dumps(result, indent=1))
     else:
         print_device_bench(result)
-    if place[0] is not None:
-        tell(f"written to {place[0]}")
+    for path in place:
+        tell(f"written to {path}")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    from traces.errors import UserError
-
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{option} is '{text}'; allowed: a comma list of numbers of 1 or more")
@@ -151,12 +141,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _write(result: dict[str, Any], folder: Path) -> Path:
     from json import dumps
 
-    from traces.atomic import write_file
+    from traces.atomic import write_text
 
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['device']}-{result['model']['name']}".lower())
     path = folder / f"{name.strip('-')}.json"
-    text = dumps(result, indent=1) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, dumps(result, indent=1) + "\n")
     return path
 
 
@@ -200,18 +189,8 @@ def print_device_bench(result: dict[str, Any], console: Console | None = None) -
         console.print(f"not measured: {skipped['what']}: {skipped['why']}", highlight=False, soft_wrap=True)
 
 
-def _table(*headers: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for number, header in enumerate(headers):
-        shown.add_column(header, justify="right" if number else "left", no_wrap=True)
-    return shown
-
-
 def _kernel_table(cases: list[dict[str, Any]]) -> Any:
-    shown = _table(
+    shown = shared.number_table(
         "\nkernel", "\nbatch", "heads of\nlength", "\nmicroseconds", "\nGB/s", "of\ncopy", "\nTFLOP/s"
     )
     for case in cases:
@@ -229,7 +208,7 @@ def _kernel_table(cases: list[dict[str, Any]]) -> Any:
 
 
 def _decode_table(cases: list[dict[str, Any]]) -> Any:
-    shown = _table(
+    shown = shared.number_table(
         "\npolicy", "\nbatch", "\ntokens", "\ntokens/s", "ms a\nstep", "ms a com-\npression", "cache\nMB",
         "peak\nGB", "\ngraph",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -13,7 +14,10 @@ from typing import Annotated
 import typer
 
 from simulator.cli.bench import bench
-from simulator.cli.replay import calibrate, policies_app, replay
+from simulator.cli.calibrate import calibrate
+from simulator.cli.chart import chart
+from simulator.cli.policies import list_policies, show_policy
+from simulator.cli.replay import replay
 from simulator.cli.results import results
 from simulator.cli.search import search
 from simulator.cli.sweep import sweep
@@ -22,10 +26,14 @@ from traces.commands import trace_app
 from traces.errors import Interrupted, UserError
 from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
+from validate.cli import reasoner
 from validate.cli.bench import bench as device_bench
+from validate.cli.forced import forced
+from validate.cli.live import live
+from validate.cli.protocol import protocol
 from validate.cli.record import record
 from validate.cli.report import report
-from validate.cli.validate import validate
+from validate.cli.shadow import shadow
 from validate.cli.verbs import Verb, Verbs
 
 _LONGEST_LINE = 1200
@@ -51,30 +59,54 @@ def about(
         raise typer.Exit
 
 
-app.command(cls=Verb, epilog="sim record --model reference --prompts problems.jsonl --out runs/mine")(record)
+def _add(group: typer.Typer, verb: Callable[..., None], example: str, name: str | None = None) -> None:
+    group.command(name, cls=Verb, epilog=f"sim {example}")(verb)
+
+
+def _group(name: str, help: str, example: str) -> typer.Typer:
+    group = typer.Typer(cls=Verbs, no_args_is_help=True, help=help, epilog=f"sim {example}")
+    app.add_typer(group, name=name)
+    return group
+
+
+_add(app, record, "record --model reference --prompts problems.jsonl --out runs/mine")
 app.add_typer(trace_app, name="trace")
-app.command(cls=Verb, epilog="sim calibrate --trace runs/calibration --out wave.json")(calibrate)
-app.add_typer(policies_app, name="policies")
-app.command(
-    cls=Verb, epilog="sim replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32"
-)(replay)
-app.command(cls=Verb, epilog="sim sweep sweep.toml --dry-run")(sweep)
-app.command(
-    cls=Verb, epilog="sim search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search"
-)(search)
-app.command(cls=Verb, epilog="sim results rows.parquet --metric lost_lookup_peak --budget 20%")(results)
-app.command(
-    cls=Verb, epilog="sim report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html"
-)(report)
-app.command(cls=Verb, epilog="sim bench --quick")(bench)
-validate_app = typer.Typer(
-    cls=Verbs,
-    invoke_without_command=True,
-    epilog="sim validate --level shadow --trace sample --policy rkv --budget 20% --buffer 32",
+_add(app, calibrate, "calibrate --trace runs/calibration --out wave.json")
+naming = _group("policies", "Policies by name: what there is, and what each does.", "policies show rkv+wave")
+_add(naming, list_policies, "policies list --format json", "list")
+_add(naming, show_policy, "policies show reasonalloc", "show")
+_add(app, replay, "replay --trace sample --policy rkv,reasonalloc --budget 20%,512KiB! --buffer 32")
+_add(app, sweep, "sweep sweep.toml --dry-run")
+_add(app, search, "search --trace 'runs/a/*' --held-out 'runs/b/*' --budget 20% --out runs/search")
+_add(app, results, "results rows.parquet --metric lost_lookup_peak --budget 20%")
+_add(app, report, "report --trace sample --policy rkv,h2o --budget 20% --buffer 32 --out page.html")
+_add(app, chart, "chart trajectory.parquet --policy reasonalloc --budget 20% --out budgets.svg")
+_add(app, bench, "bench --quick")
+validation = _group(
+    "validate",
+    "Decode with real eviction, alone or beside a replay.",
+    "validate shadow --trace sample --policy rkv --budget 20% --buffer 32",
 )
-validate_app.callback()(validate)
-validate_app.command("bench", cls=Verb, epilog="sim validate bench --out runs/bench")(device_bench)
-app.add_typer(validate_app, name="validate")
+_add(validation, shadow, "validate shadow --trace sample --policy rkv --budget 20% --buffer 32")
+_add(validation, forced, "validate forced --trace sample --policy rkv,snapkv --budget 20% --buffer 32")
+_add(validation, live, "validate live --prompts problems.jsonl --policy rkv --budget 20% --out runs/live")
+_add(
+    validation,
+    protocol,
+    "validate protocol --config validate/configs/reasonalloc_paper.toml --out runs/paper",
+)
+_add(validation, device_bench, "validate bench --out runs/bench")
+reasoning = _group(
+    "reasoner",
+    "The reference reasoner: problems, training, measurements.",
+    "reasoner problems --family walk --count 8",
+)
+_add(reasoning, reasoner.problems, "reasoner problems --family walk --count 8 --seed 1")
+_add(reasoning, reasoner.train, "reasoner train --out runs/reasoner")
+_add(reasoning, reasoner.evaluate, "reasoner evaluate --json accuracy.json")
+_add(reasoning, reasoner.profile, "reasoner profile --traces runs/heldout --out profile.json")
+_add(reasoning, reasoner.charts, "reasoner charts --profile profile.json --out runs/charts")
+_add(reasoning, reasoner.trust, "reasoner trust --out simulator/results/fidelity.json")
 
 
 def versions() -> str:

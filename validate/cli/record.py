@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from traces.errors import Interrupted, UserError
+from traces.progress import progress, shows_progress
 from traces.seeds import require_seed
 from traces.wording import counted
+from validate.cli import options
 from validate.models.shapes import asked_model, meaningless
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from validate.problems.prompts import Prompt
     from validate.record.rows import Row
 
@@ -29,19 +27,14 @@ def record(
         Path, typer.Option(help="JSONL with prompt (or problem, question), optional id, answer.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the traces, one ID.kvtrace per row.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="'reference', a folder with a saved model, or a hub id.", show_default="reference"),
-    ] = None,
-    random_weights: Annotated[
-        str | None, typer.Option(help="Instead: random weights of this shape, such as R1-Llama-8B.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    model: options.Model = None,
+    random_weights: options.RandomWeights = None,
+    revision: options.Revision = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Take each row's completion instead of decoding.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Decode at most this many tokens.", show_default="1024")
     ] = None,
@@ -53,9 +46,7 @@ def record(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="0")] = None,
     limit: Annotated[int | None, typer.Option(help="Record only the first N rows.")] = None,
     values: Annotated[bool, typer.Option("--values", help="Record values as well.")] = False,
-    no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Do not apply the tokenizer's chat template.")
-    ] = False,
+    no_chat: options.NoChat = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Record again what is there already.")
     ] = False,
@@ -72,15 +63,19 @@ def record(
     if rescore and max_new_tokens is not None:
         raise UserError(f"--max-new-tokens {max_new_tokens} contradicts --rescore, which decodes nothing")
     require_seed(seed or 0, "--seed")
-    if seed is not None and temperature is None:
-        raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
-    do_sample = _asks_for_sampling(greedy, temperature, top_p, rescore)
+    if temperature is None:
+        if seed is not None:
+            raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
+        if top_p is not None:
+            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
+    elif greedy or rescore:
+        other = "--greedy" if greedy else "--rescore"
+        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
     name = asked_model(model, random_weights, "reference")
     results: list[Row] = []
     try:
         # torch and transformers take seconds to import; only here are they needed.
         from validate.models.load import load_model
-        from validate.models.next_token import Sampling
         from validate.models.threads import limit_threads
         from validate.problems.prompts import (
             read_prompts,
@@ -94,12 +89,7 @@ def record(
         settings = RowSettings(
             rescore=rescore,
             max_new_tokens=1024 if max_new_tokens is None else max_new_tokens,
-            sampling=Sampling(
-                do_sample,
-                temperature=1.0 if temperature is None else temperature,
-                top_p=1.0 if top_p is None else top_p,
-                seed=0 if seed is None else seed,
-            ),
+            sampling=options.asked_sampling(temperature, top_p, seed or 0),
             use_chat_template=not no_chat,
             with_values=values,
             overwrite=overwrite,
@@ -114,7 +104,7 @@ def record(
         observed_shape(loaded.model)
         require_known_words(rows, loaded.tokenizer, prompts, rescore)
         limit_threads(loaded.model)
-        _make_folder(out)
+        options.make_folder(out)
         _record_all(partial(record_row, loaded, out=out, settings=settings), rows, results, quiet)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -126,76 +116,31 @@ def record(
         raise typer.Exit(1)
 
 
-def _asks_for_sampling(greedy: bool, temperature: float | None, top_p: float | None, rescore: bool) -> bool:
-    """Tell whether tokens are drawn, refusing options that contradict each other."""
-    if temperature is None:
-        if top_p is not None:
-            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
-        return False
-    if greedy or rescore:
-        other = "--greedy" if greedy else "--rescore"
-        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
-    return True
-
-
 def _set_library_messages(quiet: bool) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if not _shows_progress(quiet):
+    if not shows_progress(quiet):
         logging.disable_progress_bar()
-
-
-def _shows_progress(quiet: bool) -> bool:
-    return sys.stderr.isatty() and not quiet
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
 
 
 def _record_all(
     record_row: Callable[..., Row], prompts: list[Prompt], results: list[Row], quiet: bool
 ) -> None:
     """Record every row, append what became of it to ``results`` and report on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with _progress(console, _shows_progress(quiet)) as progress:
-        task = progress.add_task("", total=len(prompts))
+    with progress("recording", len(prompts), quiet) as advance:
         for prompt in prompts:
 
             def show(n_tokens: int, name: str = prompt.file_stem) -> None:
-                progress.update(task, description=f"{name}: {n_tokens} tokens")
+                advance(told=f"{name}: {n_tokens} tokens")
 
             row = record_row(prompt, on_tokens=show)
             results.append(row)
-            progress.advance(task)
+            advance()
             if row.status == "failed":
-                _say(console, f"line {prompt.line}, {row.name}: failed: {row.error}")
+                print(f"line {prompt.line}, {row.name}: failed: {row.error}", file=sys.stderr)
             elif row.status == "kept" and not quiet:
-                _say(console, f"{row.name}: recorded already, kept")
-
-
-@contextmanager
-def _progress(console: Console, show_progress: bool) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not show_progress) as progress:
-        yield progress
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                print(f"{row.name}: recorded already, kept", file=sys.stderr)
 
 
 def table_lines(rows: Iterable[Row]) -> list[str]:

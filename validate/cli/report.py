@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulator.cli import shared
 from simulator.cli.completion import metrics, policies
 from simulator.results.metric_names import DEFAULT_METRIC, METRICS
+from traces.atomic import write_text
+from traces.errors import UserError
+from traces.progress import progress
 from traces.wording import counted
 
 if TYPE_CHECKING:
@@ -38,10 +42,10 @@ def report(
         list[str] | None, typer.Option("--trace", "-t", help="Traces whose text is shown, or to replay.")
     ] = None,
     fidelity: Annotated[
-        Path | None, typer.Option(help="fidelity.csv of sim validate; with --accuracy.")
+        Path | None, typer.Option(help="fidelity.csv of sim validate live; with --accuracy.")
     ] = None,
     accuracy: Annotated[
-        Path | None, typer.Option(help="accuracy.csv of sim validate; with --fidelity.")
+        Path | None, typer.Option(help="accuracy.csv of sim validate live; with --fidelity.")
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -71,7 +75,7 @@ def report(
     charts: Annotated[Path | None, typer.Option(help="Folder for every chart as SVG and PNG.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and for policies that draw.")] = 0,
     jobs: Annotated[int, typer.Option(help="Threads of a replay; 0 uses all cores.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Write rows, or a replay made for it, as one page.
 
@@ -79,8 +83,6 @@ def report(
     """
     from simulator.policies.language import split_list
     from simulator.results.output import require_place
-    from traces.atomic import write_file
-    from traces.errors import UserError
     from traces.extras import require_extra
     from traces.seeds import require_seed
     from traces.store import find_traces, open_trace
@@ -90,21 +92,7 @@ def report(
         raise UserError(f"--out {out}: suffix is '{out.suffix}'; allowed: .html")
     require_place(out, "--out")
     require_seed(seed, "--seed")
-    if (fidelity is None) != (accuracy is None):
-        alone, other = ("--fidelity", "--accuracy") if accuracy is None else ("--accuracy", "--fidelity")
-        raise UserError(f"{alone} is given without {other}; needed: both, of one sim validate")
-    if retained is not None and not trace:
-        raise UserError(
-            "--retained is given without --trace; needed: the trace that was replayed, for its text"
-        )
-    if not results and (trajectory is not None or retained is not None):
-        option = "--trajectory" if trajectory is not None else "--retained"
-        raise UserError(f"{option} goes with rows of the same replay; needed: a file of sim replay -o")
-    if results and buffer is not None:
-        raise UserError("--buffer is for a replay; allowed: with --trace and without rows")
-    if not results and not trace:
-        raise UserError("sim report needs rows of sim replay -o, or --trace to replay")
-
+    _require_together(results, trace, trajectory, retained, fidelity, accuracy, buffer)
     from simulator.report.contents import known_metrics
     from simulator.report.contents import report as made
     from simulator.report.search_section import held_out_rows, is_search, search_section
@@ -137,12 +125,38 @@ def report(
     searched = search_section(searches[0]) if searches else None
     command = shlex.join(["sim", *sys.argv[1:]])
     page = made(sources, metrics, traces, section, seed, searched, command)
-    write_file(out, lambda temporary: temporary.write_text(page.text, encoding="utf-8"))
+    write_text(out, page.text)
     print(f"wrote {out} ({len(page.text.encode()) / 1e6:.1f} MB, {counted(len(page.figures), 'chart')})")
     if charts is not None:
         charts.mkdir(parents=True, exist_ok=True)
         n_written = sum(len(figure.export(charts)) for figure in page.figures)
         print(f"wrote {n_written} pictures to {charts}")
+
+
+def _require_together(
+    results: list[Path] | None,
+    trace: list[str] | None,
+    trajectory: Path | None,
+    retained: Path | None,
+    fidelity: Path | None,
+    accuracy: Path | None,
+    buffer: int | None,
+) -> None:
+    """Refuse options without those that they go with."""
+    if (fidelity is None) != (accuracy is None):
+        alone, other = ("--fidelity", "--accuracy") if accuracy is None else ("--accuracy", "--fidelity")
+        raise UserError(f"{alone} is given without {other}; needed: both, of one sim validate live")
+    if retained is not None and not trace:
+        raise UserError(
+            "--retained is given without --trace; needed: the trace that was replayed, for its text"
+        )
+    if not results and (trajectory is not None or retained is not None):
+        option = "--trajectory" if trajectory is not None else "--retained"
+        raise UserError(f"{option} goes with rows of the same replay; needed: a file of sim replay -o")
+    if results and buffer is not None:
+        raise UserError("--buffer is for a replay; allowed: with --trace and without rows")
+    if not results and not trace:
+        raise UserError("sim report needs rows of sim replay -o, or --trace to replay")
 
 
 def _replay(
@@ -161,23 +175,18 @@ def _replay(
     UserError
         If no cell succeeded.
     """
-    from simulator.workers.blas import use_one_thread, warn
-
-    use_one_thread()
-    from simulator.kernels.compiled import tell_compiling
-
-    tell_compiling()
+    shared.prepare_kernels()
     import polars as pl
 
     from simulator.budget import parse_budgets
     from simulator.cells import run_replay
-    from simulator.cli.replay import DEFAULT_BUDGETS, DEFAULT_POLICIES, progress, worker_count
     from simulator.policies.language import parse_policies
     from simulator.results.tables import require_one_model
-    from traces.errors import UserError
+    from simulator.workers.blas import warn
+    from simulator.workers.cores import worker_count
 
-    policies = parse_policies(policy or [DEFAULT_POLICIES], buffer)
-    budgets = parse_budgets(budget or [DEFAULT_BUDGETS])
+    policies = parse_policies(policy or [shared.DEFAULT_POLICIES], buffer)
+    budgets = parse_budgets(budget or [shared.DEFAULT_BUDGETS])
     require_one_model(trace.model for trace in traces)
     workers = worker_count(jobs)
     warn(workers)

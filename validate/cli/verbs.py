@@ -6,11 +6,13 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from traces.errors import UserError
+
 # What a verb does with few options is seen without groups.
 _FEW = 12
 _GROUPS = {
     "What is run": (
-        *("--trace", "--held-out", "--prompts", "--limit", "--level", "--config", "--configs"),
+        *("--trace", "--held-out", "--prompts", "--limit", "--config", "--configs"),
         *("--policy", "--budget", "--buffer", "--wave", "--family", "--simulated"),
     ),
     "Model": ("--model", "--random-weights", "--revision", "--dtype", "--device", "--gpu", "--no-chat"),
@@ -71,4 +73,12 @@ class Verb(_Shown, TyperCommand):
 
 
 class Verbs(_Shown, TyperGroup):
-    """A verb that has others below it; its epilog is an example of it."""
+    """A verb that has others below it; its epilog is an example of one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse options that stand where a verb has to, and say which there are."""
+        first = args[0] if args else ""
+        if first.startswith("-") and first not in ctx.help_option_names and not ctx.resilient_parsing:
+            verbs = f"{', '.join(self.list_commands(ctx))}, as in {self.epilog}"
+            raise UserError(f"{first} stands where a verb of {ctx.command_path} has to; allowed: {verbs}")
+        return super().parse_args(ctx, args)

@@ -1,93 +1,106 @@
-"""The shadow and forced levels of ``sim validate``: policies x budgets over traces, one row per cell."""
+"""The shadow and forced levels of policies x budgets over traces: one row per cell."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import typer
+import polars as pl
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from simulator.budget import Budget
+from simulator.cells import cell_labels
+from simulator.engine.cap import entries_of
+from simulator.policies.language import Policy
+from simulator.policies.wave import tell_unused
+from simulator.results.output import tell_written, write_rows
 from traces.errors import UserError
-from validate.live.output import report_failed, write_text
+from traces.store import find_traces, open_trace
+from traces.trace import Trace
+from validate.levels.runs import Forced, Shadow, forced_steps, level_row
+from validate.live.terminal import print_levels
+from validate.models.load import load_model
+from validate.models.threads import limit_threads
 
-if TYPE_CHECKING:
-    from simulator.budget import Budget
-    from simulator.policies.language import Policy
 
-
-def compare_with_traces(
-    level: str,
-    trace: list[str] | None,
+def open_traces(
+    patterns: list[str],
     model: str,
     revision: str | None,
     dtype: str | None,
     device: str,
-    cells: list[tuple[Policy, Budget]],
-    wave: list[Path] | None,
-    seed: int,
-    chosen: str,
-    output: Path | None,
-    steps: Path | None,
-    quiet: bool = False,
-) -> None:
-    """Run the shadow or the forced level over traces and print one row per cell."""
-    import polars as pl
-    from transformers.utils import logging
+    waves: Sequence[Path],
+) -> tuple[PreTrainedModel, list[Trace]]:
+    """Open traces and load their model, in the first one's type unless another is asked for.
 
-    from simulator.cells import cell_labels
-    from simulator.engine.cap import entries_of
-    from simulator.engine.full_cache import FullCache
-    from simulator.policies.wave import known_waves, tell_unused
-    from simulator.results.output import tell_written, write_parquet
-    from traces.store import find_traces, open_trace
-    from validate.levels.runs import Forced, forced_steps, level_row, run_forced, run_shadow
-    from validate.live.terminal import print_levels
-    from validate.models.load import load_model
-    from validate.models.threads import limit_threads
-
-    if not trace:
-        raise UserError(f"--level {level} needs --trace")
-    opened = [open_trace(path) for path in find_traces(trace)]
+    Raises
+    ------
+    UserError
+        If a trace or the model cannot be read.
+    """
+    traces = [open_trace(path) for path in find_traces(patterns)]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    loaded = load_model(model, dtype or opened[0].shape.dtype, device, revision)
+    loaded = load_model(model, dtype or traces[0].shape.dtype, device, revision)
     limit_threads(loaded.model)
-    waves = known_waves(list(wave or []))
-    tell_unused(wave or [], [own.model for own in opened])
+    tell_unused(waves, [own.model for own in traces])
+    return loaded.model, traces
+
+
+def compare(
+    traces: Sequence[Trace],
+    cells: Sequence[tuple[Policy, Budget]],
+    level: Callable[[Trace], Callable[[Policy, int], Shadow | Forced]],
+) -> tuple[pl.DataFrame, pl.DataFrame, list[UserError]]:
+    """Run every cell at a level.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+    cells : sequence of (Policy, Budget)
+    level : callable
+        Of a trace; gives what runs a policy at a budget in entries.
+
+    Returns
+    -------
+    polars.DataFrame
+        One row per cell.
+    polars.DataFrame
+        Of a forced level one row per cell, layer and decode step.
+    list of UserError
+        Why cells failed.
+
+    Raises
+    ------
+    UserError
+        The first, if all failed.
+    """
     rows, per_step, failed = [], [], []
-    for own in opened:
-        settings: dict[str, Any] = {"seed": seed, "waves": waves}
-        if level == "forced":
-            settings["full"] = FullCache(own)
+    for trace in traces:
+        run = level(trace)
         for policy, budget in cells:
-            labels = cell_labels(own, policy, budget)
-            run = run_shadow if level == "shadow" else run_forced
             try:
-                entries = entries_of(budget, policy, own.shape, own.prompt_tokens, own.total_tokens)
-                result = run(loaded.model, own, policy, entries, **settings)
+                entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
+                result = run(policy, entries)
             except UserError as error:
                 failed.append(error)
                 continue
+            labels = cell_labels(trace, policy, budget)
             rows.append(labels | level_row(result))
-            if steps is not None and isinstance(result, Forced):
+            if isinstance(result, Forced):
                 columns = [pl.lit(value).alias(name) for name, value in labels.items()]
                 per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
     if not rows:
         raise failed[0]
-    table = pl.DataFrame(rows, infer_schema_length=None)
-    if steps is not None:
-        write_parquet(pl.concat(per_step), steps)
-    if output is not None and chosen == "parquet":
-        write_parquet(table, output)
-    elif chosen == "csv":
-        write_text(table.write_csv(), output)
-    elif chosen == "json":
-        write_text(json.dumps(table.to_dicts(), indent=1) + "\n", output)
-    else:
+    steps = pl.concat(per_step) if per_step else pl.DataFrame()
+    return pl.DataFrame(rows, infer_schema_length=None), steps, failed
+
+
+def write_levels(table: pl.DataFrame, output: Path | None, chosen: str, quiet: bool) -> None:
+    """Write rows of a level as a table, csv, json or parquet, to a file or standard output."""
+    if chosen == "table":
         print_levels(table, output)
+    else:
+        write_rows(table, output, chosen)
     tell_written(output, len(table), quiet)
-    tell_written(steps, sum(map(len, per_step)), quiet)
-    report_failed(failed, len(failed) + len(rows), "cells")
-    if level == "shadow" and table["mismatches"].sum():
-        raise typer.Exit(1)

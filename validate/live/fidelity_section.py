@@ -39,7 +39,7 @@ def fidelity_section(
     rows : polars.DataFrame
         Of a replay; ``family`` tells whose trace it is.
     fidelity_path, accuracy_path : Path
-        ``fidelity.csv`` and ``accuracy.csv`` of ``sim validate``.
+        ``fidelity.csv`` and ``accuracy.csv`` of ``sim validate live``.
     metrics : sequence of str
         Columns of ``rows``, one chart per family each.
 

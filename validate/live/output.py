@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import polars as pl
 import typer
 
+from simulator.results.labels import told_apart
+from simulator.results.metric_names import METRICS
+from simulator.results.output import tell_written, write_rows
+from simulator.sweep.rows import read_rows
+from traces.atomic import write_text
 from traces.errors import NoDeviceError, UserError
-
-if TYPE_CHECKING:
-    import polars as pl
+from validate.live.accuracy import accuracy_table
+from validate.live.fidelity import fidelity_table, matched_cells
+from validate.live.terminal import print_accuracy, print_fidelity
 
 
 def read_simulated(path: Path) -> pl.DataFrame:
@@ -22,9 +27,6 @@ def read_simulated(path: Path) -> pl.DataFrame:
     UserError
         If the file is no such table.
     """
-    from simulator.results.metric_names import METRICS
-    from simulator.sweep.rows import read_rows
-
     try:
         rows = read_rows([path])
     except UserError as error:
@@ -52,12 +54,6 @@ def tell(
 
     A ``note`` stands under the table and in the report; next to rows it goes to standard error.
     """
-    from simulator.results.labels import told_apart
-    from simulator.results.output import tell_written, write_rows
-    from validate.live.accuracy import accuracy_table
-    from validate.live.fidelity import fidelity_table, matched_cells
-    from validate.live.terminal import print_accuracy, print_fidelity
-
     labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
     accuracy = accuracy_table(labelled)
     write_rows(accuracy, out / "accuracy.csv", "csv")
@@ -76,11 +72,12 @@ def tell(
         if chosen == "table" or output is not None:
             print_fidelity(fidelity)
     if report is not None:
+        # altair is needed for a report alone.
         from validate.live.report import write_report
 
         charts = write_report(report, labelled, accuracy, cells, fidelity, note)
         for name, svg in charts.items():
-            write_text(svg, out / f"{name}.svg")
+            write_text(out / f"{name}.svg", svg)
         tell_written(report, len(charts), quiet, "chart")
 
 
@@ -98,13 +95,3 @@ def report_failed(failed: list[UserError], n_asked: int, what: str) -> None:
         print(f"sim: {told}", file=sys.stderr)
         lacks_device = any(isinstance(error, NoDeviceError) for error in failed)
         raise typer.Exit(NoDeviceError.exit_code if lacks_device else failed[0].exit_code if every else 1)
-
-
-def write_text(text: str, output: Path | None) -> None:
-    """Write to a file in one step, or to standard output."""
-    from traces.atomic import write_file
-
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))

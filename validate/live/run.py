@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import polars as pl
+
+from simulator.budget import Budget
+from simulator.policies.language import Policy
 from traces.errors import Interrupted, UserError
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from simulator.budget import Budget
-    from simulator.policies.language import Policy
-    from validate.live.matrix import Batch, Matrix, MatrixSettings
+from traces.progress import progress
+from validate.live.matrix import Batch, Matrix, MatrixSettings
+from validate.problems.grading import require_grader
+from validate.problems.prompts import read_prompts, require_answers, tell_limit
 
 
 def open_matrix(settings: MatrixSettings, folder: Path) -> Matrix:
@@ -27,10 +24,6 @@ def open_matrix(settings: MatrixSettings, folder: Path) -> Matrix:
     UserError
         If a problem has no answer, answers cannot be graded here, or the folder holds other results.
     """
-    from validate.live.matrix import Matrix
-    from validate.problems.grading import require_grader
-    from validate.problems.prompts import read_prompts, require_answers, tell_limit
-
     problems = read_prompts(settings.prompts, settings.limit)
     require_answers(problems, settings.prompts)
     tell_limit(len(problems), settings.limit, settings.prompts)
@@ -53,7 +46,7 @@ def run_matrix(
     batches = matrix.batches(cells)
     done = 0
     try:
-        with _progress(len(batches), title, quiet) as advance:
+        with progress(title, len(batches), quiet) as advance:
 
             def on_batch(batch: Batch, error: str | None) -> None:
                 nonlocal done
@@ -78,43 +71,9 @@ def n_asked(matrix: Matrix, cells: Sequence[tuple[Policy, Budget]]) -> int:
     return sum(batch.budget is not None or with_full for batch in matrix.batches(cells))
 
 
-def processes(jobs: int, device: str) -> int:
-    """Give the number of processes: as asked, else one per core, or one on a GPU.
+def decoding_dtype(asked: str | None, device: str) -> str:
+    """Give the type to decode in.
 
-    Raises
-    ------
-    UserError
-        If fewer than none are asked for.
+    Tokens equal those of another implementation in float32 only, and a CPU is no slower in it.
     """
-    if jobs < 0:
-        raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")
-    if jobs or device != "cpu":
-        return jobs or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _progress(total: int, title: str, quiet: bool) -> Iterator[Callable[[], None]]:
-    if quiet or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+    return asked or ("float32" if device == "cpu" else "auto")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from simulator.bench.machine import n_cores
+from simulator.workers.cores import n_cores
 
 # Parameters below which one token's products are too small to share: threads then wait for each other longer
 # than they compute, and many times so beside other work. Measured in float32 on two cores: a second thread

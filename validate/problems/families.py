@@ -17,11 +17,8 @@ repeated (``recap``).
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -321,50 +318,3 @@ def answer_of(text: str) -> str | None:
     """Read what follows the last ``answer`` of a completion; None when it never answers."""
     _, found, tail = text.rpartition("answer ")
     return tail.strip() if found else None
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """Read ``8`` or ``8-16``."""
-    first, _, last = text.partition("-")
-    return int(first), int(last or first)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Write problems as JSONL, one per line, to standard output."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--family", choices=[*FAMILIES, "mixed"], default="mixed")
-    parser.add_argument(
-        "--size", type=parse_range, default=SIZES, metavar="N[-M]", help="difficulty (default 4-12)"
-    )
-    parser.add_argument(
-        "--length",
-        type=parse_range,
-        default=LENGTHS,
-        metavar="N[-M]",
-        help="tokens of a chain (default 560-900)",
-    )
-    parser.add_argument("--care", type=int, help="redundancy, 0 to 2 (default: drawn)")
-    parser.add_argument(
-        "--legs", type=parse_range, default=LEG_COUNTS, metavar="N[-M]", help="goals (default 1-3)"
-    )
-    parser.add_argument(
-        "--slip-rate", type=float, default=0.0, help="checked lines wrong at first (default 0)"
-    )
-    parser.add_argument("--count", type=int, default=16, help="number of problems (default 16)")
-    parser.add_argument(
-        "--seed", type=int, default=1, help="training uses seed 0; any other is held out (default 1)"
-    )
-    options = parser.parse_args(arguments)
-    families = list(FAMILIES) if options.family == "mixed" else [options.family]
-    try:
-        for index in range(options.count):
-            family = families[index % len(families)]
-            asked = (options.size, options.length, options.care, options.legs, options.slip_rate)
-            problem = make_problem(family, options.seed, index, *asked)
-            sys.stdout.write(json.dumps(asdict(problem)) + "\n")
-    except ValueError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -255,4 +255,4 @@ def require_answers(prompts: list[Prompt], path: str | Path) -> None:
     """
     for prompt in prompts:
         if prompt.answer is None:
-            raise UserError(f"{path}, line {prompt.line}: no answer; --level live grades answers")
+            raise UserError(f"{path}, line {prompt.line}: no answer; a live run grades answers")

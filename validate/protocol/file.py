@@ -1,4 +1,4 @@
-"""What a TOML file asks of ``sim validate --config``: models, benchmarks, policies, and published numbers."""
+"""What a TOML file asks of ``sim validate protocol``: models, benchmarks, policies, and published numbers."""
 
 from __future__ import annotations
 

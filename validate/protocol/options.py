@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simulator.budget import Budget, parse_budget
+from simulator.cli.shared import require_counts
 from simulator.policies.language import Policy, parse_policy, split_list
 from traces.errors import UserError
-from traces.seeds import require_seed
 from validate.models.shapes import PREFIX
 from validate.protocol.file import Benchmark, Protocol
 
@@ -135,15 +135,9 @@ def narrowed(protocol: Protocol, asked: Asked) -> tuple[Protocol, list[str]]:
 
 
 def _require_counts(protocol: Protocol, asked: Asked) -> None:
-    for option, value in (
-        ("samples", asked.samples),
-        ("max-new-tokens", asked.max_new_tokens),
-        ("batch", asked.batch),
-        ("limit", asked.limit),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"--{option} is {value}; allowed: 1 or more")
-    require_seed(asked.seed, "--seed")
+    require_counts(
+        samples=asked.samples, max_new_tokens=asked.max_new_tokens, batch=asked.batch, limit=asked.limit
+    )
     if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
         raise UserError(
             f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
@@ -191,6 +185,6 @@ def given_prompts(protocol: Protocol, asked: Asked) -> dict[str, str]:
         name, _, place = text.partition("=")
         if name not in protocol.benchmarks or not place:
             names = ", ".join(protocol.benchmarks)
-            raise UserError(f"--prompts is '{text}'; allowed with --config: BENCHMARK=FILE, of {names}")
+            raise UserError(f"--prompts is '{text}'; allowed: BENCHMARK=FILE, of {names}")
         given[name] = place
     return given

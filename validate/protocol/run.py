@@ -6,23 +6,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import polars as pl
 
 from simulator.policies.wave import known_waves
+from simulator.results.labels import told_apart
+from simulator.results.output import tell_written, write_rows
+from simulator.workers.cores import worker_count
+from traces.atomic import write_text
 from traces.errors import UserError
-from validate.live.output import report_failed, write_text
-from validate.live.run import n_asked, open_matrix, processes, run_matrix
+from validate.live.accuracy import accuracy_table
+from validate.live.matrix import MatrixSettings
+from validate.live.output import report_failed
+from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
+from validate.live.terminal import print_published
 from validate.models.load import resolve_device
 from validate.models.shapes import PREFIX, meaningless
 from validate.protocol.file import Benchmark, Protocol, read_protocol
 from validate.protocol.options import Asked, Choice, choose_model, given_prompts, narrowed
 from validate.protocol.preflight import require_runnable
 from validate.protocol.prompts import prepare_prompts
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from validate.live.matrix import MatrixSettings
+from validate.protocol.published import beside_published
 
 
 def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: Path | None = None) -> None:
@@ -44,13 +48,9 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     ------
     UserError
     """
-    from simulator.results.output import tell_written, write_rows
-    from validate.live.accuracy import accuracy_table
-    from validate.live.terminal import print_published
-
     protocol = read_protocol(asked.config)
     device = str(resolve_device(asked.device))
-    jobs = processes(asked.jobs, device)
+    jobs = worker_count(asked.jobs, None if device == "cpu" else 1)
     model = choose_model(protocol, asked.model)
     given = given_prompts(protocol, asked)
     protocol, changes = narrowed(protocol, asked)
@@ -79,7 +79,7 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
     note = "\n".join(filter(None, [*changes, meaningless(model.load)]))
     if chosen == "table":
-        print_published(_shown(table), protocol.source, note, output)
+        print_published(told_apart(table)[0], protocol.source, note, output)
     else:
         write_rows(table, output, chosen)
     tell_written(output, len(table), asked.quiet)
@@ -105,12 +105,9 @@ def _settings(
     prompts: Path,
     waves: Sequence[str],
 ) -> MatrixSettings:
-    from validate.live.matrix import MatrixSettings
-
     return MatrixSettings(
         model=model.load,
-        # As without a file: the tokens of float32 are those of other implementations.
-        dtype=asked.dtype or ("float32" if device == "cpu" else "auto"),
+        dtype=decoding_dtype(asked.dtype, device),
         device=device,
         revision=asked.revision,
         prompts=str(prompts),
@@ -129,10 +126,6 @@ def _settings(
 
 
 def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice) -> pl.DataFrame:
-    import polars as pl
-
-    from validate.protocol.published import beside_published
-
     return pl.concat(
         beside_published(
             rows,
@@ -144,22 +137,13 @@ def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice)
     )
 
 
-def _shown(table: pl.DataFrame) -> pl.DataFrame:
-    from simulator.results.labels import told_apart
-
-    return told_apart(table)[0]
-
-
 def _write_report(
     place: Path, found: dict[str, pl.DataFrame], table: pl.DataFrame, source: str, note: str, folder: Path
 ) -> None:
-    import polars as pl
-
-    from validate.live.accuracy import accuracy_table
+    # altair is needed for a report alone.
     from validate.live.report import write_report
 
-    rows = _shown(pl.concat(rows.with_columns(family=pl.lit(name)) for name, rows in found.items()))
-    accuracy = accuracy_table(rows)
-    figures = write_report(place, rows, accuracy, None, None, note, _shown(table), source)
+    (rows,) = told_apart(pl.concat(rows.with_columns(family=pl.lit(name)) for name, rows in found.items()))
+    figures = write_report(place, rows, accuracy_table(rows), None, None, note, told_apart(table)[0], source)
     for name, svg in figures.items():
-        write_text(svg, folder / f"{name}.svg")
+        write_text(folder / f"{name}.svg", svg)

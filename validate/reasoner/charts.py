@@ -1,19 +1,12 @@
-"""Draw the demand profile and attention maps as SVG.
-
-``python -m validate.reasoner.charts --profile profile.json --out DIR``
-"""
+"""Charts of the reasoner's demand profile and attention maps."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from simulator.charts.style import over_plot, styled
-from traces.documents import read_json
+from simulator.charts.style import over_plot
 from traces.errors import UserError
 from validate.problems.families import FAMILIES
 
@@ -27,7 +20,7 @@ def demand_chart(profile: dict[str, Any]) -> alt.HConcatChart:
     Parameters
     ----------
     profile : dict
-        As `validate.reasoner.profile` writes it.
+        As `sim reasoner profile` writes it.
     """
     demand = profile["demand"]
     highest = max(value for found in demand.values() for row in found["entries"] for value in row)
@@ -67,7 +60,7 @@ def map_chart(profile: dict[str, Any]) -> alt.ConcatChart:
     Parameters
     ----------
     profile : dict
-        As `validate.reasoner.profile` writes it, with at least one map.
+        As `sim reasoner profile` writes it, with at least one map.
 
     Raises
     ------
@@ -131,26 +124,3 @@ def _axis(axis: dict[str, Any]) -> list[str]:
 def _ordered(families: Any) -> list[str]:
     found = set(families)
     return [*(family for family in FAMILIES if family in found), *sorted(found - set(FAMILIES))]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Draw demand and attention maps from a profile."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--profile", type=Path, required=True, help="JSON of validate.reasoner.profile")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the SVG files")
-    options = parser.parse_args(arguments)
-    try:
-        profile = read_json(options.profile, f"--profile {options.profile}", dict[str, Any])
-        charts = {"demand-profile": demand_chart(profile), "attention-maps": map_chart(profile)}
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name, chart in charts.items():
-            styled(chart).save(options.out / f"{name}.svg")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,35 +1,19 @@
-"""Measure exact-answer accuracy on held-out problems with the full cache.
-
-``python -m validate.reasoner.evaluate`` prints one line per family and, with ``--json``, writes the figures.
+"""Exact-answer accuracy on held-out problems with the full cache.
 
 Greedy decoding writes exactly the reference chain if and only if, with that chain as input, every word of it
-is the most probable next one. So one forward pass settles most problems, and only the others are decoded;
-``--decode`` decodes them all.
+is the most probable next one. So one forward pass settles most problems, and only the others are decoded.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from validate.models.load import load_model
-from validate.problems.families import (
-    FAMILIES,
-    LEG_COUNTS,
-    LENGTHS,
-    SIZES,
-    Problem,
-    answer_of,
-    make_problem,
-    parse_range,
-)
-from validate.reasoner.train import TRAINING_SEED
+from validate.models.load import LoadedModel
+from validate.problems.families import LEG_COUNTS, LENGTHS, SIZES, Problem, answer_of, make_problem
 
 
 def greedy_completions(
@@ -81,64 +65,72 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def main() -> None:
-    """Evaluate every family and print its accuracy."""
-    parser = argparse.ArgumentParser(description="Exact-answer accuracy of the reasoner, full cache, greedy.")
-    parser.add_argument("--model", default="reference")
-    parser.add_argument("--size", type=parse_range, default=SIZES, metavar="N[-M]", help="default 4-12")
-    parser.add_argument(
-        "--length", type=parse_range, default=LENGTHS, metavar="N[-M]", help="default 560-900"
+def family_accuracy(
+    loaded: LoadedModel,
+    family: str,
+    seed: int,
+    count: int,
+    batch: int,
+    size: tuple[int, int] = SIZES,
+    length: tuple[int, int] = LENGTHS,
+    legs: tuple[int, int] = LEG_COUNTS,
+    *,
+    decode_all: bool = False,
+) -> dict[str, Any]:
+    """Solve problems of one family greedily and grade the answers.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    family : str
+    seed, count : int
+        The first ``count`` problems of this stream.
+    batch : int
+        Problems decoded together.
+    size, length, legs : (int, int)
+        As of `make_problem`.
+    decode_all : bool
+        Decode also what one forward pass settles.
+
+    Returns
+    -------
+    dict
+        What was asked; how many were ``decoded`` and ``right``; ``accuracy`` and its 95% interval ``low`` to
+        ``high``.
+
+    Raises
+    ------
+    ValueError
+        As `make_problem`.
+    """
+    model, tokenizer, *_ = loaded
+    problems = [make_problem(family, seed, i, size, length, legs=legs) for i in range(count)]
+    followed = [False] * count if decode_all else chains_followed(model, tokenizer, problems, batch)
+    others = [problem for problem, same in zip(problems, followed, strict=True) if not same]
+    longest = max((len(problem.completion.split()) for problem in others), default=0)
+    completions = greedy_completions(model, tokenizer, others, batch, longest + 64)
+    found = [answer_of(text) == problem.answer for text, problem in zip(completions, others, strict=True)]
+    right = sum(followed) + sum(found)
+    low, high = wilson_interval(right, count)
+    return {
+        "family": family,
+        "size": size,
+        "length": length,
+        "legs": legs,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "problems": count,
+        "seed": seed,
+        "decoded": len(others),
+        "right": right,
+        "accuracy": right / count,
+        "low": low,
+        "high": high,
+    }
+
+
+def told(row: dict[str, Any]) -> str:
+    """Write a row of `family_accuracy` as one line."""
+    return (
+        f"{row['family']:8s} {row['dtype']}: {row['right']}/{row['problems']} exact ({row['accuracy']:.1%}, "
+        f"95% interval {row['low']:.1%} to {row['high']:.1%}; {row['decoded']} decoded)"
     )
-    parser.add_argument("--legs", type=parse_range, default=LEG_COUNTS, metavar="N[-M]", help="default 1-3")
-    parser.add_argument("--count", type=int, default=512, help="problems per family (default 512)")
-    parser.add_argument("--seed", type=int, default=1, help="of the problems; 0 is the training stream")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--decode", action="store_true", help="decode every problem, token by token")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
-    if options.seed == TRAINING_SEED:
-        parser.error(f"--seed is {TRAINING_SEED}, the training stream; allowed: any other")
-    model, tokenizer, *_ = load_model(options.model, options.dtype, "cpu")
-    rows = []
-    for family in FAMILIES:
-        problems = [
-            make_problem(family, options.seed, i, options.size, options.length, legs=options.legs)
-            for i in range(options.count)
-        ]
-        followed = [False] * len(problems)
-        if not options.decode:
-            followed = chains_followed(model, tokenizer, problems, options.batch)
-        others = [problem for problem, same in zip(problems, followed, strict=True) if not same]
-        longest = max((len(problem.completion.split()) for problem in others), default=0)
-        completions = greedy_completions(model, tokenizer, others, options.batch, longest + 64)
-        found = [answer_of(text) == problem.answer for text, problem in zip(completions, others, strict=True)]
-        right = sum(followed) + sum(found)
-        low, high = wilson_interval(right, options.count)
-        rows.append(
-            {
-                "family": family,
-                "size": options.size,
-                "length": options.length,
-                "legs": options.legs,
-                "dtype": options.dtype,
-                "problems": options.count,
-                "seed": options.seed,
-                "decoded": len(others),
-                "right": right,
-                "accuracy": right / options.count,
-                "low": low,
-                "high": high,
-            }
-        )
-        print(
-            f"{family:8s} {options.dtype}: {right}/{options.count} exact "
-            f"({right / options.count:.1%}, 95% interval {low:.1%} to {high:.1%}; {len(others)} decoded)",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,10 @@
-"""Profile the reasoner from recorded traces: demand of its heads, how stable it is, what heads attend to.
-
-``python -m validate.reasoner.profile --traces DIR --out profile.json``
-"""
+"""Profile the reasoner from recorded traces: demand of its heads, how stable it is, what heads attend to."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +12,8 @@ from scipy.stats import rankdata
 
 from simulator.engine.full_cache import group_weights, sampled_steps
 from simulator.policies.wave import entries_to_hold
-from traces.atomic import write_file
 from traces.check import check_trace
 from traces.errors import UserError
-from traces.store import find_traces, open_trace
 from traces.trace import Trace
 from validate.problems.families import FAMILIES
 from validate.reasoner.heads import attention_map, describe_heads, mean_masses, typical_heads
@@ -271,27 +262,3 @@ def profile_traces(
         "heads": heads,
         "maps": describe_maps(traces, heads["rows"]),
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Profile recorded traces and write the result as one JSON file."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--traces", nargs="+", required=True, help="traces, folders of traces or globs")
-    parser.add_argument("--rho", type=float, default=RHO, help="attention mass to hold (default 0.93)")
-    parser.add_argument("--steps", type=int, default=STEPS_PER_TRACE, help="per trace (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random halves (default 0)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    try:
-        traces = [open_trace(path) for path in find_traces(options.traces)]
-        text = json.dumps(profile_traces(traces, options.rho, options.steps, options.seed)) + "\n"
-        write_file(options.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        parser.error(f"{options.out}: cannot be written: {error.strerror}")
-
-
-if __name__ == "__main__":
-    main()

@@ -38,7 +38,7 @@ def result_table(name: str) -> pl.DataFrame:
 
 
 def stored_profile() -> dict[str, Any]:
-    """Read the reference reasoner's profile, as `validate.reasoner.profile` wrote it."""
+    """Read the reference reasoner's profile, as `sim reasoner profile` wrote it."""
     text = (_HOME / "weights" / "profile.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found

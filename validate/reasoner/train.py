@@ -1,7 +1,5 @@
 """Train the reference reasoner from a seed: one command, resumable, about 45 minutes on two CPU cores.
 
-``python -m validate.reasoner.train --out DIR``
-
 Loss on the chain of thought only. A length curriculum raises the largest problem size when the token
 accuracy of the last 50 steps passes 98%. The data of a step depend on (seed, step) alone, so a run that is
 killed and started again goes on with the same batches.
@@ -9,7 +7,6 @@ killed and started again goes on with the same batches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -211,19 +208,3 @@ def train(
     run.model.bfloat16().save_pretrained(out)
     run.tokenizer.save_pretrained(out)
     print(f"wrote {out}", flush=True)
-
-
-def main() -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description="Train the reference reasoner.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and checkpoint")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--tokens", type=int, default=4500, help="tokens per step (default 4500)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    train(options.out, options.steps, options.tokens, options.learning_rate, options.device)
-
-
-if __name__ == "__main__":
-    main()

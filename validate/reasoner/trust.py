@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import typer
 from scipy.stats import rankdata
 
 from simulator.results.metric_names import METRICS
-from traces.atomic import write_file
 from validate.reasoner.tables import judged_rows, result_table
 
 MODEL, PARAMETERS = "kvbudget-reasoner-v2", "2.3 M"
@@ -65,13 +61,3 @@ def misjudged() -> dict[str, list[str]]:
         means = {policy: float(np.mean(each)) for policy, each in places.items()}
         found[metric] = sorted((p for p in means if means[p] >= _PLACES), key=lambda p: -means[p])
     return found
-
-
-def main(out: Path = Path("simulator/results/fidelity.json")) -> None:
-    """Write what is known of every number."""
-    text = json.dumps(measured_fidelity(), indent=1) + "\n"
-    write_file(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    typer.run(main)

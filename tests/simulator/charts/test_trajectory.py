@@ -91,11 +91,6 @@ def test_a_trajectory_is_kept_when_asked_only(make_trace):
     assert dict(result.trajectory.schema) == TRAJECTORY_SCHEMA
 
 
-def drawn(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["charts", *map(str, arguments)])
-    return charts.main()
-
-
 def test_a_figure_has_a_panel_per_layer_and_a_line_per_head(rows):
     pytest.importorskip("altair")
     chart = charts.head_budgets(rows("reasonalloc")).to_dict()
@@ -111,14 +106,13 @@ def test_a_figure_has_a_panel_per_layer_and_a_line_per_head(rows):
     assert max(point["tokens"] for point in points) == 90
 
 
-@pytest.mark.slow
-def test_figures_are_written_by_suffix(replayed, tmp_path, monkeypatch, capsys):
+def test_figures_are_written_by_suffix(replayed, tmp_path, run_sim):
     pytest.importorskip("vl_convert")
     source = tmp_path / "t.parquet"
     write_parquet(replayed.trajectory, source)
     asked = [source, "--policy", "reasonalloc", "--budget", "30%"]
     for name, word in (("a.svg", b"<svg"), ("a.png", b"PNG"), ("a.html", b"<html")):
-        assert drawn(monkeypatch, *asked, "--out", tmp_path / name) == 0
+        assert run_sim("chart", *asked, "--out", tmp_path / name) == (0, f"wrote {tmp_path / name}\n", "")
         assert word in (tmp_path / name).read_bytes()[:400].lower() + (tmp_path / name).read_bytes()[:4]
     assert b"straight" in (tmp_path / "a.svg").read_bytes().lower()
     assert list(tmp_path.glob("*.part")) == []
@@ -136,17 +130,19 @@ def test_figures_are_written_by_suffix(replayed, tmp_path, monkeypatch, capsys):
         (["--out", "nowhere/a.svg"], "nowhere is missing"),
     ],
 )
-def test_a_figure_that_cannot_be_drawn_is_one_line(replayed, tmp_path, monkeypatch, capsys, arguments, words):
+def test_a_figure_that_cannot_be_drawn_is_one_line(
+    replayed, tmp_path, monkeypatch, run_sim, arguments, words
+):
     pytest.importorskip("vl_convert")
     monkeypatch.chdir(tmp_path)
     write_parquet(replayed.trajectory, Path("t.parquet"))
-    assert drawn(monkeypatch, "t.parquet", "--out", "a.svg", *arguments) == 2
-    err = capsys.readouterr().err
+    code, _, err = run_sim("chart", "t.parquet", "--out", "a.svg", *arguments)
+    assert code == 2
     assert words in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_file_that_is_no_trajectory_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_no_trajectory_is_refused(tmp_path, run_sim):
     (tmp_path / "text.parquet").write_text("no table")
     write_parquet(pl.DataFrame({"x": [1]}), tmp_path / "other.parquet")
     for name, words in (
@@ -154,13 +150,14 @@ def test_a_file_that_is_no_trajectory_is_refused(tmp_path, monkeypatch, capsys):
         ("text", "is damaged or no parquet file"),
         ("other", "no column 'trace_id'"),
     ):
-        assert drawn(monkeypatch, tmp_path / f"{name}.parquet", "--out", tmp_path / "a.svg") == 2
-        line = capsys.readouterr().err
+        code, _, line = run_sim("chart", tmp_path / f"{name}.parquet", "--out", tmp_path / "a.svg")
+        assert code == 2
         assert words in line
         assert len(line.splitlines()) == 1
 
 
-def test_without_altair_the_figure_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_altair_the_figure_says_what_to_install(tmp_path, monkeypatch, run_sim):
     monkeypatch.setitem(sys.modules, "altair", None)
-    assert drawn(monkeypatch, tmp_path / "gone.parquet", "--out", tmp_path / "a.svg") == 2
-    assert "pip install 'kvbudget[plots]'" in capsys.readouterr().err
+    code, _, err = run_sim("chart", tmp_path / "gone.parquet", "--out", tmp_path / "a.svg")
+    assert code == 2
+    assert "pip install 'kvbudget[plots]'" in err

@@ -46,7 +46,7 @@ def replayed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tables(replayed):
-    """Write accuracy and fidelity as ``sim validate`` does: the fewer lookups lost, the better."""
+    """Write accuracy and fidelity as ``sim validate live`` does: the fewer lookups lost, the better."""
     result, folder = replayed
     rows = result.table.filter(pl.col("policy") != "fullkv")
     key = ["family", "policy", "policy_params", "budget_asked", "budget_unit"]

@@ -30,7 +30,7 @@ def test_every_number_has_one_name_and_a_column():
 
 def test_what_is_told_is_what_the_stored_tables_say():
     stored = json.loads((resources.files("simulator.results") / "fidelity.json").read_text())
-    assert stored == measured_fidelity(), "run: python -m validate.reasoner.trust"
+    assert stored == measured_fidelity(), "run: sim reasoner trust"
 
 
 def test_taking_the_first_by_the_default_costs_least_of_all_numbers():

@@ -19,7 +19,7 @@ from simulator.search import workers
 from simulator.search.judge import Worth
 from simulator.search.study import count_trials, whole_trials
 from traces.lock import locked
-from validate.cli.validate import _asked_cells
+from validate.cli.options import asked_cells
 
 
 @pytest.fixture
@@ -52,7 +52,10 @@ class TestSearch:
     @pytest.mark.slow
     def test_a_search_finds_confirms_and_writes(self, asked, tmp_path, run_sim):
         code, out, err = run_sim(*asked, "--trials", 16, "--jobs", 1)
-        assert (code, err) == (0, f"wrote {tmp_path / 'out' / 'winners.json'}, for sim validate --configs\n")
+        assert (code, err) == (
+            0,
+            f"wrote {tmp_path / 'out' / 'winners.json'}, for sim validate live --configs\n",
+        )
         assert "On 3 held-out traces, against rkv" in out
         counts = count_trials(tmp_path / "out" / "study.db")
         assert counts["judged"] + counts["failed"] == 16
@@ -62,7 +65,7 @@ class TestSearch:
         assert roles[0] == "base"
         assert roles[1] == "winner"
         assert "published" in roles
-        cells = _asked_cells(None, None, tmp_path / "out" / "winners.json", None)
+        cells = asked_cells(None, None, tmp_path / "out" / "winners.json", None)
         assert {policy.parameters["buffer"] for policy, _ in cells} == {5}
         rows = pl.read_parquet(tmp_path / "out" / "held-out.parquet")
         assert rows["trace_id"].n_unique() == 3

@@ -228,7 +228,7 @@ def sim(monkeypatch, capsys, tmp_path):
     def run(verb, *options, weights="tiny"):
         given = ["--prompts", tmp_path / "p.jsonl", "--out", tmp_path / verb, "--device", "cpu"]
         given += [] if weights is None else ["--random-weights", weights]
-        arguments = ["sim", verb, *given, "--max-new-tokens", 12, *options]
+        arguments = ["sim", *verb.split(), *given, "--max-new-tokens", 12, *options]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -243,15 +243,15 @@ NOTE = "random:tiny: random weights of the shape tiny; its texts and answers mea
 
 def test_a_live_run_with_random_weights_says_so(sim, tmp_path):
     options = ["-p", "rkv,reasonalloc:buffer=4", "-b", 20, "--buffer", 4]
-    code, out, err = sim("validate", *options, "--report", tmp_path / "r.html")
+    code, out, err = sim("validate live", *options, "--report", tmp_path / "r.html")
     assert code == 1  # no wave is known for reasonalloc
     assert out.rstrip().endswith(NOTE)
     assert out.count(NOTE) == 1
     assert "no wave for model 'random:tiny'" in err
-    assert json.loads((tmp_path / "validate" / "settings.json").read_text())["model"] == "random:tiny"
+    assert json.loads((tmp_path / "validate live" / "settings.json").read_text())["model"] == "random:tiny"
     assert NOTE in (tmp_path / "r.html").read_text(encoding="utf-8")
     rows = tmp_path / "rows.parquet"
-    code, out, err = sim("validate", "-p", "rkv", "-b", 20, "--buffer", 4, "-o", rows)
+    code, out, err = sim("validate live", "-p", "rkv", "-b", 20, "--buffer", 4, "-o", rows)
     assert (code, out, err) == (0, "", f"sim: wrote {rows}: 4 rows\nsim: {NOTE}\n")
     assert len(pl.read_parquet(rows)) == 4
 
@@ -265,13 +265,13 @@ def test_a_recording_with_random_weights_says_so_and_gives_a_wave(sim, run_sim, 
     assert (trace.model, trace.manifest.model_revision) == ("random:tiny", "seed-0")
     wave = tmp_path / "wave.json"
     assert run_sim("calibrate", "--trace", tmp_path / "record", "--out", wave)[0] == 0
-    code, out, err = sim("validate", "-p", "reasonalloc", "-b", 20, "--buffer", 4, "--wave", wave)
+    code, out, err = sim("validate live", "-p", "reasonalloc", "-b", 20, "--buffer", 4, "--wave", wave)
     assert (code, err) == (0, "")
     assert "reasonalloc" in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["validate", "record"])
+@pytest.mark.parametrize("verb", ["validate live", "record"])
 @pytest.mark.parametrize(
     ("weights", "options", "words"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from simulator.bench.machine import n_cores
+from simulator.workers.cores import n_cores
 from validate.live import matrix
 from validate.live.matrix import MatrixSettings
 from validate.models.threads import limit_threads, share_threads
@@ -55,8 +55,8 @@ def test_recording_and_comparing_use_one_thread_for_a_small_model(saved, run_sim
     assert torch.get_num_threads() == 1
     for level in ("shadow", "forced"):
         torch.set_num_threads(3)
-        levels = ["--level", level, "--trace", saved / "out", "-p", "rkv", "-b", "20", "--buffer", 4]
-        assert run_sim("validate", *base, *levels)[0] == 0
+        levels = ["--trace", saved / "out", "-p", "rkv", "-b", "20", "--buffer", 4]
+        assert run_sim("validate", level, *base, *levels)[0] == 0
         assert torch.get_num_threads() == 1
 
 

@@ -215,21 +215,21 @@ def test_stability_tells_families_and_problems_apart():
     assert stability["variation"]["other"] is None
 
 
-@pytest.mark.slow
-def test_commands_write_the_profile_and_two_pictures(make_run, tmp_path, monkeypatch):
+def test_commands_write_the_profile_and_two_pictures(make_run, run_sim, tmp_path, monkeypatch):
     for name in ("SPECIFIC_MASS", "TIMES_UNIFORM"):
         monkeypatch.setattr(heads, name, 0.01)  # random heads have names, too
     for family in ("walk", "program"):
         for index in range(2):
             make_run(family, index, n=20)
     out = tmp_path / "profile.json"
-    profile.main(["--traces", str(tmp_path), "--out", str(out), "--steps", "6"])
+    written = run_sim("reasoner", "profile", "--traces", tmp_path, "--out", out, "--steps", 6)
+    assert written == (0, f"wrote {out}\n", "")
     stored = json.loads(out.read_text(), parse_constant=pytest.fail)
     assert list(stored["demand"]) == ["walk", "program"]
     assert stored["demand"]["walk"]["steps"] == 12
     assert stored["maps"]["family"] == "walk"
     assert stored["maps"]["heads"]
-    charts.main(["--profile", str(out), "--out", str(tmp_path / "svg")])
+    assert run_sim("reasoner", "charts", "--profile", out, "--out", tmp_path / "svg")[0] == 0
     words = {}
     for name in ("demand-profile", "attention-maps"):
         path = tmp_path / "svg" / f"{name}.svg"
@@ -239,16 +239,25 @@ def test_commands_write_the_profile_and_two_pictures(make_run, tmp_path, monkeyp
     assert stored["maps"]["heads"][0]["name"] in words["attention-maps"]
 
 
-def test_what_cannot_be_profiled_or_drawn_is_refused(make_trace, make_run, tmp_path, capsys):
+def test_what_cannot_be_profiled_or_drawn_is_refused(make_trace, make_run, run_sim, tmp_path):
     with pytest.raises(UserError, match="no decode step"):
         profile.profile_traces([make_trace(prompt_tokens=60)])
     with pytest.raises(UserError, match="several models"):
         profile.profile_traces([make_run(), make_run(model="another")])
     with pytest.raises(UserError, match="rho is 1"):
         profile.profile_traces([make_run()], rho=1)
-    with pytest.raises(SystemExit, match="3"):
-        profile.main(["--traces", str(tmp_path / "none"), "--out", str(tmp_path / "a.json")])
-    assert "not found" in capsys.readouterr().err
+    asked = ["reasoner", "profile", "--traces", tmp_path / "none", "--out", tmp_path / "a.json"]
+    code, _, err = run_sim(*asked)
+    assert code == 3
+    assert "not found" in err
+    assert len(err.splitlines()) == 1
+    (tmp_path / "other.json").write_text('{"format": "other"}')
+    asked = ["reasoner", "charts", "--profile", tmp_path / "other.json", "--out", tmp_path / "svg"]
+    assert run_sim(*asked) == (
+        2,
+        "",
+        f"sim: --profile {tmp_path / 'other.json'}: format is 'other'; allowed: 'kvbudget-profile'\n",
+    )
     with pytest.raises(UserError, match="no head has a name"):
         charts.map_chart({"maps": {"heads": []}})
 

@@ -1,0 +1,75 @@
+"""What verbs share: options, how work begins, and how failures are told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from traces.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.table import Table
+
+DEFAULT_POLICIES = "fullkv,streamingllm,snapkv,rkv,pyramid-rkv,reasonalloc,random,random-prompt"
+DEFAULT_BUDGETS = "10%,20%,30%,50%"
+
+Traces = Annotated[
+    list[str], typer.Option("--trace", "-t", help="Trace, folder of traces or glob; repeats. 'sample' ships.")
+]
+Buffer = Annotated[
+    int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
+]
+Waves = Annotated[list[Path] | None, typer.Option("--wave", help="Wave made by sim calibrate; repeats.")]
+Check = Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")]
+Format = Annotated[str | None, typer.Option("--format", help="table, csv, json or parquet.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")]
+Threads = Annotated[int, typer.Option("--jobs", help="Threads; 0 uses all cores.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def prepare_kernels() -> None:
+    """Keep BLAS to one thread, before NumPy is loaded, and have compiling said."""
+    from simulator.workers.blas import use_one_thread
+
+    use_one_thread()
+    from simulator.kernels.compiled import tell_compiling
+
+    tell_compiling()
+
+
+def require_counts(**given: float | None) -> None:
+    """Refuse what is below 1, of options by name.
+
+    Raises
+    ------
+    UserError
+    """
+    for name, value in given.items():
+        if value is not None and not value >= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+
+
+def tell_failed(table: pl.DataFrame, most: int | None = None) -> int:
+    """Say why cells failed, each reason once and at most so many; give how many there are."""
+    from simulator.results.labels import row_budget
+
+    failed = table.filter(table["status"] != "ok").unique("error", keep="first", maintain_order=True)
+    for row in failed.head(most or len(failed)).iter_rows(named=True):
+        print(f"sim: {row['trace']}, {row['policy']} at {row_budget(row)}: {row['error']}", file=sys.stderr)
+    return len(failed)
+
+
+def number_table(first: str, *numbers: str) -> Table:
+    """Make an empty table for a terminal: a column of words, and columns of numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
