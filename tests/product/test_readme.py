@@ -44,6 +44,7 @@ def test_the_api_examples_run(tmp_path, monkeypatch, rng):
     assert held[60] == alone[0][60] + alone[1][0]
 
 
+@pytest.mark.slow
 def test_the_evicting_example_holds_what_it_says(capsys):
     from validate.problems.families import make_problem
 
@@ -103,6 +104,7 @@ def told(lines):
     return NUMBER.sub("0", text).split(), numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [each for each in TYPED if each.printed and not each.excuse and is_there(each)],
