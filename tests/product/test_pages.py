@@ -48,7 +48,7 @@ NAMED = [
     Typed(page, tuple(shlex.split(shown)))
     for page in PAGES
     for shown in inline(page)
-    if shown.startswith("sim ") and " --" in shown and "|" not in shown and not re.search(r"--\w+$", shown)
+    if shown.startswith("sim ") and " --" in shown and "|" not in shown and not re.search(r"--[\w-]+$", shown)
 ]
 COMMANDS = [command for command in TYPED + NAMED if command.words[0] == "sim"]
 
