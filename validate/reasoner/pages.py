@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_CARD = "validate/reasoner/weights/README.md"
-PAGES = ("README.md", "validate/reasoner/results/README.md", _CARD)
+
+PAGES = ("README.md", "validate/reasoner/results/README.md", "validate/reasoner/weights/README.md")
 _BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
