@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
 PAGES = ("README.md", "validate/reasoner/results/README.md", "validate/reasoner/weights/README.md")
 _BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
