@@ -43,7 +43,7 @@ def stored_document(name: str) -> Any:
 
 
 def stored_profile() -> dict[str, Any]:
-    """Read the reference reasoner's profile, as `validate.reasoner.profile` wrote it."""
+    """Read the reference reasoner's profile, as `sim reasoner profile` wrote it."""
     found: dict[str, Any] = stored_document("weights/profile.json")
     return found
 
