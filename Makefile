@@ -43,12 +43,13 @@ traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of
 	$(BIN)/sim reasoner problems --count 72 --seed 2 > runs/heldout.jsonl
 	$(BIN)/sim record --model reference --prompts runs/heldout.jsonl --out runs/heldout --values
 
-results: traces ## replay all policies on those traces: the table of the README
+results: traces ## replay all policies on those traces: the table of the results page
 	$(BIN)/sim replay --trace runs/heldout --buffer 32
 
-policies: traces ## replay every named policy on 30 of those traces: the standings of the README (6 minutes)
+policies: traces ## replay every named policy on 30 of those traces: the standings of the results page (6 minutes)
 	$(BIN)/sim replay --trace 'runs/heldout/*-s2-00[0-2]?.kvtrace' --policy $(EVERY) --buffer 32 -o runs/policies.parquet
-	for metric in lost_lookup_peak lost_lookup_rate mass_mean; do $(BIN)/sim results runs/policies.parquet --metric $$metric; done
+	for metric in lost_lookup_peak lost_lookup_rate mass_mean; do \
+	  $(BIN)/sim results runs/policies.parquet --metric $$metric -o validate/reasoner/results/standings-$$metric.csv; done
 
 validate: traces ## decode problems with eviction, 9 policies x 6 budgets; judge the simulator by it (3 hours, resumes)
 	$(BIN)/sim reasoner problems --count 768 --seed 1 > runs/judged.jsonl

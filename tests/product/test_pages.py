@@ -1,31 +1,25 @@
-"""Every command that a page shows can be typed: its options exist, and its values are read."""
+"""Every page is true: its commands can be typed, its links lead somewhere, its tables are the stored ones."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from page_examples import EXAMPLES, PAGES, TYPED, VERBS, Typed, anchors, inline, links
 from places import ROOT
 from typer.main import get_command
 
 from simulator.budget import parse_budgets
 from simulator.cli.completion import metrics, policies
 from simulator.policies.language import parse_policies
+from simulator.policies.shipped import ALIASES, HEAD_ALLOCATORS, LAYER_ALLOCATORS, SCORERS, TRIGGERS
 from simulator.results.metric_names import asked_metric
 from validate.cli.main import app
 
-PAGES = [path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.parts)]
-
-
-def commands_of(text):
-    """Give the commands of a page that begin with ``sim``, without prompts, comments and targets."""
-    blocks = re.findall(r"```(?:console|bash|sh)\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = [shown for shown in re.findall(r"`(sim [^`]*)`", text) if "|" not in shown and " --" in shown]
-    typed = [line[2:].partition(" > ")[0] for line in lines if line.startswith("$ sim ")] + inline
-    return [shlex.split(line, comments=True)[1:] for line in typed]
+README = ROOT / "README.md"
 
 
 def parsed(arguments):
@@ -49,17 +43,21 @@ def several(value):
     return [each for each in values if each not in (None, "...")]
 
 
-COMMANDS = [
-    pytest.param(command, id=f"{page.relative_to(ROOT)}: {' '.join(command)}"[:90])
+# Named in the text with a value, not only by name.
+NAMED = [
+    Typed(page, tuple(shlex.split(shown)))
     for page in PAGES
-    for command in commands_of(page.read_text(encoding="utf-8"))
+    for shown in inline(page)
+    if shown.startswith("sim ") and " --" in shown and "|" not in shown and not re.search(r"--[\w-]+$", shown)
 ]
+COMMANDS = [command for command in TYPED + NAMED if command.words[0] == "sim"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_a_command_of_a_page_can_be_typed(command):
-    values = parsed(command)
-    # The README's own policy is read where its file is made.
+    words = command.words[1:]
+    values = parsed(words[: words.index(">")] if ">" in words else words)
+    # A user's own policy is read where its file is made.
     for text in several(values.get("policy")):
         if ".py:" not in text:
             parse_policies([text])
@@ -71,15 +69,93 @@ def test_a_command_of_a_page_can_be_typed(command):
         assert (ROOT / values["config"]).is_file()
 
 
-def verbs(command=None, path=()):
-    """Give the words and the command of every verb, and of those below them."""
-    for name, inner in (command or get_command(app)).commands.items():
-        yield " ".join((*path, name)), inner
-        if hasattr(inner, "commands"):
-            yield from verbs(inner, (*path, name))
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
 
 
-VERBS = dict(verbs())
+def exists(word):
+    return word.startswith("-") or any(ROOT.glob(word))
+
+
+CHECKS = {
+    "make": lambda words: set(words) <= TARGETS,
+    "pip": lambda words: words[:2] == ["install", "-e"] and set(words[2][2:-1].split(",")) <= set(EXTRAS),
+    "python": lambda words: exists(words[2] if words[:2] == ["-m", "pytest"] else words[0]),
+    "jupyter": lambda words: exists(words[1]),
+}
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in TYPED if each.words[0] != "sim"], ids=lambda each: each.name
+)
+def test_what_else_a_page_types_is_there(command):
+    name, *words = command.words
+    assert command.excuse or CHECKS[name.rpartition("/")[2]](words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page):
+    for shown in inline(page):
+        if shown.startswith("make "):
+            assert shown.removeprefix("make ") in TARGETS
+        elif re.fullmatch(r"(tests|simulator|validate|traces|notebooks)/[\w/.*-]*", shown):
+            assert any(ROOT.glob(shown.rstrip("/"))), shown
+        elif re.match(r"python \S+\.py", shown):
+            assert (ROOT / shown.split()[1]).is_file(), shown
+        elif found := re.search(r"\.\[([\w,]+)\]", shown):
+            assert set(found[1].split(",")) <= set(EXTRAS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_what_the_stored_tables_say(page):
+    from validate.reasoner.pages import PAGES as MADE
+    from validate.reasoner.pages import made
+
+    text = page.read_text(encoding="utf-8")
+    assert made(text) == text
+    assert ("<!-- table: " in text) == (str(page.relative_to(ROOT)) in MADE)
+    assert text.count("<!-- table: ") == text.count("<!-- end -->")
+
+
+def test_examples_are_of_known_languages():
+    assert {example.language for example in EXAMPLES} == {"console", "sh", "python", "toml"}
+    assert len(COMMANDS) > 50
+
+
+def test_the_first_page_is_short_and_begins_with_an_answer():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.encode()) <= 11_000
+    first_screen = "\n".join(text.splitlines()[:40])
+    for words in ("?*", "$ sim replay", "rkv  ", "make demo", "make test"):
+        assert words in first_screen
+
+
+def test_every_policy_has_a_row_with_its_file_and_its_paper():
+    page = ROOT / "simulator" / "policies" / "README.md"
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    expected = []
+    for role in (SCORERS, LAYER_ALLOCATORS, HEAD_ALLOCATORS, TRIGGERS):
+        for name, part in role.items():
+            place = "/".join(part.__module__.split(".")[2:]) + ".py"
+            papers = re.findall(r"\d{4}\.\d{5}", getattr(part, "source", ""))
+            (row,) = [row for row in rows if row.startswith(f"| `{name}` |") and f"({place})" in row]
+            assert all(f"arxiv.org/abs/{paper}" in row for paper in papers), name
+            expected.append(row)
+    expected += [f"| `{name}` | `{meaning}` |" for name, meaning in ALIASES.items()]
+    assert sorted(rows) == sorted(expected)
 
 
 @pytest.mark.parametrize("path", [path for path in VERBS if not path.startswith("trace")])
@@ -130,10 +206,6 @@ def test_a_shell_completes():
         check=False,
     )
     assert (ran.stdout.split(), ran.stderr) == (["reasonalloc"], "")
-
-
-def test_commands_are_found_in_the_pages():
-    assert len(COMMANDS) > 30
 
 
 @pytest.mark.parametrize(

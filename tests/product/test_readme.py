@@ -1,25 +1,34 @@
-"""What the README shows runs as it stands there."""
+"""What the pages show runs as it stands there."""
 
 import re
-import sys
+import tomllib
 
 import numpy as np
 import pytest
-from places import ROOT
+from page_examples import EXAMPLES, TYPED
+from places import GOLDEN
 
 from simulator.cells import run_replay
+from simulator.sweep.spec import read_spec
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+# A word of each example in Python; the tests below run them.
+RUN = ("write_trace", "memory_over_time", "EvictingCache", "class Outliers", "savez_compressed")
+
+
+def blocks(language, words=""):
+    return [each.text for each in EXAMPLES if each.language == language and words in each.text]
 
 
 def block_with(words):
-    (found,) = [block for block in BLOCKS if words in block]
+    """Give the Python example with some words, the same wherever it is shown."""
+    (found,) = set(blocks("python", words))
     return found
 
 
-def test_every_python_block_is_tested():
-    assert len(BLOCKS) == 4
+def test_every_python_example_is_run():
+    assert len(set(blocks("python"))) == len(RUN)
+    assert all(any(words in text for words in RUN) for text in blocks("python"))
 
 
 def test_the_api_examples_run(tmp_path, monkeypatch, rng):
@@ -35,6 +44,7 @@ def test_the_api_examples_run(tmp_path, monkeypatch, rng):
     assert held[60] == alone[0][60] + alone[1][0]
 
 
+@pytest.mark.slow
 def test_the_evicting_example_holds_what_it_says(capsys):
     from validate.problems.families import make_problem
 
@@ -59,23 +69,56 @@ def test_the_example_policy_runs_composed(make_trace, tmp_path):
     assert kept == sorted([*np.argsort(-distances)[:10].tolist(), 28, 29])
 
 
-def test_the_sample_table_is_what_the_command_prints(capsys, monkeypatch):
-    from validate.cli import main as cli
+def test_the_golden_vector_is_cut_as_its_page_says(tmp_path, monkeypatch):
+    name = "snapkv-seed13-b128-w8-k7-lam0.0-first160-step128.npz"
+    stored = np.load(GOLDEN / name)
+    whole = {key: np.repeat(stored[key], 2, axis=0) for key in stored.files if key != "compaction_lengths"}
+    whole = {key: np.pad(x, [(0, 0), (0, 9), (0, 0)]) if x.ndim == 3 else x for key, x in whole.items()}
+    whole["compaction_lengths"] = np.append(stored["compaction_lengths"], [544, 672])
+    (tmp_path / "whole").mkdir()
+    np.savez(tmp_path / "whole" / name, **whole)
+    monkeypatch.chdir(tmp_path)
+    exec(block_with("savez_compressed"), {})
+    cut = np.load(tmp_path / name)
+    assert set(cut.files) == set(stored.files)
+    assert all(np.array_equal(cut[key][:1], stored[key][:1]) for key in stored.files)
+    assert all(cut[key].shape == stored[key].shape for key in stored.files)
 
-    command = "sim replay --trace sample --buffer 32 --budget 20%"
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
-    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    shown = re.search(rf"\$ {re.escape(command)}\n(.*?)```", README, re.DOTALL)[1].splitlines()
-    ours, theirs = (
-        [line.split() for line in lines if re.search(r"\d\.\d{4}", line)] for lines in (printed, shown)
-    )
-    assert len(ours) == len(theirs) == 8
-    for mine, stated in zip(ours, theirs, strict=True):
-        # Another processor may add in another order and settle a near-tie otherwise.
-        values, expected = (
-            [float(x) for x in row if re.fullmatch(r"\d\.\d{4}", x)] for row in (mine, stated)
-        )
-        assert values == pytest.approx(expected, abs=0.01)
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_a_sweep_of_a_page_is_read(text, tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    settings = read_spec(path).settings
+    asked = tomllib.loads(text)
+    assert {setting.policy.name for setting in settings} == {
+        *asked["policies"],
+        *(own["policy"] for own in asked["grid"]),
+    }
+
+
+def told(lines):
+    """Give words and numbers of what a command prints, apart; lines of a table are as wide as they are."""
+    text = " ".join(line for line in lines if set(line) - set(" ─"))
+    numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+    return NUMBER.sub("0", text).split(), numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [each for each in TYPED if each.printed and not each.excuse],
+    ids=lambda command: command.name,
+)
+def test_a_command_prints_what_its_page_shows(command, run_sim):
+    code, out, _ = run_sim(*command.words[1:])
+    assert code == 0
+    words, numbers = told(out.splitlines())
+    shown_words, shown_numbers = told(command.printed)
+    assert words == shown_words
+    # Another processor may add in another order and settle a near-tie otherwise.
+    assert numbers == pytest.approx(shown_numbers, abs=0.01, rel=0.01)
+
+
+def test_outputs_are_compared():
+    assert sum(1 for each in TYPED if each.printed and not each.excuse) >= 4

@@ -107,6 +107,7 @@ _add(reasoning, reasoner.evaluate, "reasoner evaluate --json accuracy.json")
 _add(reasoning, reasoner.profile, "reasoner profile --traces runs/heldout --out profile.json")
 _add(reasoning, reasoner.charts, "reasoner charts --profile profile.json --out runs/charts")
 _add(reasoning, reasoner.trust, "reasoner trust --out simulator/results/fidelity.json")
+_add(reasoning, reasoner.pages, "reasoner pages --check")
 
 
 def versions() -> str:

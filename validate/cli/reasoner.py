@@ -168,6 +168,17 @@ def trust(
     _write_json(out, measured_fidelity(), indent=1)
 
 
+def pages(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a page would change.")
+    ] = False,
+) -> None:
+    """Write the tables of the pages anew from the stored tables."""
+    from validate.reasoner.pages import pages as write_pages
+
+    write_pages(check)
+
+
 def _ranges(size: str, length: str, legs: str) -> dict[str, tuple[int, int]]:
     """Read ``8`` or ``8-16`` of each that is given."""
     found = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -14,6 +13,7 @@ from simulator.results.labels import with_budget_label
 from simulator.results.metric_names import METRICS
 from simulator.results.store import read_table
 from simulator.results.tables import with_budget_kind
+from traces.documents import parse_json
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.fidelity import Cells
@@ -37,10 +37,14 @@ def result_table(name: str) -> pl.DataFrame:
         return with_budget_kind(read_table(path, str(path), {}))
 
 
+def stored_document(name: str) -> Any:
+    """Read a JSON file that ships beside the tables, ``results/winners.json``."""
+    return parse_json((_HOME / name).read_bytes(), name)
+
+
 def stored_profile() -> dict[str, Any]:
     """Read the reference reasoner's profile, as `sim reasoner profile` wrote it."""
-    text = (_HOME / "weights" / "profile.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = stored_document("weights/profile.json")
     return found
 
 

@@ -1,8 +1,6 @@
 """The problem families against slow solvers, and the command that writes them."""
 
-import json
 import re
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from validate.problems.families import (
     MIN_LENGTH,
     MIN_SIZE,
     answer_of,
-    main,
     make_problem,
     split_into_legs,
 )
@@ -170,44 +167,3 @@ def test_refuses_what_it_cannot_make(settings, words):
 
 def test_answer_of_a_text_without_answer_is_none():
     assert answer_of("#3 so from ba be . #2") is None
-
-
-def test_problem_command_writes_jsonl(capsys):
-    options = ["--family", "mixed", "--count", "4", "--size", "5-7", "--length", "120", "--seed", "4"]
-    main([*options, "--care", "2", "--legs", "1-2", "--slip-rate", "0.5"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["family"] for row in rows] == ["walk", "program", "machine", "walk"]
-    for index, row in enumerate(rows):
-        problem = make_problem(row["family"], 4, index, (5, 7), 120, 2, (1, 2), 0.5)
-        assert row == {**asdict(problem), "slips": list(problem.slips)}
-    assert len({row["id"] for row in rows}) == 4
-
-
-def test_problem_command_needs_no_options(capsys):
-    main(["--count", "1"])
-    row = json.loads(capsys.readouterr().out)
-    assert row["prompt"] == make_problem("walk", 1, 0).prompt
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--family", "maze"],
-        ["--size", "3"],
-        ["--size", "four"],
-        ["--size", "12-8"],
-        ["--length", "39"],
-        ["--length", "500-9000"],
-        ["--care", "3"],
-        ["--legs", "0-2"],
-        ["--slip-rate", "2"],
-        ["--seed", "-1"],
-    ],
-)
-def test_problem_command_refuses_with_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--count", "3"])
-    assert ended.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "error:" in captured.err.splitlines()[-1]

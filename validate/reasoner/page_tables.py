@@ -1,0 +1,282 @@
+"""The tables of the pages, in Markdown, each made from tables that ship with the reference reasoner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib import resources
+from io import StringIO
+
+import polars as pl
+from rich.console import Console
+
+from simulator.policies.language import parse_policy
+from simulator.policies.wave import known_waves
+from simulator.results.labels import with_budget_label
+from simulator.results.metric_names import METRICS
+from simulator.results.terminal import print_standings
+from traces.documents import parse_json, read_toml
+from traces.errors import UserError
+from validate.live.accuracy import ALL_FAMILIES
+from validate.live.fidelity import LIVE_HALF
+from validate.problems.families import FAMILIES
+from validate.reasoner.tables import result_table, stored_document
+from validate.reasoner.trust import MODEL
+
+_LABELS = {name: own.label for name, own in METRICS.items()} | {LIVE_HALF: "*half of the problems, decoded*"}
+_LEVELS = {
+    "rkv+wave": "layers only (`rkv+wave`)",
+    "rkv+utility": "heads only (`rkv+utility`)",
+    "reasonalloc": "both (`reasonalloc`)",
+}
+
+
+def page_table(name: str) -> str:
+    """Return one of the pages' tables as Markdown.
+
+    Raises
+    ------
+    UserError
+        If there is no such table.
+    """
+    if name not in _TABLES:
+        raise UserError(f"page table is '{name}'; allowed: {', '.join(_TABLES)}")
+    return _TABLES[name]()
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _span(values: Iterable[float], digits: int = 2) -> str:
+    values = list(values)
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def _ranked(fidelity: pl.DataFrame) -> list[str]:
+    """Return the metrics by their mean correlation within a budget, the best first."""
+    means = fidelity.group_by("metric", maintain_order=True).agg(pl.col("spearman_within").mean())
+    ranked: list[str] = means.sort("spearman_within", descending=True)["metric"].to_list()
+    return [name for name in ranked if name != LIVE_HALF] + [LIVE_HALF]
+
+
+def _predictors() -> str:
+    """Set five numbers side by side: on the policies they were chosen on and on others."""
+    tables = [result_table("fidelity"), result_table("fidelity-others")]
+    rows = []
+    for metric in ("lost_lookup_rate", "lost_lookup_rms", "lost_lookup_peak", "mass_mean", LIVE_HALF):
+        own = [table.filter(metric=metric) for table in tables]
+        within = [_span(each["spearman_within"]) for each in own]
+        regret = [_span(100 * each["regret"], 1) for each in own]
+        rows.append([_LABELS[metric], within[0], regret[0], within[1], regret[1]])
+    head = (
+        "the replay's number",
+        "9 policies: correlation",
+        "points lost",
+        "8 others: correlation",
+        "points lost",
+    )
+    return _markdown(head, rows)
+
+
+def _fidelity(table: str) -> str:
+    """Set every number's correlation with accuracy and its regret side by side, per family."""
+    fidelity = result_table(table)
+    head = ["the replay's number"]
+    for family in FAMILIES:
+        head += [f"{family}: within a budget", "all cells", "regret"]
+    rows = []
+    for metric in _ranked(fidelity):
+        row = [_LABELS[metric]]
+        for family in FAMILIES:
+            own = fidelity.row(
+                by_predicate=(pl.col("metric") == metric) & (pl.col("family") == family), named=True
+            )
+            row += [f"{own['spearman_within']:.2f}", f"{own['spearman']:.2f}", f"{100 * own['regret']:.1f}"]
+        rows.append(row)
+    return _markdown(head, rows)
+
+
+def _trust() -> str:
+    """Tell what ``sim`` says of each number wherever that number puts a policy first."""
+    text = (resources.files("simulator.results") / "fidelity.json").read_bytes()
+    known = parse_json(text, "fidelity.json")["metrics"]
+    rows = []
+    for metric, own in known.items():
+        wrong = ", ".join(f"`{policy}`" for policy in own["misjudged"])
+        rows.append(
+            [f"`{metric}`", _LABELS[metric], _span(own["chosen"]), _span(own["others"]), wrong or "-"]
+        )
+    return _markdown(("`--metric`", "in tables", "9 policies", "8 others", "ranks too high"), rows)
+
+
+def _evicting(table: str) -> pl.DataFrame:
+    return with_budget_label(result_table(table).filter(pl.col("budget_asked").is_not_null()))
+
+
+def _live() -> str:
+    """Tell right answers in percent, per policy, family and budget."""
+    accuracy = (
+        _evicting("accuracy")
+        .filter(pl.col("family") != ALL_FAMILIES)
+        .sort("budget_asked", maintain_order=True)
+    )
+    budgets = accuracy["budget"].unique(maintain_order=True).to_list()
+    shares = {
+        (row["policy"], row["family"], row["budget"]): row["accuracy"]
+        for row in accuracy.iter_rows(named=True)
+    }
+    columns = [(family, budget) for family in FAMILIES for budget in budgets]
+    head = [f"{family} {budget}" if budget == budgets[0] else budget for family, budget in columns]
+    policies = result_table("accuracy")["policy"].unique(maintain_order=True).to_list()
+    rows = [
+        [policy, *(f"{100 * shares[policy, *column]:.0f}" for column in columns)]
+        for policy in policies
+        if (policy, *columns[0]) in shares
+    ]
+    return _markdown(["right, %", *head], rows)
+
+
+def _policy_label(policy: str, params: str) -> str:
+    """Return a policy's name with the parameters that are not its defaults, but for the buffer."""
+    usual, given = parse_policy(policy).parameters, json.loads(params)
+    own = [f"{key}={value}" for key, value in given.items() if usual.get(key) != value and key != "buffer"]
+    return policy + (":" + ",".join(own) if own else "")
+
+
+def _others_live() -> str:
+    """Tell right answers of the policies that no number was chosen on, beside two that it was."""
+    budgets = ("15%", "20%", "30%", "50%")
+    base = ["rkv", "reasonalloc"]
+    live = [_evicting("accuracy").filter(pl.col("policy").is_in(base)), _evicting("accuracy-others")]
+    replayed = [with_budget_label(result_table(name)) for name in ("simulated", "simulated-others")]
+    rows = []
+    for accuracy, simulated in zip(live, replayed, strict=True):
+        for (policy, params), own in accuracy.filter(family=ALL_FAMILIES).group_by(
+            "policy", "policy_params", maintain_order=True
+        ):
+            right = [100 * own.filter(budget=budget)["accuracy"].item() for budget in budgets]
+            at_20 = simulated.filter(policy=policy, policy_params=params, budget="20%")
+            lost, worst = (
+                100 * at_20[name].to_numpy().mean() for name in ("lost_lookup_rate", "lost_lookup_peak")
+            )
+            label = _policy_label(str(policy), str(params))
+            rows.append((sum(right), [label, *(f"{x:.0f}" for x in right), f"{lost:.2f}", f"{worst:.0f}"]))
+    ranked = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+    head = ("right, % of 256 (`rkv`, `reasonalloc`: of 768)", *budgets)
+    return _markdown((*head, "lost lookups at 20%, %", "worst step at 20%, %"), ranked)
+
+
+def _levels() -> str:
+    """Tell what each of ReasonAlloc's levels changes against uniform R-KV, in points."""
+    levels = with_budget_label(result_table("levels"))
+    budgets = levels["budget"].unique(maintain_order=True).to_list()
+    rows = [
+        [label]
+        + [
+            f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+            for row in levels.filter(policy=policy).iter_rows(named=True)
+        ]
+        for policy, label in _LEVELS.items()
+    ]
+    return _markdown(["less R-KV, points", *budgets], rows)
+
+
+def _levels_published() -> str:
+    """Tell the same as the paper reports it, R1-Llama-8B on AIME 2024."""
+    place = resources.files("validate") / "configs" / "reasonalloc_paper.toml"
+    with resources.as_file(place) as path:
+        published = read_toml(path, path.name)["published"]
+    told = {
+        str(own["budget"]): own["accuracy"]
+        for own in published
+        if own["model"] == "R1-Llama-8B" and own["benchmark"] == "aime-2024" and "rkv" in own["accuracy"]
+    }
+    rows = [
+        [label, *(f"{own[policy] - own['rkv']:+.1f}" for own in told.values())]
+        for policy, label in _LEVELS.items()
+    ]
+    return _markdown(["less R-KV, points", *told], rows)
+
+
+def _winners() -> str:
+    """Tell right answers of what a search found, beside policies that it did not find."""
+    live = _evicting("accuracy-winners").filter(family=ALL_FAMILIES)
+    roles = {
+        (parse_policy(own["policy"]).parameters_json, own["budget"]): own["role"]
+        for own in stored_document("results/winners.json")
+    }
+    labels = {
+        "winner": "winner of the search",
+        "runner-up": "runners-up",
+        "base": "`reasonalloc`, the policy to beat",
+    }
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in live.sort("accuracy", descending=True, maintain_order=True).iter_rows(named=True):
+        role = roles.get((row["policy_params"], row["budget"]), "")
+        share, low, high = (f"{100 * row[name]:.0f}" for name in ("accuracy", "low", "high"))
+        label = labels.get(role, f"`{row['policy']}`")
+        told = share if role == "runner-up" else f"{share} ({low} to {high})"
+        found.setdefault(label, {}).setdefault(row["budget"], []).append(told)
+    budgets = sorted({budget for own in found.values() for budget in own})
+    order = sorted(found, key=lambda label: label != labels["winner"])
+    rows = [[label, *(", ".join(found[label].get(budget, ["-"])) for budget in budgets)] for label in order]
+    return _markdown(["right answers, %", *budgets], rows)
+
+
+def _standings(metric: str) -> str:
+    """Rank every policy by one number, as ``sim results --metric ... --format markdown`` does."""
+    text = StringIO()
+    console = Console(file=text, width=200)
+    print_standings(result_table(f"standings-{metric}"), metric, [MODEL], console, as_markdown=True)
+    lines = [line for line in text.getvalue().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return _markdown(cells[0], cells[2:])
+
+
+def _card_accuracy() -> str:
+    """Tell right answers with a full cache, in both types."""
+    types = ("float32", "bfloat16")
+    found = {
+        name: {own["family"]: own for own in stored_document(f"weights/accuracy-{name}.json")}
+        for name in types
+    }
+    rows = []
+    for family in found["float32"]:
+        own = [found[name][family] for name in types]
+        told = [f"{x['right']}/{x['problems']} ({x['low']:.1%} to {x['high']:.1%})" for x in own]
+        rows.append([family, *told])
+    return _markdown(("family", *types), rows)
+
+
+def _card_wave() -> str:
+    """Tell the entries that each layer and KV head needs."""
+    wave = known_waves()[MODEL]
+    widest = max(wave.demand)
+    rows = [
+        [str(layer), f"{demand:.1f}", f"`{'#' * round(20 * demand / widest)}`"]
+        + [f"{value:.1f}" for value in wave.head_demand[layer]]
+        for layer, demand in enumerate(wave.demand)
+    ]
+    heads = [f"head {head}" for head in range(len(wave.head_demand[0]))]
+    return _markdown(["layer", "entries", "", *heads], rows)
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "predictors": _predictors,
+    "fidelity": partial(_fidelity, "fidelity"),
+    "fidelity-others": partial(_fidelity, "fidelity-others"),
+    "trust": _trust,
+    "live": _live,
+    "others-live": _others_live,
+    "levels": _levels,
+    "levels-published": _levels_published,
+    "winners": _winners,
+    "standings-lost-lookup-peak": partial(_standings, "lost_lookup_peak"),
+    "standings-lost-lookup-rate": partial(_standings, "lost_lookup_rate"),
+    "standings-mass-mean": partial(_standings, "mass_mean"),
+    "card-accuracy": _card_accuracy,
+    "card-wave": _card_wave,
+}
