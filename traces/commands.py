@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,7 @@ from traces.errors import TraceError, UserError
 from traces.progress import progress
 
 if TYPE_CHECKING:
+    from traces.shape import ModelShape
     from traces.trace import Trace
 
 # What the functions below import is left out here, so that `sim --help` starts without NumPy.
@@ -146,9 +149,11 @@ def make(
     from traces.synthetic import make_synthetic
 
     try:
+        shape = ModelShape(layers, query_heads, kv_heads, head_dim, dtype)
+        _require_room(out, shape, total_tokens)
         trace = make_synthetic(
             out,
-            shape=ModelShape(layers, query_heads, kv_heads, head_dim, dtype),
+            shape=shape,
             prompt_tokens=prompt_tokens,
             total_tokens=total_tokens,
             seed=seed,
@@ -160,6 +165,16 @@ def make(
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"{trace.path}  {trace.trace_id}")
+
+
+def _require_room(out: Path, shape: ModelShape, total_tokens: int) -> None:
+    """Refuse a trace that its disk cannot hold, before anything is made of it; raises UserError."""
+    place = next((folder for folder in out.absolute().parents if folder.is_dir()), None)
+    queries_to_keys = 1 + shape.n_query_heads / (2 * shape.n_kv_heads)
+    needed = total_tokens * shape.n_layers * shape.n_kv_heads * shape.bytes_per_entry * queries_to_keys
+    free = math.inf if place is None else shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(f"{out} would take {needed:.3g} bytes; allowed: the {free:.3g} that are free there")
 
 
 def _facts(trace: Trace) -> dict[str, object]:

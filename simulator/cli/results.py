@@ -73,7 +73,12 @@ def results(
         raise UserError(f"-o {output}: standings go to a terminal, or as rows; allowed: csv, json, parquet")
     if means and (metric is not None or chosen == "table"):
         raise UserError("--means goes with -o FILE or --format csv, json, parquet, and without --metric")
-    table = _chosen(read_rows(files), policy, family, budget, trace)
+    rows = read_rows(files)
+    if rows.is_empty():
+        raise UserError(
+            f"{', '.join(map(str, files))}: no row is whole there; allowed: rows of cells that are done"
+        )
+    table = _chosen(rows, policy, family, budget, trace)
     if metric is None:
         table = cell_means(table) if means else table
         write_rows(table, output, chosen)

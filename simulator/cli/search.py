@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -84,8 +85,10 @@ def search(
         raise UserError(f"--metric is '{metric}'; allowed: {', '.join(SEARCHABLE)}")
     require_seed(seed, "--seed")
     for name, value, least in (("--minutes", minutes, 0), ("--keep", keep, 1)):
-        if value < least:
+        if not least <= value < math.inf:
             raise UserError(f"{name} is {value}; allowed: {least} or more")
+    if trials is not None and trials < 1:
+        raise UserError(f"--trials is {trials}; allowed: 1 or more")
     workers = worker_count(jobs)
     parts = {"scorer": scorers, "layers": layers, "heads": heads}
     budgets = [str(own) for own in parse_budgets(budget)]

@@ -78,3 +78,28 @@ def test_a_folder_that_is_not_there_is_not_taken_for_a_suffix(run_sim, verb):
     code, _, err = run_sim(verb[0], "nothere", *verb[1:])
     assert code == 2
     assert "nothere: cannot be read: No such file or directory" in err
+
+
+@pytest.mark.parametrize("options", [["--total-tokens", 99999999999], ["--layers", 10**9]])
+def test_a_trace_that_no_disk_holds_is_not_begun(run_sim, tmp_path, options):
+    code, _, err = run_sim("trace", "make", tmp_path / "a.kvtrace", *options)
+    assert code == 2
+    assert "bytes; allowed: the " in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--minutes", "nan"), ("--minutes", "inf"), ("--trials", 0)])
+def test_a_search_of_no_length_is_refused(run_sim, tmp_path, option, value):
+    asked = ["--trace", "sample", "--held-out", "sample", "--budget", "20%", "--out", tmp_path / "out"]
+    code, _, err = run_sim("search", *asked, option, value)
+    assert code == 2
+    assert f"{option} is {value}; allowed: " in err
+
+
+def test_no_memory_left_is_one_line(run_sim, monkeypatch):
+    monkeypatch.setattr(
+        "simulator.cells.run_replay", lambda *_, **__: (_ for _ in ()).throw(MemoryError("9 GiB"))
+    )
+    code, _, err = run_sim("replay", "--trace", "sample", "--policy", "rkv", "--budget", "20%")
+    assert (code, err) == (1, "sim: there is not enough memory: 9 GiB\n")

@@ -136,6 +136,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except MemoryError as error:
+        sys.exit(_say(f"there is not enough memory: {str(error) or 'none is left'}", 1))
     except OSError as error:
         sys.exit(_say(f"{error.filename or 'file'}: {error.strerror}", 2))
     except ImportError as error:
