@@ -30,7 +30,7 @@ demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torc
 	@echo "sim is in $(BIN): . $(BIN)/activate puts it on the path"
 
 quick: .venv/.full ## the tests to run at every change (1 minute)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not nightly"
 
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
