@@ -20,6 +20,9 @@ LOOKUP = 0.5
 class Metrics:
     """What one policy kept of one trace at one budget, over all decode steps.
 
+    Of a sample, means are unbiased, and what it cannot tell is None: the worst head and ``lost_lookup_rms``
+    and the oracle if only some heads were measured, the worst step if not all of everything was.
+
     Attributes
     ----------
     entries_mean, entries_peak : float
@@ -49,9 +52,6 @@ class Metrics:
         Decode steps, and entries evicted over all layers and KV heads.
     mass_error : float or None
         Half of the 95% interval of ``mass_mean`` where only a sample was measured.
-
-    Of a sample, means are unbiased, and what it cannot tell is None: the worst head and ``lost_lookup_rms``
-    and the oracle if only some heads were measured, the worst step if not all of everything was.
     """
 
     entries_mean: float

@@ -328,9 +328,13 @@ def hide_unseen(tile, first_slot, slots, group_size, first_column):
     Parameters
     ----------
     tile : float32 (ROWS, WIDTH)
-        Of the entries from ``first_slot`` on, and of the queries from ``first_column`` on.
+    first_slot : int
+        Of the tile's entries.
     slots : int64 (n_tokens,)
         Slot of each token's own entry, the last that its ``group_size`` queries see; rising.
+    group_size : int
+    first_column : int
+        Of the tile's queries.
     """
     token = first_column // group_size
     for row in range(ROWS):

@@ -30,6 +30,8 @@ def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame
         Of a replay; policies are told apart by name.
     metric : str
         One of ``standings.METRICS``.
+    seed : int
+        Of the bootstrap.
 
     Returns
     -------

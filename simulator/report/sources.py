@@ -73,6 +73,8 @@ def chosen(
 
     Parameters
     ----------
+    rows, trajectory, retained : polars.DataFrame or None
+        Of one replay.
     policies : sequence of str
         As rows call them (``rkv``), or as the page does (``rkv:alpha=0.5``), globs, or with some parameters.
     budgets : sequence of str

@@ -158,6 +158,7 @@ def test_every_policy_has_a_row_with_its_file_and_its_paper():
     assert sorted(rows) == sorted(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in VERBS if not path.startswith("trace")])
 def test_an_example_of_help_can_be_typed(path):
     typed = shlex.split(VERBS[path].epilog)
@@ -165,6 +166,7 @@ def test_an_example_of_help_can_be_typed(path):
     parsed(typed[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["", *VERBS])
 def test_help_is_whole_at_80_columns(path, run_sim, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -192,6 +194,7 @@ def test_policies_and_metrics_are_completed():
     assert metrics("gap,mass_m") == ["gap,mass_mean", "gap,mass_min_head"]
 
 
+@pytest.mark.slow
 def test_a_shell_completes():
     words = {"COMP_WORDS": "sim replay --policy rea", "COMP_CWORD": "3", "_SIM_COMPLETE": "complete_bash"}
     ran = subprocess.run(

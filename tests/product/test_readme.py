@@ -55,6 +55,7 @@ def test_the_evicting_example_holds_what_it_says(capsys):
     assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] + 200
 
 
+@pytest.mark.slow
 def test_the_example_policy_runs_composed(make_trace, tmp_path):
     source = tmp_path / "mine.py"
     source.write_text(block_with("class Outliers"))

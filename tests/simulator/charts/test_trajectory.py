@@ -106,6 +106,7 @@ def test_a_figure_has_a_panel_per_layer_and_a_line_per_head(rows):
     assert max(point["tokens"] for point in points) == 90
 
 
+@pytest.mark.slow
 def test_figures_are_written_by_suffix(replayed, tmp_path, run_sim):
     pytest.importorskip("vl_convert")
     source = tmp_path / "t.parquet"

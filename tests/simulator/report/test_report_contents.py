@@ -46,6 +46,7 @@ def held_by(trace, retained, time, position):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["rkv", "random"])
 def test_tokens_are_held_by_the_heads_that_retain_them(trace, replayed, policy):
     retained = replayed.retained.filter(policy=policy, budget_asked=14, budget_unit="entries")
@@ -103,6 +104,7 @@ def test_policies_of_one_name_are_told_apart_in_all_tables(trace, replayed):
     assert all(len(panel.figures) == 3 and panel.kept for panel in panels)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_counted(trace):
     budgets = list(range(12, 12 + MOST_CELLS))
     result = run_replay([trace], ["rkv:buffer=5", "random:buffer=5"], budgets, keep_trajectory=True)
@@ -114,6 +116,7 @@ def test_what_does_not_fit_is_counted(trace):
     ]
 
 
+@pytest.mark.slow
 def test_a_trace_with_text_comes_first(make_trace):
     several = [make_trace() for _ in range(3)]
     trajectory = run_replay(several, ["rkv:buffer=5"], [12, 14], keep_trajectory=True).trajectory
@@ -173,6 +176,7 @@ def test_a_policy_that_another_betters_is_behind_the_front():
     )
 
 
+@pytest.mark.slow
 def test_failed_cells_are_told(replayed):
     broken = pl.when(pl.col("policy") == "random")
     table = replayed.table.with_columns(
@@ -218,6 +222,7 @@ def files(trace, replayed, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_page_and_its_pictures_are_written(run_sim, files, tmp_path):
     pytest.importorskip("vl_convert")
     options = ["--trajectory", files["over"], "--retained", files["kept"], "--trace", files["trace"]]
@@ -245,6 +250,7 @@ def test_one_command_replays_what_the_page_shows(run_sim, files):
     assert 'id="slider-cell-0"' in files["out"].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -360,6 +366,7 @@ def test_names_are_text_and_never_tags(replayed, policy):
     assert words.count(html.escape(policy).replace("&quot;", "&#34;")) > 2
 
 
+@pytest.mark.slow
 def test_a_searchs_folder_makes_a_page(make_trace, run_sim, tmp_path):
     first, second, third, fourth = (make_trace().path for _ in range(4))
     out, page = tmp_path / "search", tmp_path / "page.html"

@@ -87,6 +87,7 @@ def with_data(page, data):
     return before + start + told + "</script>" + rest.partition("</script>")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_chart_is_drawn_without_faults(made, tmp_path, width):
     seen = open_page(made.text, tmp_path, width)
@@ -98,6 +99,7 @@ def test_every_chart_is_drawn_without_faults(made, tmp_path, width):
     assert seen.smallest >= 11
 
 
+@pytest.mark.slow
 def test_kept_tokens_follow_the_slider(made, tmp_path):
     seen = open_page(made.text, tmp_path)
     assert len(seen.kept) == 8
@@ -111,6 +113,7 @@ def test_kept_tokens_follow_the_slider(made, tmp_path):
         assert last["shades"] > 1
 
 
+@pytest.mark.slow
 def test_a_broken_chart_is_noticed(made, tmp_path):
     data = data_of(made.text)
     maps = data["figures"]["mass-map-cell-0"]
@@ -122,6 +125,7 @@ def test_a_broken_chart_is_noticed(made, tmp_path):
     assert any(fault.startswith("error") for fault in faults)
 
 
+@pytest.mark.slow
 def test_a_request_is_noticed_and_refused(made, tmp_path):
     image = '<img src="https://example.com/x.png"></body>'
     before, _, after = made.text.rpartition("</body>")
@@ -142,6 +146,7 @@ def test_the_page_names_no_address_to_load(made):
     assert not any("$schema" in spec for spec in data_of(made.text)["figures"].values())
 
 
+@pytest.mark.slow
 def test_what_is_not_given_is_told_not_drawn(replayed, tmp_path):
     result, _ = replayed
     bare = report(chosen(result.table, None, None, [], []))

@@ -48,6 +48,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert len(steps) == 2 * len(own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shadow", "forced"])
 def test_a_cap_leaves_room_for_the_buffer_at_either_level(level, name):
     code, out, err = level(name, "-p", "rkv", "--format", "json", budget="26!,20")

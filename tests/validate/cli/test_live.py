@@ -35,6 +35,7 @@ def test_a_live_run_prints_accuracy_and_goes_on_where_it_ended(live, tmp_path, m
     assert live("-p", "rkv,random", "-b", "20,60%", "--batch", 2) == (0, out, "")
 
 
+@pytest.mark.slow
 def test_live_rows_are_written_to_files(live, tmp_path):
     options = ["-p", "rkv", "-b", "20"]
     for name in ("rows.parquet", "rows.csv", "rows.json", "rows.txt"):
@@ -108,6 +109,7 @@ def test_a_live_run_with_infeasible_budgets_ends_as_a_replay_does(live):
         assert err.splitlines()[-1].endswith("failed, the others are written")
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(live, monkeypatch):
     run_batch, n_run = matrix._run_batch, []
 

@@ -9,6 +9,7 @@ import pytest
 from verb_runs import one_line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -16,6 +16,7 @@ from validate.live.accuracy import accuracy_table
 from validate.live.fidelity import LIVE_HALF, METRICS, best_metric
 
 
+@pytest.mark.slow
 def test_answers_are_compared_with_what_the_simulator_said(live, answering, simulated, tmp_path):
     report = tmp_path / "report.html"
     options = ["-p", ",".join(RIGHT), "-b", "20,30", "--simulated", simulated]
@@ -59,6 +60,7 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
     ]
 
 
+@pytest.mark.slow
 def test_one_policy_alone_is_reported_though_nothing_is_compared(live, answering, simulated, tmp_path):
     options = ["-p", "rkv", "-b", "20", "--simulated", simulated, "--report", tmp_path / "report.html"]
     code, out, err = live(*options)
@@ -101,6 +103,7 @@ def test_a_replay_of_several_models_is_refused(live, simulated):
     one_line(err, f"--simulated {simulated} holds rows of another, {NAME}; allowed: one model's")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "words"),
     [

@@ -46,6 +46,7 @@ def answering(monkeypatch):
     monkeypatch.setattr(completions, "decode", decode)
 
 
+@pytest.mark.slow
 def test_our_accuracy_stands_beside_the_published_one(protocol, answering, tmp_path):
     code, out, err = protocol("-o", tmp_path / "rows.json", "--report", tmp_path / "r.html")
     assert (code, out, err) == (0, "", f"sim: wrote {tmp_path / 'rows.json'}: 8 rows\n")
@@ -90,6 +91,7 @@ def test_the_table_has_a_dash_where_nothing_is_published(protocol, answering, tm
     assert lines[-2:] == ["* the model is not stated", "published: a paper, table 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.txt"])
 def test_the_comparison_is_written_to_a_file(protocol, answering, tmp_path, name):
     assert protocol("-o", tmp_path / name)[:2] == (0, "")
@@ -111,6 +113,7 @@ def test_only_the_parameters_that_were_published_are_compared(protocol, answerin
     assert found == [0.4025, None, None, None]  # two parameters in two benchmarks
 
 
+@pytest.mark.slow
 def test_a_run_is_one_folder_per_model_and_benchmark_and_goes_on(protocol, tmp_path, monkeypatch):
     code, out, err = protocol("-p", "rkv")
     assert (code, err) == (0, "")
@@ -190,6 +193,7 @@ def test_random_weights_take_the_place_of_a_model(protocol, tmp_path):
     assert (tmp_path / "run" / "random-tiny" / "first" / "settings.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_shipped_protocol_runs_beside_the_papers_numbers(protocol, run_sim, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "R1-Llama-8B", SHAPES["tiny"])
     problems = tmp_path / "problems.jsonl"

@@ -29,6 +29,7 @@ def test_prompts_on_the_command_line_win(protocol, tmp_path, saved, config):
     one_line(err, "benchmark 'first' has no prompts; allowed: --prompts first=FILE")
 
 
+@pytest.mark.slow
 def test_a_missing_wave_is_said_with_how_to_make_it_before_anything_is_decoded(
     protocol, tmp_path, config, saved
 ):
@@ -69,6 +70,7 @@ def test_a_budget_that_leaves_a_layer_nothing_is_refused_beforehand(protocol, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

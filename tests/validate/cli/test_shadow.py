@@ -44,6 +44,7 @@ def test_a_mismatch_ends_with_exit_code_1(level, monkeypatch):
     assert re.search(r"rkv +20 +\d+ +2 ", out), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.json", "rows.txt"])
 def test_levels_are_written_to_a_file(level, tmp_path, name):
     code, out, err = level("shadow", "-p", "rkv", "-o", tmp_path / name)
@@ -80,6 +81,7 @@ def test_a_missing_trace_exits_3(run_sim, tmp_path):
     one_line(err, "none*.kvtrace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

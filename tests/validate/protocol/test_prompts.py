@@ -32,6 +32,7 @@ def test_problems_of_a_family_keep_it(saved, tmp_path):
     assert [(own.family, own.text) for own in found] == [("walk", own.prompt) for own in PROBLEMS]
 
 
+@pytest.mark.slow
 def test_a_url_is_read_once_and_kept(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     rows = pl.DataFrame({"id": [60, 61], "problem": ["one", "two"], "answer": ["033", "204"], "year": [1, 2]})

@@ -215,6 +215,7 @@ def test_stability_tells_families_and_problems_apart():
     assert stability["variation"]["other"] is None
 
 
+@pytest.mark.slow
 def test_commands_write_the_profile_and_two_pictures(make_run, run_sim, tmp_path, monkeypatch):
     for name in ("SPECIFIC_MASS", "TIMES_UNIFORM"):
         monkeypatch.setattr(heads, name, 0.01)  # random heads have names, too
