@@ -56,13 +56,10 @@ class AppendOnly(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score arrivals by attention, admitted entries above them."""
-        return self.prefer_admitted(SnapKV.score(self, view), view.positions, view.since)
+        return AppendOnly.score_layer(self, LayerView.of([view]))[0]
 
     def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        pairs = zip(self.importance(layer), layer.positions, strict=True)
-        return [self.prefer_admitted(scores, positions, layer.since) for scores, positions in pairs]
-
-    def prefer_admitted(self, scores: np.ndarray, positions: np.ndarray, since: int) -> np.ndarray:
-        """Put admitted entries above all others; float32 (n_entries,)."""
-        return preferred(scores, np.flatnonzero(positions < since - self.window))
+        pairs = zip(SnapKV.score_layer(self, layer), layer.positions, strict=True)
+        first = layer.since - self.window
+        return [preferred(scores, np.flatnonzero(positions < first)) for scores, positions in pairs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,11 +62,16 @@ class RKV(SnapKV):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""
-        return self._less_repeated(LayerView.of([view]), self._redundancy())[0]
+        return RKV.score_layer(self, LayerView.of([view]))[0]
 
-    def score_layer(self, layer: LayerView, memory: Redundancy | None = None) -> Sequence[np.ndarray]:
+    def score_layer(self, layer: LayerView, memory: Redundancy | None = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        return self._less_repeated(layer, memory or self._redundancy())
+        scores = SnapKV.score_layer(self, layer)
+        repeated = (memory or self._redundancy()).shares(layer.keys, layer.positions)
+        for own, shares in zip(scores, repeated, strict=True):
+            n_candidates = max(0, len(own) - self.window)
+            take_off(own[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
+        return scores
 
     def new_memory(self) -> Redundancy | None:
         """Give what remembers which entries repeat each other, if those keep their order."""
@@ -75,10 +79,3 @@ class RKV(SnapKV):
 
     def _redundancy(self) -> Redundancy:
         return Redundancy(self.similarity_threshold, spare_column0=self.no_match == "column0")
-
-    def _less_repeated(self, layer: LayerView, redundancy: Redundancy) -> list[np.ndarray]:
-        scores = self.importance(layer)
-        for own, shares in zip(scores, redundancy.shares(layer.keys, layer.positions), strict=True):
-            n_candidates = max(0, len(own) - self.window)
-            take_off(own[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
-        return scores

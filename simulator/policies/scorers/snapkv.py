@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,14 +77,10 @@ class SnapKV(Scorer):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by pooled attention; zero in the window."""
-        return self.importance(LayerView.of([view]))[0]
+        return SnapKV.score_layer(self, LayerView.of([view]))[0]
 
-    def score_layer(self, layer: LayerView, memory: Any = None) -> Sequence[np.ndarray]:
+    def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        return self.importance(layer)
-
-    def importance(self, layer: LayerView) -> list[np.ndarray]:
-        """Give what the windows attend to, pooled over neighbours; zero in the windows themselves."""
         return window_importance(
             layer.keys,
             layer.queries,

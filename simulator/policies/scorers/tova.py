@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,16 +48,12 @@ class TOVA(Scorer):
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score one head's entries as if it were alone in its layer."""
-        return _over_heads([view])[0]
+        return TOVA.score_layer(self, LayerView.of([view]))[0]
 
     def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score every position once and give each head the scores of those it holds."""
-        return _over_heads(layer.heads)
-
-
-def _over_heads(views: Sequence[CacheView]) -> list[np.ndarray]:
-    by_position = np.zeros(max(view.n_tokens for view in views))
-    for view in views:
-        by_position[view.positions] += held_attention(view)[:, -1].sum(axis=0, dtype=np.float64)
-    by_position /= sum(len(view.queries) for view in views)
-    return [by_position[view.positions].astype(np.float32) for view in views]
+        by_position = np.zeros(layer.n_tokens)
+        for view in layer.heads:
+            by_position[view.positions] += held_attention(view)[:, -1].sum(axis=0, dtype=np.float64)
+        by_position /= layer.queries.shape[0] * layer.queries.shape[1]
+        return [by_position[positions].astype(np.float32) for positions in layer.positions]

@@ -84,11 +84,11 @@ class Changed(SnapKV):
     last: int = 4
     centred: bool = False
 
-    def importance(self, layer):
+    def score_layer(self, layer, memory=None):
         layer = replace(layer, queries=layer.queries[:, :, -self.last :])
         if self.centred:
             layer = replace(layer, keys=[own - own.mean(axis=0) for own in layer.keys])
-        return super().importance(layer)
+        return super().score_layer(layer)
 
 
 @dataclass(frozen=True)

@@ -211,10 +211,11 @@ def _attention_alone(self, view):
     return H2O.score(self, view)
 
 
-def _window_is_admitted(self, scores, positions, since, prefer=AppendOnly.prefer_admitted):
-    scores = prefer(self, scores, positions, since)
-    scores[(positions < since) & (positions >= since - self.window)] = scores.max()
-    return scores
+def _window_is_admitted(self, layer, memory=None, score=AppendOnly.score_layer):
+    found = score(self, layer)
+    for scores, held in zip(found, layer.positions, strict=True):
+        scores[(held < layer.since) & (held >= layer.since - self.window)] = scores.max()
+    return found
 
 
 def _nearest_to_the_mean(self, view, score=KeyDiff.score):
@@ -247,7 +248,7 @@ MUTATIONS = [
     (LagKV, "score_source", "keys", "lagkv:buffer=4,lag=4"),
     (ExpectedAttention, "future_queries", _turned_forward, "expected-attention:buffer=4,window=9,n_future=3"),
     (ExpectedAttention, "sinks", 3, "expected-attention:buffer=4,window=9"),
-    (AppendOnly, "prefer_admitted", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
+    (AppendOnly, "score_layer", _window_is_admitted, "append-only:buffer=4,window=3,rate=0.5"),
     (AppendOnly, "rate", 0.2, "append-only:buffer=4,window=3"),
 ]
 
