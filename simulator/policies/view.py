@@ -87,9 +87,13 @@ class LayerView:
 
     Attributes
     ----------
-    keys, positions, queries, values, state, budget
+    keys, positions, queries
         One per KV head; queries in one array, float32 (n_kv_heads, group_size, n_queries, head_dim).
-    scale, n_tokens, prompt_tokens, layer, seed, since, rope
+    scale, n_tokens, prompt_tokens, layer, seed
+        The same for all.
+    values, state, budget
+        One per KV head, optional.
+    since, rope
         The same for all.
     products : sequence of float32 (n_entries, n_queries * group_size), optional
         Dot products of these very keys and queries, by query and then member of the group, where a replay has
