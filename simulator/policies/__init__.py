@@ -18,11 +18,13 @@ if TYPE_CHECKING:
         Scorer,
         Trigger,
     )
+    from simulator.policies.ranges import Choices, Range
     from simulator.policies.view import CacheView, LayerView
     from simulator.policies.wave import Wave, known_waves, read_wave
 
 _HOMES = {
     "CacheView": "view",
+    "Choices": "ranges",
     "HeadAllocator": "parts",
     "HeadRequest": "parts",
     "LayerAllocator": "parts",
@@ -30,6 +32,7 @@ _HOMES = {
     "LayerView": "view",
     "Policy": "language",
     "PolicyError": "parts",
+    "Range": "ranges",
     "Scorer": "parts",
     "Trigger": "parts",
     "Wave": "wave",
@@ -41,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "CacheView",
+    "Choices",
     "HeadAllocator",
     "HeadRequest",
     "LayerAllocator",
@@ -48,6 +52,7 @@ __all__ = [
     "LayerView",
     "Policy",
     "PolicyError",
+    "Range",
     "Scorer",
     "Trigger",
     "Wave",

@@ -1,9 +1,9 @@
-"""Ranks and curves by counting: how well one list of numbers predicts another, in lists and loops."""
+"""Ranks by counting: how well one list of numbers predicts another, in lists and loops."""
 
 from __future__ import annotations
 
 import math
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
@@ -35,32 +35,3 @@ def slow_kendall(x, y):
 def slow_regrets(x, y):
     best = max(range(len(x)), key=lambda i: (x[i], -i))
     return max(y) - y[best]
-
-
-def slow_isotonic(x, y):
-    """Pool neighbours for as long as one falls below the one before it; knots and heights."""
-    blocks = []
-    for value in sorted(set(x)):
-        own = [b for a, b in zip(x, y, strict=True) if a == value]
-        blocks.append([[value], sum(own), len(own)])
-        while len(blocks) > 1 and blocks[-2][1] / blocks[-2][2] > blocks[-1][1] / blocks[-1][2]:
-            knots, total, count = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + knots, blocks[-1][1] + total, blocks[-1][2] + count]
-    return [(knot, total / count) for knots, total, count in blocks for knot in knots]
-
-
-def slow_curve(points, value):
-    """Read a curve: straight between its points, flat beyond them."""
-    if value <= points[0][0]:
-        return points[0][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if value <= x1:
-            return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
-    return points[-1][1]
-
-
-def slow_quantile(values, share):
-    values = sorted(values)
-    at = share * (len(values) - 1)
-    low = math.floor(at)
-    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])

@@ -69,6 +69,25 @@ class TestSpace:
         # Meant for thousands of tokens.
         assert outside == {("window", 256), ("sinks", 20)}
 
+    def test_a_part_of_ones_own_is_turned_as_far_as_it_says(self, tmp_path):
+        path = tmp_path / "mine.py"
+        path.write_text(
+            "from dataclasses import dataclass\n"
+            "from simulator.policies import Range, Scorer\n\n\n"
+            "@dataclass(frozen=True)\n"
+            "class Mine(Scorer):\n"
+            "    name = 'mine'\n"
+            "    searched = {'power': Range(2, 5)}\n"
+            "    power: int = 3\n"
+            "    other: int = 1\n\n"
+            "    def score(self, view):\n"
+            "        return view.positions.astype('float32')\n"
+        )
+        space = make_space(PARTS | {"scorer": [f"{path}:Mine"]}, ["64"], {"buffer": 5}, None)
+        policies = [space.parse(space.suggest(trial)[0]) for trial in random_trials(40)]
+        assert {policy.scorer.power for policy in policies} == {2, 3, 4, 5}
+        assert {policy.scorer.other for policy in policies} == {1}
+
     def test_uniform_allocators_go_without_saying_unless_a_name_would_mislead(self):
         parts = {"scorer": "rkv", "layers": "uniform", "heads": "custom"}
         text = write_policy(parts, {"head_shares": "1/2"})
