@@ -28,7 +28,7 @@ class Calls:
     prompt_tokens : int or None
         Tokens of the prompts, padding included, if they are known.
     reads_values : bool
-        Whether positions and masks of later passes may be looked at on a device too, which waits for it.
+        Whether positions and masks of later passes may be looked at, which waits for a device.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ class Calls:
             )
         n_seen = cache.get_seq_length()
         in_prompts = n_seen < (self.prompt_tokens or 1)
-        if in_prompts or self._reads_values or new.device.type == "cpu":
+        if in_prompts or self._reads_values:
             self._require_continuation(in_prompts, n_seen, new.shape, given)
         self._n_rows = new.shape[0]
         # What a graph reads when it is replayed is not seen here.

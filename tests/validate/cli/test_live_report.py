@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
 import polars as pl
 import pytest
+from browser import open_page
 from spies import NAME
 from verb_runs import RIGHT, one_line
 
@@ -34,21 +36,26 @@ def test_answers_are_compared_with_what_the_simulator_said(live, answering, simu
     ]
     assert row["regret"] == pytest.approx(sum(regrets) / 2)
     page = report.read_text(encoding="utf-8")
-    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(figures) == 3
-    assert sorted(path.stem for path in (tmp_path / "run").glob("*.svg")) == [
-        "accuracy",
-        "predictors",
-        "scatter",
+    best = best_metric(fidelity)
+    shown = json.loads(re.search(r'id="report-data">(.*?)</script>', page)[1])["figures"]
+    assert list(shown) == [
+        "accuracy-walk",
+        "predictors-spearman_within",
+        "predictors-spearman",
+        *(f"accuracy-{metric}-walk" for metric in dict.fromkeys([best, "mass_mean"])),
     ]
-    for path in (tmp_path / "run").glob("*.svg"):
-        assert path.read_text(encoding="utf-8").strip() in page
-    assert not re.search(r"<script|<link|src=|@import", page)
-    assert all(name in figures[0] for name in RIGHT)
-    assert "full cache 100%" in figures[0]
-    shares = "66.7%", "33.3%", "0.0%", "100.0%"
-    for words in (*shares, "3 problems, 3 policies, 2 budgets", best_metric(fidelity)):
-        assert words in page
+    assert all(f'data-figure="{name}"' in page for name in shown)
+    pictures = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "run").glob("*.svg")}
+    assert sorted(pictures) == ["accuracy", "predictors", "scatter"]
+    words = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"<link|(src|href)\s*=|@import", words)
+    assert all(name in pictures["accuracy"] and name in str(shown["accuracy-walk"]) for name in RIGHT)
+    assert "full cache 100%" in pictures["accuracy"]
+    assert "full cache 100%" in str(shown["accuracy-walk"])
+    for told in ("66.7%", "33.3%", "0.0%", "100.0%", "3 problems, 3 policies, 2 budgets", best):
+        assert told in words
+    assert "At 20, 30 rkv answers most (66.7%, 66.7% right)" in words
+    assert "Command: sim validate live --model" in words.partition("<footer>")[2]
     # With rows in a file, what predicts them is still told.
     code, out, _ = live(*options, "-o", tmp_path / "rows.parquet")
     assert (code, "what predicts accuracy" in out) == (0, True)
@@ -66,7 +73,22 @@ def test_one_policy_alone_is_reported_though_nothing_is_compared(live, answering
     code, out, err = live(*options)
     assert (code, err) == (0, f"sim: wrote {tmp_path / 'report.html'}: 3 charts\n")
     assert "1 cell of 3 problems" in out
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Accuracy, two correlations, and against the best predictor and retained mass.
+    assert page.count('class="plot"') == 5
+    # There is nothing to correlate, and a page's data know no other word for it.
+    assert "NaN" not in re.search(r'id="report-data">(.*?)</script>', page)[1]
+
+
+@pytest.mark.slow
+def test_the_report_opens_in_a_browser(live, answering, simulated, tmp_path):
+    live("-p", ",".join(RIGHT), "-b", "20,30", "--simulated", simulated, "--report", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for width in (1280, 390):
+        seen = open_page(page, tmp_path, width)
+        assert seen.faults == []
+        assert len(seen.marks) == page.count('class="plot"')
+        assert seen.smallest >= 11
 
 
 def test_policies_at_different_budgets_are_reported(live, tmp_path):
@@ -74,7 +96,7 @@ def test_policies_at_different_budgets_are_reported(live, tmp_path):
     configs.write_text('[{"policy": "rkv", "budget": "20"}, {"policy": "rkv+utility", "budget": "30"}]')
     code, _, err = live("--configs", configs, "--report", tmp_path / "report.html")
     assert (code, err) == (0, f"sim: wrote {tmp_path / 'report.html'}: 1 chart\n")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 1
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('class="plot"') == 1
 
 
 def test_parameters_tell_policies_of_one_name_apart(live, tmp_path):

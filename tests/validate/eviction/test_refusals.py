@@ -121,5 +121,5 @@ def test_the_model_is_left_as_it_was(implementation):
 def test_a_model_evicts_into_one_cache_at_a_time(llama):
     first, second = new_cache(llama, "rkv"), new_cache(llama, "rkv")
     words = "attends through kvbudget_evict already"
-    with evicting(llama, first), refused(words, RuntimeError), evicting(llama, second):
+    with evicting(llama, first), refused(words), evicting(llama, second):
         pass

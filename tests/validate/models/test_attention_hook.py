@@ -136,7 +136,7 @@ def test_recording_restores_the_model_after_an_error(error):
 def test_recording_twice_at_once_is_refused():
     model = tiny_model()
     with recording(model, Calls()):
-        with pytest.raises(RuntimeError, match="kvbudget_record already"), recording(model, Calls()):
+        with pytest.raises(UserError, match="kvbudget_record already"), recording(model, Calls()):
             pass
         assert model.config._attn_implementation == IMPLEMENTATION
 
