@@ -17,6 +17,8 @@ from simulator.workers.blas import use_one_thread
 from simulator.workers.interrupts import held_back
 
 _WATCH_SECONDS = 1.0
+_LEAVE_SECONDS = 5.0
+_MOMENT_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,10 @@ def processes(
         ended = set(multiprocessing.active_children()) - before
         for process in ended:
             process.kill()
-        for process in ended:
-            process.join()
+        # The pool's own thread may be the one that learns of an end.
+        until = time.monotonic() + _LEAVE_SECONDS
+        while any(process.is_alive() for process in ended) and time.monotonic() < until:
+            time.sleep(_MOMENT_SECONDS)
         raise
 
 
