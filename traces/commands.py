@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from traces.shape import ModelShape
     from traces.trace import Trace
 
-# What the functions below import is left out here, so that `sim --help` starts without NumPy.
-trace_app = typer.Typer(help="Show, check and make traces.", no_args_is_help=True)
-
+# What the functions below need is imported within them, so that `sim --help` starts without NumPy.
 _LINE_WIDTH = 88
 _LONGEST_PROMPT = 512  # tokens; of a longer prompt, both ends are shown
 
@@ -33,7 +31,6 @@ class InfoFormat(StrEnum):
     json = "json"
 
 
-@trace_app.command()
 def info(
     path: TracePath,
     format: Annotated[InfoFormat, typer.Option(help="How to write it.")] = InfoFormat.table,
@@ -52,7 +49,6 @@ def info(
         typer.echo(f"{name:<{width}}  {_printable(_one_line(value))}")
 
 
-@trace_app.command()
 def validate(
     paths: Annotated[
         list[str],
@@ -100,7 +96,6 @@ def validate(
         raise errors[0]
 
 
-@trace_app.command()
 def head(
     path: TracePath,
     tokens: Annotated[
@@ -127,7 +122,6 @@ def head(
     _print_span(trace, prompt, stop)
 
 
-@trace_app.command()
 def make(
     out: Annotated[Path, typer.Argument(help="The directory to create, NAME.kvtrace.", show_default=False)],
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,

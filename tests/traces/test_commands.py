@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from traces import TraceError, UserError, find_traces, open_trace
-from traces.commands import trace_app
+from validate.cli.main import tracing
 
 
 def invoke(*arguments):
     """Run a verb; errors for the user are left to the caller, as the main program does."""
-    return CliRunner().invoke(trace_app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(tracing, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

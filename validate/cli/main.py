@@ -22,7 +22,7 @@ from simulator.cli.results import results
 from simulator.cli.search import search
 from simulator.cli.sweep import sweep
 from simulator.workers.blas import use_one_thread
-from traces.commands import trace_app
+from traces import commands as traces
 from traces.errors import Interrupted, UserError
 from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
@@ -70,7 +70,11 @@ def _group(name: str, help: str, example: str) -> typer.Typer:
 
 
 _add(app, record, "record --model reference --prompts problems.jsonl --out runs/mine")
-app.add_typer(trace_app, name="trace")
+tracing = _group("trace", "Show, check and make traces.", "trace info sample")
+_add(tracing, traces.info, "trace info sample --format json")
+_add(tracing, traces.validate, "trace validate sample runs/heldout")
+_add(tracing, traces.head, "trace head sample -n 60")
+_add(tracing, traces.make, "trace make mine.kvtrace --total-tokens 2000")
 _add(app, calibrate, "calibrate --trace runs/calibration --out wave.json")
 naming = _group("policies", "Policies by name: what there is, and what each does.", "policies show rkv+wave")
 _add(naming, list_policies, "policies list --format json", "list")
