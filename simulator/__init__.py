@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from traces.lazy import loader
 
 if TYPE_CHECKING:
     from simulator.budget import Budget, parse_budget
@@ -46,11 +48,5 @@ __all__ = [
     "run_replay",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that ``sim --help`` need not wait for numba.
-    from importlib import import_module
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'simulator' has no attribute '{name}'")
-    return getattr(import_module(f"simulator.{_HOMES[name]}"), name)
+# Loaded on first use, so that ``sim --help`` need not wait for numba.
+__getattr__ = loader(__name__, _HOMES)

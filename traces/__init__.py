@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from traces.lazy import loader
 
 if TYPE_CHECKING:
     from traces.arrays import write_trace
@@ -37,31 +38,25 @@ __all__ = [
 ]
 
 _HOMES = {
-    "traces.arrays": ("write_trace",),
-    "traces.check": ("check_trace",),
-    "traces.errors": (
+    "arrays": ("write_trace",),
+    "check": ("check_trace",),
+    "errors": (
         "InfeasibleBudgetError",
         "MissingDataError",
         "NoDeviceError",
         "TraceError",
         "UserError",
     ),
-    "traces.lse": ("causal_lse",),
-    "traces.manifest": ("Manifest",),
-    "traces.shape": ("ModelShape",),
-    "traces.store": ("find_traces", "open_trace"),
-    "traces.synthetic": ("Recipe", "make_synthetic"),
-    "traces.trace": ("Trace",),
-    "traces.writer": ("TraceWriter",),
+    "lse": ("causal_lse",),
+    "manifest": ("Manifest",),
+    "shape": ("ModelShape",),
+    "store": ("find_traces", "open_trace"),
+    "synthetic": ("Recipe", "make_synthetic"),
+    "trace": ("Trace",),
+    "writer": ("TraceWriter",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: the command line has to start before NumPy would be imported.
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'traces' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+# The command line has to start before NumPy would be imported.
+__getattr__ = loader("traces", {name: module for module, names in _HOMES.items() for name in names})
 
 
 def __dir__() -> list[str]:

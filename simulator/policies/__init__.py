@@ -5,7 +5,9 @@ What a policy of one's own needs is here: ``from simulator.policies import Cache
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from traces.lazy import loader
 
 if TYPE_CHECKING:
     from simulator.policies.language import Policy, parse_policies, parse_policy
@@ -62,11 +64,5 @@ __all__ = [
     "read_wave",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: the parts that ship import the parts' own modules, not this door.
-    from importlib import import_module
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'simulator.policies' has no attribute '{name}'")
-    return getattr(import_module(f"simulator.policies.{_HOMES[name]}"), name)
+# Loaded on first use: the parts that ship import the parts' own modules, not this door.
+__getattr__ = loader(__name__, _HOMES)

@@ -5,7 +5,9 @@ The door: ``from validate.eviction import EvictingCache, evicting``, on a device
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from traces.lazy import loader
 
 if TYPE_CHECKING:
     from validate.eviction.cache import EvictingCache, evicting
@@ -15,11 +17,5 @@ _HOMES = {"DeviceCache": "device.cache", "EvictingCache": "cache", "evicting": "
 
 __all__ = ["DeviceCache", "EvictingCache", "evicting"]
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: what is in here imports its neighbours, not this door.
-    from importlib import import_module
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'validate.eviction' has no attribute '{name}'")
-    return getattr(import_module(f"validate.eviction.{_HOMES[name]}"), name)
+# Loaded on first use: what is in here imports its neighbours, not this door.
+__getattr__ = loader(__name__, _HOMES)
