@@ -42,15 +42,16 @@ def prepare_kernels() -> None:
 
 
 def require_counts(**given: float | None) -> None:
-    """Refuse what is below 1, of options by name.
+    """Refuse what is below 1 or beyond all measure, of options by name.
 
     Raises
     ------
     UserError
     """
     for name, value in given.items():
-        if value is not None and not value >= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+        if value is not None and not 1 <= value < 2**31:
+            allowed = "1 or more" if value < 1 else "1 to 2,147,483,647"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
 
 
 def tell_failed(table: pl.DataFrame, most: int | None = None) -> int:

@@ -151,7 +151,7 @@ def _replay(
 
     codes: list[int] = []
     started = time.perf_counter()
-    with closing(workers.run(replay_task, contents())) as results:  # type: ignore[type-var]
+    with closing(workers.run(replay_task, contents())) as results:
         for done in results:
             assert isinstance(done, Done)
             folder.write_part(done.rows)

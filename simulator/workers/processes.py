@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Workers:
     n_workers: int
     submit: Callable[..., Future[Any]]
 
-    def run(self, function: Callable[[Any], Any], contents: Iterable[Any]) -> Iterator[Any]:
+    def run(self, function: Callable[[Any], Any], contents: Iterable[Any]) -> Generator[Any, None, None]:
         """Call a function on each of many contents; yields what it returns as it comes, in any order."""
         # As many wait as run: nobody waits for work, and most contents are not made before their time. What a
         # single worker has done is given away before it begins anew.

@@ -103,3 +103,15 @@ def test_no_memory_left_is_one_line(run_sim, monkeypatch):
     )
     code, _, err = run_sim("replay", "--trace", "sample", "--policy", "rkv", "--budget", "20%")
     assert (code, err) == (1, "sim: there is not enough memory: 9 GiB\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-new-tokens", 10**20), ("--batch", 2**31), ("--stretch", "inf")]
+)
+def test_counts_beyond_all_measure_are_refused(run_sim, tmp_path, option, value):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "answer": "two"}\n')
+    asked = ["--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", option, value]
+    code, _, err = run_sim("validate", "live", *asked)
+    assert code == 2
+    assert f"{option} is {value}; allowed: 1 to 2,147,483,647" in err
+    assert not (tmp_path / "out").exists()
