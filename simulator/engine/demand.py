@@ -31,7 +31,7 @@ def calibrate(
         If there is no trace, one has no decode step, they are of different models, or ``rho`` is not between
         0 and 1.
     TraceError
-        If ``check`` finds a trace damaged.
+        If ``check`` finds a trace damaged, or its weights do not sum to 1.
 
     References
     ----------

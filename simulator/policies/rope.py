@@ -11,7 +11,7 @@ import numpy as np
 
 from traces.errors import MissingDataError
 
-# A thousand times that of any published model.
+# Far beyond those of published models.
 _MOST_THETA = 1e13
 KINDS = ("default", "linear", "llama3")
 
