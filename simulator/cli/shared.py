@@ -50,7 +50,7 @@ def require_counts(**given: float | None) -> None:
     """
     for name, value in given.items():
         if value is not None and not 1 <= value < 2**31:
-            allowed = "1 or more" if value < 1 else "1 to 2,147,483,647"
+            allowed = "1 to 2,147,483,647" if value >= 2**31 else "1 or more"
             raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
 
 
