@@ -41,6 +41,23 @@ if __name__ == "__main__":
     with connected(Engine(), 2) as workers:
         print(*workers.run(is_held, [b""] * 4))
 """
+FINALIZER = """
+import os, signal, sys, threading, time
+from simulator.workers.interrupts import raise_again
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+sys.unraisablehook = raise_again
+try:
+    del_it = Finalized()
+    del del_it
+    WAIT
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 SIM = "from validate.cli.entry import main\nif __name__ == '__main__': main()\n"
 
 
@@ -63,6 +80,20 @@ def test_no_worker_of_a_sweep_sees_an_interrupt(tmp_path):
         [sys.executable, script(tmp_path, WORKERS)], capture_output=True, text=True, check=True
     )
     assert ran.stdout.split() == ["True"] * 4
+
+
+@pytest.mark.parametrize(
+    "wait", ["time.sleep(60)", "threading.Lock().acquire() and threading.Event().wait(60)"]
+)
+def test_an_interrupt_that_falls_into_a_finalizer_is_not_lost(wait, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, script(tmp_path, FINALIZER.replace("WAIT", wait))],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert (ran.stdout, ran.stderr) == ("interrupted\n", "")
 
 
 def interrupted(tmp_path, arguments, seconds):

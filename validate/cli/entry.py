@@ -9,6 +9,9 @@ import sys
 def main() -> None:
     """Run one verb of ``sim`` and exit with its code."""
     try:
+        from simulator.workers.interrupts import raise_again
+
+        sys.unraisablehook = raise_again
         from validate.cli.main import main as run
 
         run()
