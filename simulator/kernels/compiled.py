@@ -11,6 +11,8 @@ from typing import Any
 from numba import njit
 from numba.core import event
 
+from traces.interrupts import Deferral
+
 # Functions of these are compiled into those of other files, of which Numba itself looks at one alone: loops
 # over tiles of an earlier size would go past the ends of arrays.
 _SHARED = tuple(Path(__file__).parent.glob("*.py"))
@@ -26,6 +28,24 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return made
 
     return decorate
+
+
+class _Undisturbed(event.Listener):
+    """Keeps Ctrl-C from the compiler: LLVM's objects, left half-way, are freed twice and end the process."""
+
+    def __init__(self) -> None:
+        self._deferral = Deferral()
+
+    def on_start(self, event: event.Event) -> None:
+        """Take note of Ctrl-C until the lock is given back."""
+        self._deferral.begin()
+
+    def on_end(self, event: event.Event) -> None:
+        """Hand Ctrl-C on."""
+        self._deferral.end()
+
+
+event.register("numba:compiler_lock", _Undisturbed())
 
 
 class _Told(event.Listener):

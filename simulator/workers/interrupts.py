@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
+
+from traces.interrupts import Deferral
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -23,9 +25,17 @@ def held_back() -> Iterator[None]:
 
     A process that ignores it only once its own code runs would answer one in its imports with a traceback.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
+    deferral = Deferral()
+    deferral.begin()
+    try:
+        with _blocked() if hasattr(signal, "pthread_sigmask") else nullcontext():  # not on Windows
+            yield
+    finally:
+        deferral.end()
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         # The first process would start it, which before Python 3.12 lets Ctrl-C through again.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
+from numba import njit
 from numba.core import event
 from places import ROOT
 
@@ -76,3 +78,21 @@ def test_machine_code_from_disk_is_not_told(tmp_path, monkeypatch):
     finally:
         event.unregister("numba:compile", noted)
     assert len(starts) == 1
+
+
+def test_ctrl_c_waits_until_the_compiler_is_done():
+    class Presses(event.Listener):
+        went_on = False
+
+        def on_start(self, event):
+            signal.raise_signal(signal.SIGINT)
+            self.went_on = True
+
+        def on_end(self, event):
+            pass
+
+    made, presses = njit(lambda x: x + 1), Presses()
+    with event.install_listener("numba:compile", presses), pytest.raises(KeyboardInterrupt):
+        made(1)
+    assert presses.went_on
+    assert made(1) == 2
