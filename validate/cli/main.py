@@ -26,7 +26,7 @@ from traces import commands as traces
 from traces.errors import Interrupted, UserError
 from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
-from validate.cli import reasoner
+from validate.cli import models, reasoner
 from validate.cli.bench import bench as device_bench
 from validate.cli.forced import forced
 from validate.cli.live import live
@@ -75,6 +75,9 @@ _add(tracing, traces.info, "trace info sample --format json")
 _add(tracing, traces.validate, "trace validate sample runs/heldout")
 _add(tracing, traces.head, "trace head sample -n 60")
 _add(tracing, traces.make, "trace make mine.kvtrace --total-tokens 2000")
+pretrained = _group("models", "Pretrained language models: bring them once.", "models fetch smollm2-135m")
+_add(pretrained, models.list_models, "models list --format json", "list")
+_add(pretrained, models.fetch, "models fetch smollm2-135m")
 _add(app, calibrate, "calibrate --trace runs/calibration --out wave.json")
 naming = _group("policies", "Policies by name: what there is, and what each does.", "policies show rkv+wave")
 _add(naming, list_policies, "policies list --format json", "list")
