@@ -126,14 +126,12 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
         line=number,
         id=_as_text(given, where, "id"),
         text=_as_text(row[name], where, name),
-        completion=_as_optional_text(row, "completion", where),
-        family=_as_optional_text(row, "family", where),
-        answer=_as_optional_text(row, "answer", where),
+        **{
+            name: _as_text(row[name], where, name)
+            for name in ("completion", "family", "answer")
+            if row.get(name) is not None
+        },
     )
-
-
-def _as_optional_text(row: dict[str, object], name: str, where: str) -> str | None:
-    return None if row.get(name) is None else _as_text(row[name], where, name)
 
 
 def _as_text(value: object, where: str, name: str) -> str:
@@ -240,9 +238,7 @@ def require_completions(prompts: list[Prompt], path: str | Path) -> None:
     UserError
         Naming the first such line.
     """
-    for prompt in prompts:
-        if prompt.completion is None:
-            raise UserError(f"{path}, line {prompt.line}: no completion; --rescore needs one in each")
+    _require(prompts, path, "completion", "--rescore needs one in each")
 
 
 def require_answers(prompts: list[Prompt], path: str | Path) -> None:
@@ -253,6 +249,10 @@ def require_answers(prompts: list[Prompt], path: str | Path) -> None:
     UserError
         Naming the first such line.
     """
+    _require(prompts, path, "answer", "a live run grades answers")
+
+
+def _require(prompts: list[Prompt], path: str | Path, field: str, why: str) -> None:
     for prompt in prompts:
-        if prompt.answer is None:
-            raise UserError(f"{path}, line {prompt.line}: no answer; a live run grades answers")
+        if getattr(prompt, field) is None:
+            raise UserError(f"{path}, line {prompt.line}: no {field}; {why}")
