@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from simulator.results.labels import with_budget_label
@@ -135,15 +134,13 @@ def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
     """
     if metric not in METRICS:
         raise UserError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
-    sign = 1 if METRICS[metric].more_is_better else -1
-    rows = []
-    for (family, budget), own in judged.group_by("family", "budget", maintain_order=True):
-        values, accuracy = sign * own[metric].to_numpy(), own["accuracy"].to_numpy()
-        chosen, best = int(np.argmax(values)), int(np.argmax(accuracy))
-        rows.append(
-            {"family": family, "budget": budget, "asked": own["budget_asked"][0]}
-            | {"chosen": own["policy"][chosen], "gets": float(accuracy[chosen])}
-            | {"best": own["policy"][best], "could": float(accuracy[best])}
-            | {"regret": float(accuracy[best] - accuracy[chosen])}
-        )
-    return pl.DataFrame(rows).sort("family", "asked").drop("asked")
+    first = (pl.col(metric) * (1 if METRICS[metric].more_is_better else -1)).arg_max()
+    accuracy, most = pl.col("accuracy"), pl.col("accuracy").arg_max()
+    costs = judged.group_by("family", "budget", "budget_asked", maintain_order=True).agg(
+        chosen=pl.col("policy").get(first),
+        gets=accuracy.get(first),
+        best=pl.col("policy").get(most),
+        could=accuracy.get(most),
+        regret=accuracy.get(most) - accuracy.get(first),
+    )
+    return costs.sort("family", "budget_asked").drop("budget_asked")
