@@ -33,18 +33,9 @@ _CYCLES = 2
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One policy at one batch size, writing one length of text.
+    """One policy, called ``label`` in the results, at one batch size, writing one length of text.
 
-    Attributes
-    ----------
-    label : str
-        What the policy is called in the results.
-    policy : Policy
-    batch, new_tokens : int
-    entries : int
-        Mean budget per KV head.
-    graph : bool
-        Whether steps are replayed from a CUDA graph.
+    ``entries`` is the mean budget per KV head; with ``graph``, steps are replayed from a CUDA graph.
     """
 
     label: str

@@ -19,17 +19,9 @@ WINDOW, KERNEL_SIZE, THRESHOLD = 8, 7, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What kernels are measured on.
+    """What kernels are measured on; ``entries`` and ``buffer`` are per KV head, on average.
 
-    Attributes
-    ----------
-    n_rows, n_kv_heads, group_size, head_dim : int
-    entries, buffer : int
-        Per KV head, on average.
-    dtype : torch.dtype
-    device : torch.device
-    ragged : bool
-        Whether KV heads hold from a quarter of their equal share to twice that, or all the same.
+    If ``ragged``, KV heads hold from a quarter of their equal share to 1.75 times it, else all the same.
     """
 
     n_rows: int

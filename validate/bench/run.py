@@ -38,20 +38,9 @@ _ASSUMED_WAVE = (2.0, 1.2, 0.7, 0.6, 0.8, 1.0, 1.2, 1.4)
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What is measured.
+    """What is measured: texts of ``lengths`` tokens, and each kernel by ``repeat`` calls.
 
-    Attributes
-    ----------
-    entries, buffer : int
-    lengths : tuple of int
-        Texts, in tokens.
-    kernel_batches : tuple of int
-    most_batch : int
-        No larger one is tried.
-    repeat : int
-        Timed calls of each kernel.
-    minutes : float
-        Nothing is begun after that.
+    No batch above ``most_batch`` is tried, and nothing is begun after ``minutes``.
     """
 
     entries: int = 1024
@@ -77,15 +66,7 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure kernels, then decoding, on the model's device.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-    name : str
-    plan : BenchPlan
-    tell : callable
-        Given a line for everything that begins.
-    keep : callable
-        Given the result so far whenever something was added.
+    ``tell`` is given a line for everything that begins, ``keep`` the result so far whenever it has grown.
 
     Returns
     -------

@@ -36,46 +36,38 @@ _GPU = _Usual("R1-Llama-8B", "bfloat16", 1024, "8192,16384", 1024)
 _CPU = _Usual("tiny", "float32", 64, "512,1024", 4)
 
 
+def _usually(field: str) -> str:
+    gpu, cpu = getattr(_GPU, field), getattr(_CPU, field)
+    return f"{gpu}{';' if ',' in str(gpu) else ','} {cpu} on a CPU"
+
+
 def bench(
     gpu: Annotated[bool, typer.Option("--gpu", help="Refuse to run without a GPU.")] = False,
     device: options.Device = "auto",
     random_weights: Annotated[
         str | None,
-        typer.Option(
-            help="Shape to run with random weights.", show_default=f"{_GPU.shape}, {_CPU.shape} on a CPU"
-        ),
+        typer.Option(help="Shape to run with random weights.", show_default=_usually("shape")),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Instead: a folder with a saved model, or a hub id.")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16.", show_default=f"{_GPU.dtype}, {_CPU.dtype} on a CPU"
-        ),
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default=_usually("dtype"))
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Entries per KV head.",
-            show_default=f"{_GPU.budget}, {_CPU.budget} on a CPU",
-        ),
+        typer.Option("--budget", "-b", help="Entries per KV head.", show_default=_usually("budget")),
     ] = None,
     buffer: Annotated[int, typer.Option(help="Entries added between compressions.")] = 128,
     lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens to write, comma list.", show_default=f"{_GPU.lengths}; {_CPU.lengths} on a CPU"
-        ),
+        str | None, typer.Option(help="Tokens to write, comma list.", show_default=_usually("lengths"))
     ] = None,
     batches: Annotated[str, typer.Option(help="Batches that kernels are timed at, comma list.")] = "1,64",
     most_batch: Annotated[
         int | None,
         typer.Option(
             help="Decode no larger batch than this, even where it would fit.",
-            show_default=f"{_GPU.most_batch}, {_CPU.most_batch} on a CPU",
+            show_default=_usually("most_batch"),
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing after so many minutes.")] = 9.0,

@@ -55,13 +55,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read prompts, one JSON object per line with ``prompt``, ``problem`` or ``question``.
-
-    Parameters
-    ----------
-    path : str or Path
-    limit : int, optional
-        Read only the first ones.
+    """Read prompts, at most ``limit``, one JSON object per line with ``prompt``, ``problem`` or ``question``.
 
     Raises
     ------
@@ -170,15 +164,7 @@ def require_known_words(
     """Refuse text of which a model would read nothing: words that its tokenizer does not know.
 
     A tokenizer of whole words has to know all of them; of another one, half of the tokens have to be known.
-
-    Parameters
-    ----------
-    prompts : list of Prompt
-    tokenizer : PreTrainedTokenizerBase
-    path : str or Path
-        What messages call the file.
-    completions : bool
-        Whether completions are read as well.
+    With ``completions`` these are read as well.
 
     Raises
     ------
@@ -215,14 +201,9 @@ def tell_limit(n_prompts: int, limit: int | None, path: str | Path) -> None:
 
 
 def graded(task: dict[str, object], text: str) -> dict[str, object]:
-    """Add ``decoded_answer`` and ``correct`` to the task of a family whose answers can be read.
+    """Add ``decoded_answer`` and ``correct`` to a task with the ``family`` and ``answer`` of a known family.
 
-    Parameters
-    ----------
-    task : dict
-        With ``family`` and ``answer``; returned as it is without them, or for another family.
-    text : str
-        The completion, special tokens left out.
+    Another task is returned as it is. ``text`` is the completion, special tokens left out.
     """
     if task.get("family") not in FAMILIES or task.get("answer") is None:
         return dict(task)

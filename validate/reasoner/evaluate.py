@@ -74,20 +74,9 @@ def family_accuracy(
     *,
     decode_all: bool = False,
 ) -> dict[str, Any]:
-    """Solve problems of one family greedily and grade the answers.
+    """Solve the first ``count`` problems of one family's stream greedily and grade the answers.
 
-    Parameters
-    ----------
-    loaded : LoadedModel
-    family : str
-    seed, count : int
-        The first ``count`` problems of this stream.
-    batch : int
-        Problems decoded together.
-    size, length, legs : (int, int)
-        As of `make_problem`.
-    decode_all : bool
-        Decode also what one forward pass settles.
+    With ``decode_all``, those that one forward pass settles are decoded as well.
 
     Returns
     -------

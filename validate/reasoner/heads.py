@@ -211,13 +211,7 @@ def describe_heads(found: HeadMasses) -> dict[str, Any]:
 
 
 def typical_heads(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the strongest head of each name that is drawn, at most six.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        ``rows`` of `describe_heads`.
-    """
+    """Choose the strongest head of each name that is drawn, at most six, among ``rows`` of all heads."""
     patterns = {name: pattern for pattern, name in (SPECIFIC | BROAD).items()}
     chosen = []
     for name in MAPPED_NAMES:

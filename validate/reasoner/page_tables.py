@@ -71,14 +71,8 @@ def _predictors() -> str:
         for own in (table.filter(metric=metric) for table in tables):
             row += [_span(own["spearman_within"]), _span(100 * own["regret"], 1)]
         rows.append(row)
-    head = (
-        "the replay's number",
-        "9 policies: correlation",
-        "points lost",
-        "8 others: correlation",
-        "points lost",
-    )
-    return _markdown(head, rows)
+    head = ["the replay's number", "9 policies: correlation", "points lost"]
+    return _markdown([*head, "8 others: correlation", "points lost"], rows)
 
 
 def _fidelity(table: str) -> str:

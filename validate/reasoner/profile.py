@@ -123,14 +123,7 @@ def describe_stability(
 ) -> dict[str, Any]:
     """Compare demands between families, between halves of one family, and over its problems.
 
-    Parameters
-    ----------
-    families : dict of str to list of Demand
-        One demand per problem.
-    splits : int
-        How often the problems of a family are split at random.
-    seed : int
-        Of the splits.
+    ``families`` has one demand per problem. Those of a family are split at random ``splits`` times.
     """
     means = {family: _mean_entries(problems) for family, problems in families.items()}
     between = [
@@ -210,15 +203,7 @@ def profile_traces(
 ) -> dict[str, Any]:
     """Profile one model from its traces; the result can be written as JSON.
 
-    Parameters
-    ----------
-    traces : sequence of Trace
-    rho : float
-        The attention mass to hold.
-    steps_per_trace : int
-        Decode steps sampled from each trace.
-    seed : int
-        Of the random halves.
+    ``rho`` is the attention mass to hold; ``seed`` is that of the random halves.
 
     Raises
     ------

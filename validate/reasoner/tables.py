@@ -50,10 +50,7 @@ def stored_profile() -> dict[str, Any]:
 def judged_rows(others: bool = False) -> pl.DataFrame:
     """Join what the simulator foretold with the accuracy of decoding under eviction.
 
-    Parameters
-    ----------
-    others : bool
-        The eight policies that no number was chosen on, instead of the first nine.
+    With ``others``, of the eight policies that no number was chosen on, instead of the first nine.
 
     Returns
     -------
@@ -87,21 +84,12 @@ def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
 
 
 def differences(judged: pl.DataFrame, policy: str, columns: Sequence[str]) -> pl.DataFrame:
-    """Give every other policy's numbers less one policy's, budget by budget, means over families.
-
-    Parameters
-    ----------
-    judged : polars.DataFrame
-        Of `judged_rows`.
-    policy : str
-        What the others are compared with.
-    columns : sequence of str
-        Shares; their differences are in percentage points.
+    """Return every other policy's shares less one policy's, from rows of `judged_rows`.
 
     Returns
     -------
     polars.DataFrame
-        policy, budget and the columns.
+        policy, budget and ``columns``: differences of means over families, in percentage points.
     """
     key = ["policy", "budget_asked", "budget"]
     means = judged.group_by(key, maintain_order=True).agg(pl.col(name).mean() * 100 for name in columns)
@@ -112,14 +100,7 @@ def differences(judged: pl.DataFrame, policy: str, columns: Sequence[str]) -> pl
 
 
 def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """Take the policy that a number puts first, at every budget, and say what it costs in accuracy.
-
-    Parameters
-    ----------
-    judged : polars.DataFrame
-        Of `judged_rows`.
-    metric : str
-        One of ``standings.METRICS``.
+    """Take the policy that a number puts first in rows of `judged_rows`, and what it costs in accuracy.
 
     Returns
     -------

@@ -99,14 +99,7 @@ def loss_and_accuracy(
 class Run:
     """A training run that can be written to a file and go on from there.
 
-    Attributes
-    ----------
-    step : int
-        Steps done.
-    stage : int
-        Index into the curriculum.
-    seconds : float
-        Wall time so far, over all sittings.
+    ``step`` steps are done, ``stage`` is an index into the curriculum, ``seconds`` the time of all sittings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
