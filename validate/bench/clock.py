@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-_COPIED_BYTES = 2**30
 # Some 20 ms: longer than the host takes to give a device what is timed.
 _HEAD_START_CYCLES = 40_000_000
 
@@ -82,8 +81,8 @@ def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device, 
     return median(lap.seconds())
 
 
-def copy_bandwidth(device: torch.device, n_bytes: int = _COPIED_BYTES) -> float:
-    """Measure a large copy within the device's memory; bytes read and written per second."""
+def copy_bandwidth(device: torch.device, n_bytes: int) -> float:
+    """Measure a copy of ``n_bytes`` within the device's memory; bytes read and written per second."""
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * n_bytes / median_seconds([partial(target.copy_, source)], device, 11)

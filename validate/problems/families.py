@@ -120,11 +120,12 @@ class Chain:
             self.write(LINES[left])
             yield left
 
-    def close_leg(self, goal: tuple[str, ...], result: str) -> None:
+    def close_leg(self, result: str, goal: str | None = None) -> None:
         """Restate the goal, if it is not at hand, and mark the result."""
-        mark = RESULTS[len(self.results) // 2]
-        self.write(LINES[0], *(("goal", *goal) if goal else ()), "mark", mark, result, ".")
-        self.results += [mark, result]
+        leg = len(self.results) // 2
+        restated = () if goal is None else ("goal", LEGS[leg], goal, result)
+        self.write(LINES[0], *restated, "mark", RESULTS[leg], result, ".")
+        self.results += [RESULTS[leg], result]
 
     def finish(self) -> str:
         """Find no further leg, recall all results, and give them as the answer."""
@@ -189,7 +190,7 @@ def make_walk(
             place = onward[place]
             chain.write(".")
             chain.recap(left, place)
-        chain.close_leg((), place)
+        chain.close_leg(place)
     return prompt, chain
 
 
@@ -213,14 +214,14 @@ def make_program(
                 chain.write(LEFT[size], "loop")
                 at = 0
             first, second = code[at]
-            result = (value[first] + value[second]) % 10
+            total = (value[first] + value[second]) % 10
             chain.write(LEFT[at], first, str(value[first]), RIGHT[at], second, str(value[second]))
-            chain.derive(left, "sum", str(result), DIGITS)
-            value[first] = result
-            chain.write("set", first, str(result), ".")
+            chain.derive(left, "sum", str(total), DIGITS)
+            value[first] = total
+            chain.write("set", first, str(total), ".")
             chain.recap(left, goal, str(value[goal]))
             at += 1
-        chain.close_leg((LEGS[len(chain.results) // 2], goal, str(value[goal])), str(value[goal]))
+        chain.close_leg(str(value[goal]), goal)
     return prompt, chain
 
 
@@ -243,7 +244,7 @@ def make_machine(
             chain.derive(left, front.capitalize(), rule[front], tuple(names))
             chain.write(":", *queue, ".")
             chain.recap(left, ":", *queue)
-        chain.close_leg((), queue[0])
+        chain.close_leg(queue[0])
     return prompt, chain
 
 

@@ -21,18 +21,9 @@ _MOST_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of a prompts file.
+    """One row of a prompts file, in its ``line``, counted from 1.
 
-    Attributes
-    ----------
-    line : int
-        Its line in the file, from 1.
-    id : str
-        As given, or ``row-LINE``.
-    text : str
-    completion : str or None
-        A text to rescore.
-    family, answer : str or None
+    The ``id`` is the file's, or ``row-LINE``; ``completion`` is a text to rescore.
     """
 
     line: int

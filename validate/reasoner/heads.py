@@ -122,14 +122,7 @@ def pattern_masks(token_ids: np.ndarray, goal: np.ndarray, positions: np.ndarray
 
 
 def head_weights(trace: Trace, layer: int, positions: np.ndarray) -> np.ndarray:
-    """Give full-cache attention weights of every query head.
-
-    Parameters
-    ----------
-    trace : Trace
-    layer : int
-    positions : int (n,)
-        Query tokens, increasing.
+    """Return full-cache attention weights of every query head, for increasing ``positions`` of n queries.
 
     Returns
     -------
