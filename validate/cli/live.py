@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +66,7 @@ def live(
     require_places({"-o": output, "--report": report})
     options.require_report(report)
     cells = options.asked_cells(policy, budget, configs, buffer)
+    from validate.live.completions import LiveSettings
     from validate.live.matrix import MatrixSettings
     from validate.live.output import read_simulated, report_failed, tell
     from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
@@ -86,15 +86,15 @@ def live(
         limit=limit,
         batch=batch,
         waves=tuple(map(str, wave or ())),
-        live={
-            "max_new_tokens": max_new_tokens,
+        live=LiveSettings(
+            max_new_tokens=max_new_tokens,
             # Sampled texts differ in length even with the full cache.
-            "stretch": stretch or (1.1 if temperature is None else 2.0),
-            "samples": samples,
-            "sampling": asdict(options.asked_sampling(temperature, top_p, seed)),
-            "use_chat_template": not no_chat,
-            "seed": seed,
-        },
+            stretch=stretch or (1.1 if temperature is None else 2.0),
+            samples=samples,
+            sampling=options.asked_sampling(temperature, top_p, seed),
+            use_chat_template=not no_chat,
+            seed=seed,
+        ),
     )
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = worker_count(jobs, None if target == "cpu" else 1)

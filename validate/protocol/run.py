@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +16,7 @@ from simulator.workers.cores import worker_count
 from traces.atomic import write_text
 from traces.errors import UserError
 from validate.live.accuracy import accuracy_table
+from validate.live.completions import LiveSettings
 from validate.live.matrix import MatrixSettings
 from validate.live.output import report_failed
 from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
@@ -114,14 +115,14 @@ def _settings(
         limit=asked.limit,
         batch=benchmark.batch,
         waves=tuple(waves),
-        live={
-            "max_new_tokens": benchmark.max_new_tokens,
-            "stretch": protocol.stretch,
-            "samples": protocol.samples,
-            "sampling": asdict(replace(protocol.sampling, seed=asked.seed)),
-            "use_chat_template": asked.use_chat_template,
-            "seed": asked.seed,
-        },
+        live=LiveSettings(
+            max_new_tokens=benchmark.max_new_tokens,
+            stretch=protocol.stretch,
+            samples=protocol.samples,
+            sampling=replace(protocol.sampling, seed=asked.seed),
+            use_chat_template=asked.use_chat_template,
+            seed=asked.seed,
+        ),
     )
 
 
