@@ -14,7 +14,7 @@ from simulator.report.page import Section, origin, page, this_command
 from simulator.report.quality import crowded
 from simulator.results.labels import with_budget_label
 from simulator.results.tables import BUDGET
-from traces.atomic import write_file
+from traces.atomic import write_text
 from traces.extras import require_extra
 from traces.wording import counted
 from validate.live.accuracy import ALL_FAMILIES, compare
@@ -29,13 +29,14 @@ def write_report(
     path: Path,
     rows: pl.DataFrame,
     accuracy: pl.DataFrame,
-    cells: dict[str, Cells] | None,
-    fidelity: pl.DataFrame | None,
+    folder: Path,
+    cells: dict[str, Cells] | None = None,
+    fidelity: pl.DataFrame | None = None,
     note: str = "",
     published: pl.DataFrame | None = None,
     source: str = "",
-) -> dict[str, str]:
-    """Write the page; give its charts as SVG, by name.
+) -> int:
+    """Write the page, and its charts as pictures; give their number.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def write_report(
         Of ``completions.ROW_SCHEMA``.
     accuracy : polars.DataFrame
         Of `accuracy_table`.
+    folder : Path
+        Where ``NAME.svg`` of every chart goes.
     cells, fidelity
         Of `matched_cells` and `fidelity_table`; None without simulated rows.
     note : str
@@ -106,8 +109,10 @@ def write_report(
     every = with_budget_label(accuracy).sort(order, descending=[False, False, True], nulls_last=False)
     sections.append(_section("All policies and budgets", "policies", {"rows": every.to_dicts()}))
     made = page("KV budgets under real eviction", sections, origin(rows, this_command()))
-    write_file(path, lambda temporary: temporary.write_text(made.text, encoding="utf-8"))
-    return {name: vl_convert.vegalite_to_svg(styled(chart).to_dict()) for name, chart in pictures.items()}
+    write_text(path, made.text)
+    for name, chart in pictures.items():
+        write_text(folder / f"{name}.svg", vl_convert.vegalite_to_svg(styled(chart).to_dict()))
+    return len(pictures)
 
 
 def _section(title: str, template: str, values: dict[str, Any], figures: Sequence[Figure] = ()) -> Section:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from simulator.policies.wave import known_waves
 from simulator.results.labels import told_apart
-from simulator.results.output import tell_written, write_rows
+from simulator.results.output import write_rows
 from simulator.workers.cores import worker_count
-from traces.atomic import write_text
 from traces.errors import UserError
 from validate.live.accuracy import accuracy_table
 from validate.live.completions import LiveSettings
 from validate.live.matrix import MatrixSettings
-from validate.live.output import report_failed
+from validate.live.output import put_out, report_failed
 from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
 from validate.live.terminal import print_published
 from validate.models.load import resolve_device
@@ -79,15 +78,23 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     table = _compared(found, protocol, model)
     write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
     note = "\n".join(filter(None, [*changes, meaningless(model.load)]))
-    if chosen == "table":
-        print_published(told_apart(table)[0], protocol.source, note, output)
-    else:
-        write_rows(table, output, chosen)
-    tell_written(output, len(table), asked.quiet)
-    if note and (chosen != "table" or output is not None):
-        print("\n".join(f"sim: {line}" for line in note.splitlines()), file=sys.stderr)
+    (labelled,) = told_apart(table)
+    show = partial(print_published, table=labelled, source=protocol.source, note=note)
+    put_out(table, show, output, chosen, note, quiet=asked.quiet)
     if report is not None:
-        _write_report(report, found, table, protocol.source, note, asked.out / model.folder)
+        # altair is needed for a report alone.
+        from validate.live.report import write_report
+
+        (rows,) = told_apart(pl.concat(own.with_columns(family=pl.lit(name)) for name, own in found.items()))
+        write_report(
+            report,
+            rows,
+            accuracy_table(rows),
+            asked.out / model.folder,
+            note=note,
+            published=labelled,
+            source=protocol.source,
+        )
     report_failed(failed, n_batches, "batches")
 
 
@@ -136,15 +143,3 @@ def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice)
         )
         for name, rows in found.items()
     )
-
-
-def _write_report(
-    place: Path, found: dict[str, pl.DataFrame], table: pl.DataFrame, source: str, note: str, folder: Path
-) -> None:
-    # altair is needed for a report alone.
-    from validate.live.report import write_report
-
-    (rows,) = told_apart(pl.concat(rows.with_columns(family=pl.lit(name)) for name, rows in found.items()))
-    figures = write_report(place, rows, accuracy_table(rows), None, None, note, told_apart(table)[0], source)
-    for name, svg in figures.items():
-        write_text(folder / f"{name}.svg", svg)
