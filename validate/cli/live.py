@@ -69,7 +69,7 @@ def live(
     from validate.live.completions import LiveSettings
     from validate.live.matrix import MatrixSettings
     from validate.live.output import read_simulated, report_failed, tell
-    from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
+    from validate.live.run import decoding_dtype, open_matrix, run_matrix
     from validate.models.load import know_model, resolve_device
 
     target = str(resolve_device(device))
@@ -100,7 +100,6 @@ def live(
     n_processes = worker_count(jobs, None if target == "cpu" else 1)
     if wave:
         tell_unused(wave, [know_model(source, revision).name])
-    matrix = open_matrix(settings, out)
-    rows, failed = run_matrix(matrix, cells, n_processes, quiet)
+    rows, failed, n_asked = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
     tell(rows, out, replayed, report, chosen, output, meaningless(source), quiet=quiet)
-    report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
+    report_failed(failed, n_asked, "batches")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -133,10 +133,7 @@ def complete(
         entries,
         limits,
         stop_ids=stop_token_ids(loaded.model, loaded.tokenizer),
-        sampling=[
-            Sampling(sampling.do_sample, sampling.temperature, sampling.top_p, sampling.seed + stream)
-            for stream in streams
-        ],
+        sampling=[replace(sampling, seed=sampling.seed + stream) for stream in streams],
         name=loaded.name,
         revision=loaded.revision,
         waves=waves,

@@ -26,7 +26,7 @@ from simulator.results.output import write_parquet
 from simulator.results.store import read_table
 from simulator.results.tables import GROUP, budget_columns, with_budget_kind
 from simulator.workers.processes import processes
-from traces.atomic import write_file
+from traces.atomic import write_text
 from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
 from validate.live.completions import ROW_SCHEMA, LiveSettings, baselines_of, complete
@@ -253,8 +253,7 @@ class Matrix:
                     f"asked {asked[name]!r}; allowed: another folder"
                 )
         else:
-            text = json.dumps(asked, indent=1) + "\n"
-            write_file(place, lambda temporary: temporary.write_text(text))
+            write_text(place, json.dumps(asked, indent=1) + "\n")
 
 
 def _digest(path: Path) -> str:

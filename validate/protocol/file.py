@@ -28,7 +28,6 @@ _FULL = "full"
 class Checkpoint:
     """A model of the file: a hub id or folder, and the file of its wave."""
 
-    name: str
     id: str
     wave: str | None
 
@@ -39,7 +38,6 @@ class Benchmark:
 
     Attributes
     ----------
-    name : str
     prompts : str or None
         A file or URL of JSONL or Parquet; None where the command line has to give it.
     max_new_tokens : int
@@ -48,7 +46,6 @@ class Benchmark:
         Problems decoded together, each with all its samples.
     """
 
-    name: str
     prompts: str | None
     max_new_tokens: int
     budgets: tuple[Budget, ...]
@@ -162,7 +159,7 @@ def _checkpoint(name: str, table: Mapping[str, Any]) -> Checkpoint:
     where = f"models.{name}"
     require_known(table, _MODEL_KEYS, f"{where} key")
     wave = None if "wave" not in table else _text(table, "wave", f"{where} wave")
-    return Checkpoint(name, _text(table, "id", f"{where} id"), wave)
+    return Checkpoint(_text(table, "id", f"{where} id"), wave)
 
 
 def _benchmark(name: str, table: Mapping[str, Any], policies: tuple[Policy, ...]) -> Benchmark:
@@ -181,7 +178,6 @@ def _benchmark(name: str, table: Mapping[str, Any], policies: tuple[Policy, ...]
         except UserError as error:
             raise type(error)(f"{where} budgets: {error}") from None
     return Benchmark(
-        name=name,
         prompts=None if "prompts" not in table else _text(table, "prompts", f"{where} prompts"),
         max_new_tokens=_count(table, "max_new_tokens", f"{where} max_new_tokens"),
         budgets=tuple(dict.fromkeys(budgets)),

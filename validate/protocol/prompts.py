@@ -7,7 +7,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from traces.atomic import write_file
+from traces.atomic import write_file, write_text
 from traces.documents import shown
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -59,7 +59,7 @@ def prepare_prompts(name: str, source: str, template: str, folder: Path) -> Path
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     place = folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(place, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(place, text)
     return place
 
 

@@ -18,7 +18,7 @@ from validate.live.accuracy import accuracy_table
 from validate.live.completions import LiveSettings
 from validate.live.matrix import MatrixSettings
 from validate.live.output import put_out, report_failed
-from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
+from validate.live.run import decoding_dtype, open_matrix, run_matrix
 from validate.live.terminal import print_published
 from validate.models.load import resolve_device
 from validate.models.shapes import PREFIX, meaningless
@@ -70,11 +70,11 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     failed: list[UserError] = []
     for name, matrix in matrices.items():
         cells = [(policy, own) for own in protocol.benchmarks[name].budgets for policy in protocol.policies]
-        rows, errors = run_matrix(matrix, cells, jobs, asked.quiet, name)
+        rows, errors, n_asked = run_matrix(matrix, cells, jobs, asked.quiet, name)
         write_rows(accuracy_table(rows), matrix.folder / "accuracy.csv", "csv")
         found[name] = rows
-        failed += errors.values()
-        n_batches += n_asked(matrix, cells)
+        failed += errors
+        n_batches += n_asked
     table = _compared(found, protocol, model)
     write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
     note = "\n".join(filter(None, [*changes, meaningless(model.load)]))

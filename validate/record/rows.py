@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from traces.errors import TraceError, UserError
@@ -35,7 +36,7 @@ class RowSettings:
 
     rescore: bool = False
     max_new_tokens: int = 1024
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     use_chat_template: bool = True
     with_values: bool = False
     overwrite: bool = False
@@ -105,37 +106,27 @@ def _record(
         return "kept", kept
     if settings.rescore:
         completion_ids = token_ids[len(prompt_ids) :]
-        trace = record_rescore(
-            loaded.model,
-            prompt_ids,
-            completion_ids,
-            path,
-            tokenizer=loaded.tokenizer,
-            with_values=settings.with_values,
-            overwrite=settings.overwrite,
-            model_name=loaded.name,
-            model_revision=loaded.revision,
-            task=prompt.task,
-            on_tokens=on_tokens,
+        record = partial(
+            record_rescore, loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer
         )
     else:
-        trace = record_decode(
+        record = partial(
+            record_decode,
             loaded.model,
             loaded.tokenizer,
             prompt_ids,
             path,
             max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.sampling.do_sample,
-            temperature=settings.sampling.temperature,
-            top_p=settings.sampling.top_p,
-            seed=settings.sampling.seed,
-            with_values=settings.with_values,
-            overwrite=settings.overwrite,
-            model_name=loaded.name,
-            model_revision=loaded.revision,
-            task=prompt.task,
-            on_tokens=on_tokens,
+            **asdict(settings.sampling),
         )
+    trace = record(
+        with_values=settings.with_values,
+        overwrite=settings.overwrite,
+        model_name=loaded.name,
+        model_revision=loaded.revision,
+        task=prompt.task,
+        on_tokens=on_tokens,
+    )
     return "recorded", trace
 
 
