@@ -15,6 +15,7 @@ from simulator.policies.wave import Wave
 from simulator.results.tables import budget_columns
 from traces.shape import ModelShape
 from validate.eviction.decode import Completion, decode
+from validate.live.accuracy import CELL_SCHEMA
 from validate.models.load import LoadedModel, model_shape, stop_token_ids
 from validate.models.next_token import Sampling
 from validate.models.vocabulary import whole_vocabulary
@@ -25,11 +26,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "problem": pl.String,
     "family": pl.String,
     "sample": pl.Int32,
-    "policy": pl.String,
-    "policy_params": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
+    **CELL_SCHEMA,
     "budget_entries": pl.Int32,
     "right": pl.Boolean,
     "answer": pl.String,

@@ -242,18 +242,17 @@ class Matrix:
         asked["weights"] = "" if folder is None else weights_digest(folder)
         known_waves(list(self.settings.waves))  # says in words which of them cannot be read
         asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
+        if not place.exists():
+            write_text(place, json.dumps(asked, indent=1) + "\n")
+            return
         asked = json.loads(json.dumps(asked))
-        if place.exists():
-            found = read_json(place, f"{place} is damaged", dict[str, Any])
-            differing = sorted(name for name in asked if asked[name] != found.get(name))
-            if differing:
-                name = differing[0]
+        found = read_json(place, f"{place} is damaged", dict[str, Any])
+        for name in sorted(asked):
+            if asked[name] != found.get(name):
                 raise UserError(
                     f"{self.folder} holds results of other settings: its {name} is {found.get(name)!r}, "
                     f"asked {asked[name]!r}; allowed: another folder"
                 )
-        else:
-            write_text(place, json.dumps(asked, indent=1) + "\n")
 
 
 def _digest(path: Path) -> str:

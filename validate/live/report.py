@@ -99,7 +99,9 @@ def write_report(
         sections.append(_section("Beside the published numbers", "published", told))
     held = set(rows["policy"])
     pairs = {
-        f"{policy} less {other}": _differences(rows, policy, other)
+        f"{policy} less {other}": with_budget_label(compare(rows, policy, other))
+        .sort("family", "budget_asked")
+        .to_dicts()
         for policy, other in _PAIRS
         if {policy, other} <= held
     }
@@ -149,7 +151,3 @@ def _leaders(rows: pl.DataFrame, accuracy: pl.DataFrame) -> list[dict[str, Any]]
         told = found.setdefault((first["policy"], *tied), {"first": first["policy"], "tied": tied, "at": []})
         told["at"].append(first)
     return list(found.values())
-
-
-def _differences(rows: pl.DataFrame, policy: str, other: str) -> list[dict[str, Any]]:
-    return with_budget_label(compare(rows, policy, other)).sort("family", "budget_asked").to_dicts()

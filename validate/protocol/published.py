@@ -8,26 +8,17 @@ from typing import Any
 import polars as pl
 
 from simulator.results.tables import budget_columns
-from validate.live.accuracy import CELL, accuracy_table
+from validate.live.accuracy import CELL, CELL_SCHEMA, accuracy_table
 from validate.protocol.file import Published
 
 SCHEMA: dict[str, Any] = {
     "model": pl.String,
     "benchmark": pl.String,
-    "policy": pl.String,
-    "policy_params": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
+    **CELL_SCHEMA,
     "n_problems": pl.Int64,
     "n_samples": pl.Int64,
-    "accuracy": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "published": pl.Float64,
-    "difference": pl.Float64,
-    "difference_low": pl.Float64,
-    "difference_high": pl.Float64,
+    **dict.fromkeys(("accuracy", "low", "high", "published"), pl.Float64),
+    **dict.fromkeys(("difference", "difference_low", "difference_high"), pl.Float64),
     "note": pl.String,
 }
 

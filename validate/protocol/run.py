@@ -43,10 +43,6 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
         Where the comparison goes; standard output by default.
     report : Path, optional
         An HTML page.
-
-    Raises
-    ------
-    UserError
     """
     protocol = read_protocol(asked.config)
     device = str(resolve_device(asked.device))
