@@ -86,7 +86,7 @@ def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -
     done = rows.filter(pl.col("status") == "ok").with_columns(name, family)
     means = done.group_by([*key, "policy"], maintain_order=True).agg(pl.col(list(metrics)).mean())
     judged = accuracy.filter(pl.col("budget_asked").is_not_null() & (family != ALL_FAMILIES))
-    judged = judged.with_columns(name, family).cast(CELL_SCHEMA)
+    judged = judged.with_columns(name, family).cast(pl.Schema(CELL_SCHEMA))
     matched = means.join(judged.select(*key, "accuracy"), on=key, how="inner", maintain_order="left")
     found = {}
     for (own_family,), own in matched.group_by("family", maintain_order=True):

@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def full(self) -> Batch:
-        """The same problems with the full cache, which have to be decoded before."""
+        """Give the batch of the same problems with the full cache, which is decoded before it."""
         return Batch(FULL, None, self.first, self.count)
 
     def path(self, folder: Path) -> Path:

@@ -53,7 +53,7 @@ def beside_published(
         ],
         schema={name: SCHEMA[name] for name in (*CELL, "published", "note")},
     )
-    table = accuracy_table(rows.with_columns(family=pl.lit(benchmark))).cast(theirs.select(CELL).schema)
+    table = accuracy_table(rows.with_columns(family=pl.lit(benchmark))).cast(pl.Schema(CELL_SCHEMA))
     table = table.join(theirs, on=CELL, how="left", nulls_equal=True, maintain_order="left").with_columns(
         pl.lit(model).alias("model"),
         pl.lit(benchmark).alias("benchmark"),
@@ -63,5 +63,5 @@ def beside_published(
         difference_low=pl.col("low") - pl.col("published"),
         difference_high=pl.col("high") - pl.col("published"),
     )
-    table = table.select(*SCHEMA).cast(SCHEMA)
+    table = table.select(*SCHEMA).cast(pl.Schema(SCHEMA))
     return table.sort("budget_asked", nulls_last=False, maintain_order=True)
