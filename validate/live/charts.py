@@ -34,7 +34,7 @@ def accuracy_figures(accuracy: pl.DataFrame, policies: list[str], all_at_once: b
     policies : list of str
         Those of the whole page.
     all_at_once : bool
-        Whether all policies of a crowd stand out, as where nobody can point at one.
+        Whether all policies of a crowd stand out, as in a picture, where none can be pointed at.
     """
     accuracy = with_budget_label(accuracy.rename({"accuracy": "mean"}).sort("budget_asked"))
     evicting = accuracy.filter(pl.col("budget_asked").is_not_null())

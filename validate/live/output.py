@@ -67,7 +67,7 @@ def put_out(
     chosen : str
         The format: table, csv, json or parquet.
     note : str
-        Lines that nobody may miss: they go to standard error where ``show`` does not print them there.
+        Lines that have to be seen: they go to standard error where ``show`` does not print them there.
     n_shown : int, optional
         Rows of the form to be read, if these are others.
     quiet : bool

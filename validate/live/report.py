@@ -136,7 +136,7 @@ def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> dict[str, Any]:
 
 
 def _leaders(rows: pl.DataFrame, accuracy: pl.DataFrame) -> list[dict[str, Any]]:
-    """Name who answers most over all families, who is not told apart from it, and ``at`` which budgets."""
+    """Name the policy that answers most over all families, those tied with it, and ``at`` which budgets."""
     if accuracy["family"].n_unique() > 1:
         accuracy = accuracy.filter(family=ALL_FAMILIES)
     pooled = with_budget_label(rows.with_columns(family=pl.lit(ALL_FAMILIES)))

@@ -117,7 +117,13 @@ def narrowed(protocol: Protocol, asked: Asked) -> tuple[Protocol, list[str]]:
     UserError
         For what the file does not hold, and for numbers out of range.
     """
-    _require_counts(protocol, asked)
+    require_counts(
+        samples=asked.samples, max_new_tokens=asked.max_new_tokens, batch=asked.batch, limit=asked.limit
+    )
+    if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
+        raise UserError(
+            f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
+        )
     changes = [] if asked.limit is None else [f"not all problems: the first {asked.limit} of each benchmark"]
     samples = protocol.samples if asked.samples is None else asked.samples
     if samples != protocol.samples:
@@ -132,16 +138,6 @@ def narrowed(protocol: Protocol, asked: Asked) -> tuple[Protocol, list[str]]:
         benchmarks[name] = replace(own, max_new_tokens=longest, batch=asked.batch or own.batch)
     policies = _with_policies(protocol, asked)
     return replace(protocol, policies=policies, benchmarks=benchmarks, samples=samples), changes
-
-
-def _require_counts(protocol: Protocol, asked: Asked) -> None:
-    require_counts(
-        samples=asked.samples, max_new_tokens=asked.max_new_tokens, batch=asked.batch, limit=asked.limit
-    )
-    if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
-        raise UserError(
-            f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
-        )
 
 
 def _with_policies(protocol: Protocol, asked: Asked) -> tuple[Policy, ...]:

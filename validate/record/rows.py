@@ -98,14 +98,11 @@ def _record(
     on_tokens: Callable[[int], None] | None,
 ) -> tuple[str, Trace]:
     prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
-    token_ids = list(prompt_ids)
-    if settings.rescore:
-        token_ids += encode_completion(loaded.tokenizer, prompt.completion or "")
+    completion_ids = encode_completion(loaded.tokenizer, prompt.completion or "") if settings.rescore else []
     if not settings.overwrite and (kept := _open_if_there(path)) is not None:
-        _refuse_other_recording(kept, loaded, token_ids, settings)
+        _refuse_other_recording(kept, loaded, [*prompt_ids, *completion_ids], settings)
         return "kept", kept
     if settings.rescore:
-        completion_ids = token_ids[len(prompt_ids) :]
         record = partial(
             record_rescore, loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer
         )
