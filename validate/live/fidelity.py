@@ -216,10 +216,15 @@ def _known(rankings: Sequence[Ranking], name: str) -> list[float]:
     return [value for each in rankings if not np.isnan(value := getattr(each, name))]
 
 
-def best_metric(fidelity: pl.DataFrame) -> str:
-    """Name the simulated metric with the highest correlation within a budget, mean over families."""
-    simulated = fidelity.filter(pl.col("metric") != LIVE_HALF)
+def ranked_metrics(fidelity: pl.DataFrame) -> list[str]:
+    """List metrics by their correlation within a budget, mean over families, the highest first."""
     # A family whose budgets tell no policies apart says nothing of the metrics either.
     within = pl.col("spearman_within").fill_nan(None).mean()
-    means = simulated.group_by("metric", maintain_order=True).agg(within)
-    return means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)["metric"][0]
+    means = fidelity.group_by("metric", maintain_order=True).agg(within)
+    ranked = means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)
+    return ranked["metric"].to_list()
+
+
+def best_metric(fidelity: pl.DataFrame) -> str:
+    """Name the first of `ranked_metrics` that the simulator measures."""
+    return next(metric for metric in ranked_metrics(fidelity) if metric != LIVE_HALF)

@@ -16,7 +16,7 @@ from simulator.results.tables import refuse_rows, with_budget_kind
 from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES, CELL, CELL_SCHEMA
 from validate.live.charts import METRIC_NAMES, scatter_figures
-from validate.live.fidelity import Cells
+from validate.live.fidelity import Cells, ranked_metrics
 
 _FIDELITY = {
     **{"family": pl.String, "metric": pl.String},
@@ -63,15 +63,13 @@ def fidelity_section(
     policies = ordered_policies(rows["policy"].to_list())
     families = fidelity["family"].unique(maintain_order=True).to_list()
     told = {(row["metric"], row["family"]): row for row in fidelity.iter_rows(named=True)}
-    means = fidelity.group_by("metric").agg(pl.col("spearman_within").fill_nan(None).mean())
-    ranked = means.sort("spearman_within", descending=True, nulls_last=True)["metric"]
     values = {
         "head": [
             f"{family or 'problems'}: {name}" for family in families for name in ("within", "all", "regret")
         ],
         "ranked": [
             (METRIC_NAMES.get(metric, metric), [told.get((metric, family)) for family in families])
-            for metric in ranked
+            for metric in ranked_metrics(fidelity)
         ],
     }
     figures = scatter_figures(cells, fidelity, metrics, policies)
