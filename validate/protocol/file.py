@@ -34,16 +34,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Problems and what is run on them.
+    """Problems and what is run on them, ``batch`` of them together, each with all its samples.
 
-    Attributes
-    ----------
-    prompts : str or None
-        A file or URL of JSONL or Parquet; None where the command line has to give it.
-    max_new_tokens : int
-    budgets : tuple of Budget
-    batch : int
-        Problems decoded together, each with all its samples.
+    ``prompts`` is a file or URL of JSONL or Parquet, or None where the command line has to give it.
     """
 
     prompts: str | None
@@ -68,26 +61,9 @@ class Published:
 class Protocol:
     """A run as its file asks for it.
 
-    Attributes
-    ----------
-    path : Path
-    source : str
-        Where the published numbers are from.
-    model : str
-        The name of the model that is run unless another is asked for.
-    models : dict of Checkpoint
-    benchmarks : dict of Benchmark
-    policies : tuple of Policy
-    parameters : dict
-        Of policies that have them.
-    sampling : Sampling
-    samples : int
-        Texts per problem.
-    prompt : str
-        What is asked, with ``{problem}`` for the problem.
-    stretch : float or None
-        As `LiveSettings`.
-    published : tuple of Published
+    ``source`` says where the published numbers are from; ``model`` names the one that is run unless another is
+    asked for. Policies have those of the ``parameters`` that they know. ``samples`` counts texts per problem,
+    ``prompt`` is what is asked, with ``{problem}`` for the problem, and ``stretch`` is that of `LiveSettings`.
     """
 
     path: Path

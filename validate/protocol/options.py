@@ -19,26 +19,9 @@ from validate.protocol.file import Benchmark, Protocol
 class Asked:
     """What the command line adds to a file; None leaves what the file says.
 
-    Attributes
-    ----------
-    config, out : Path
-    model : str or None
-        A name of the file, ``NAME=PLACE``, or any model.
-    revision, dtype : str or None
-    device : str
-    prompts : tuple of str
-        ``BENCHMARK=FILE`` each.
-    policies, budgets : tuple of str
-        Only these of the file's.
-    waves : tuple of str
-        Beside those of the file.
-    samples, max_new_tokens, batch : int or None
-        Instead of the file's.
-    limit : int or None
-        Only the first problems of every benchmark.
-    use_chat_template : bool
-    seed, jobs : int
-    quiet : bool
+    ``model`` is a name of the file, ``NAME=PLACE``, or any model; ``prompts`` are ``BENCHMARK=FILE`` each.
+    Of policies and budgets only these are run, of every benchmark the first ``limit`` problems; waves stand
+    beside those of the file; samples, max_new_tokens and batch instead of its own.
     """
 
     config: Path
@@ -63,16 +46,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model of a run.
+    """The model of a run: what `load_model` is given, and what tables call it.
 
-    Attributes
-    ----------
-    load : str
-        What `load_model` is given.
-    label : str
-        What tables call it.
-    stands_for : str or None
-        The model of the file whose published numbers it is set beside.
+    ``stands_for`` is the model of the file whose published numbers it is set beside, if there is one.
     """
 
     load: str

@@ -32,17 +32,8 @@ from validate.protocol.published import beside_published
 def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: Path | None = None) -> None:
     """Decode what is not done yet, and tell accuracy beside what was published.
 
-    Everything that can be refused is refused before the first text.
-
-    Parameters
-    ----------
-    asked : Asked
-    chosen : str
-        Format of ``output``: table, csv, json or parquet.
-    output : Path, optional
-        Where the comparison goes; standard output by default.
-    report : Path, optional
-        An HTML page.
+    Everything that can be refused is refused before the first text. The comparison goes to ``output``, or to
+    standard output, as ``chosen``: table, csv, json or parquet. ``report`` is an HTML page of it.
     """
     protocol = read_protocol(asked.config)
     device = str(resolve_device(asked.device))

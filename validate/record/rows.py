@@ -18,15 +18,7 @@ from validate.record.decode import record_decode, record_rescore
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
-    """How each row is recorded.
-
-    Attributes
-    ----------
-    rescore : bool
-        Take each row's completion instead of decoding one.
-    max_new_tokens : int
-    sampling : Sampling
-    use_chat_template, with_values, overwrite : bool
+    """How each row is recorded: decoded, or with ``rescore`` from the completion that it holds.
 
     Raises
     ------
@@ -48,18 +40,10 @@ class RowSettings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one prompt.
+    """What became of one prompt: ``recorded``, ``kept`` (it was there already) or ``failed`` with an error.
 
-    Attributes
-    ----------
-    name : str
-        File name of the trace, without its ending.
-    status : str
-        ``recorded``, ``kept`` (it was there already) or ``failed``.
-    prompt_tokens, total_tokens : int or None
-    correct : bool or None
-        None where answers of the row's family cannot be read.
-    error : str
+    ``name`` is the trace's file name without its ending; ``correct`` is None where answers of its family cannot
+    be read.
     """
 
     name: str
