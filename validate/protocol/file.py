@@ -61,9 +61,10 @@ class Published:
 class Protocol:
     """A run as its file asks for it.
 
-    ``source`` says where the published numbers are from; ``model`` names the one that is run unless another is
-    asked for. Policies have those of the ``parameters`` that they know. ``samples`` counts texts per problem,
-    ``prompt`` is what is asked, with ``{problem}`` for the problem, and ``stretch`` is that of `LiveSettings`.
+    ``source`` says where the published numbers are from; ``model`` names the one that is run unless another
+    is asked for. Policies have those of the ``parameters`` that they know. ``samples`` counts texts per
+    problem, ``prompt`` is what is asked, with ``{problem}`` for the problem, and ``stretch`` is as in
+    `LiveSettings`.
     """
 
     path: Path

@@ -42,8 +42,8 @@ class RowSettings:
 class Row:
     """What became of one prompt: ``recorded``, ``kept`` (it was there already) or ``failed`` with an error.
 
-    ``name`` is the trace's file name without its ending; ``correct`` is None where answers of its family cannot
-    be read.
+    ``name`` is the trace's file name without its ending; ``correct`` is None where answers of its family
+    cannot be read.
     """
 
     name: str
