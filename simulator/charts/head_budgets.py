@@ -25,15 +25,7 @@ _CELL = ("trace", *GROUP)
 def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     """Draw every KV head's budget against time, a panel per layer, and the mean of all as a straight line.
 
-    Parameters
-    ----------
-    trajectory : polars.DataFrame
-        Rows of ``results.TRAJECTORY_SCHEMA`` of one trace, policy and budget.
-
-    Raises
-    ------
-    UserError
-        If the rows are of several cells or none, or nothing was ever compressed.
+    Raises UserError unless the rows are of one trace, policy and budget that compressed at least once.
     """
     import altair as alt
 

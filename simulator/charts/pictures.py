@@ -30,16 +30,7 @@ _PAPER, _INK = "#ffffff", "#084594"
 def layer_chart(
     series: Mapping[str, Sequence[float]], title: str, unit: str = "entries per KV head"
 ) -> alt.LayerChart:
-    """Draw one number per layer, a line for each series.
-
-    Parameters
-    ----------
-    series : mapping of str to sequence of float
-        By name: a value for every layer.
-    title : str
-    unit : str
-        What the values are.
-    """
+    """Draw one number per layer, a line for each series; ``unit`` is of the values."""
     import altair as alt
 
     names = list(series)
@@ -68,15 +59,8 @@ def layer_chart(
 def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
     """Draw quality against memory held, a mark per policy and budget, and the Pareto front.
 
-    Policies that differ in their parameters alone, ``rkv:alpha=0.1`` and ``rkv:alpha=0.3``, look alike.
-
-    Parameters
-    ----------
-    found : polars.DataFrame
-        Rows of ``simulator.report.quality.quality_rows``.
-    metric : str
-        One of ``standings.METRICS``.
-    title : str
+    ``found`` has rows of ``simulator.report.quality.quality_rows``. Policies that differ in their parameters
+    alone, ``rkv:alpha=0.1`` and ``rkv:alpha=0.3``, look alike.
     """
     import altair as alt
 
@@ -117,14 +101,8 @@ def kept_text_chart(
 ) -> alt.VConcatChart:
     """Draw the words of a trace, each on a ground as dark as many KV heads still hold its entry.
 
-    Parameters
-    ----------
-    pieces : sequence of str
-        The text of every token.
-    shares : mapping of str to float64 (n_tokens,)
-        By title: the share of KV heads that hold each token.
-    start, stop : int
-        Tokens that are drawn.
+    ``pieces`` are the texts of all tokens, of which those from ``start`` to ``stop`` are drawn; ``shares``,
+    float64 (n_tokens,) by the title of a panel, are those of the KV heads that hold each.
     """
     import altair as alt
 

@@ -21,18 +21,10 @@ MOST_CELLS = 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CellPanel:
-    """What the page shows of one cell.
+    """The page's part on one cell, under a name that is unique in the page and a title for the chooser.
 
-    Attributes
-    ----------
-    name : str
-        Unique in the page.
-    title : str
-        As the chooser lists it.
-    figures : list of Figure
-        Of its trajectory; empty without one.
-    kept : dict or None
-        ``KeptTokens.encoded`` with the trace it speaks of; None where no text was given.
+    ``figures`` are of its trajectory, empty without one; ``kept`` is ``KeptTokens.encoded`` with the trace it
+    is of, None where no text was given.
     """
 
     name: str
@@ -43,15 +35,9 @@ class CellPanel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """All cells of a page.
+    """All cells of a page, and how many did not fit.
 
-    Attributes
-    ----------
-    panels : list of CellPanel
-    texts : dict of str to dict
-        By trace: ``pieces`` of text and ``prompt``, the tokens of its prompt.
-    n_left_out : int
-        Cells beyond those that fit.
+    ``texts`` are by trace: ``pieces`` of text, and ``prompt``, the number of its first tokens.
     """
 
     panels: list[CellPanel]
@@ -62,14 +48,9 @@ class Cells:
 def cell_panels(
     trajectory: pl.DataFrame | None, retained: pl.DataFrame | None, traces: Sequence[Trace]
 ) -> Cells:
-    """Make the panels of the cells that trajectory or retained rows speak of.
+    """Make the panels of the cells in trajectory or retained rows, with the text of traces that are given.
 
-    Parameters
-    ----------
-    trajectory, retained : polars.DataFrame or None
-        Of ``results.TRAJECTORY_SCHEMA`` and ``results.RETAINED_SCHEMA``; policies are told apart by name.
-    traces : sequence of Trace
-        Whose text is shown.
+    In both tables policies are told apart by name.
     """
     trajectory, retained = (
         None if table is None else with_budget_label(table) for table in (trajectory, retained)
