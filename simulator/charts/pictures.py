@@ -13,6 +13,7 @@ from simulator.charts.style import (
     DASHES,
     METRIC_NAMES,
     SHAPES,
+    cycled,
     ordered_policies,
     over_plot,
     policy_looks,
@@ -40,18 +41,15 @@ def layer_chart(
         for layer, value in enumerate(own)
     ]
     legend = alt.Legend(title=None, orient="right", symbolSize=80, symbolStrokeWidth=0)
-
-    def look(kind: Any, given: Sequence[Any]) -> Any:
-        chosen = [given[i % len(given)] for i in range(len(names))]
-        return kind("name:N", scale=alt.Scale(domain=names, range=chosen), legend=legend)
-
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title=unit, axis=alt.Axis(tickCount=6)),
-        color=look(alt.Color, COLOURS),
+        color=cycled(alt.Color, "name:N", names, COLOURS, legend),
     )
-    lines = base.mark_line(strokeWidth=1.8).encode(strokeDash=look(alt.StrokeDash, DASHES))
-    points = base.mark_point(size=46, filled=True, opacity=1).encode(shape=look(alt.Shape, SHAPES))
+    dashes = cycled(alt.StrokeDash, "name:N", names, DASHES, legend)
+    shapes = cycled(alt.Shape, "name:N", names, SHAPES, legend)
+    lines = base.mark_line(strokeWidth=1.8).encode(strokeDash=dashes)
+    points = base.mark_point(size=46, filled=True, opacity=1).encode(shape=shapes)
     chart: Any = alt.layer(lines, points)
     return chart.properties(width=440, height=240, title=over_plot(title))
 

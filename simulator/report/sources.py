@@ -57,17 +57,17 @@ def chosen(
     given = {"trajectory": trajectory, "retained": retained}
     # A table without rows has nothing to tell, and would be shown as one that was not given.
     filled = {name: table for name, table in given.items() if table is not None and not table.is_empty()}
-    plain = {"rows": rows} | filled
+    tables = {"rows": rows} | filled
+    named = dict(zip(tables, map(with_budget_label, told_apart(*tables.values())), strict=True))
     wanted = asked_policies(policies, rows)
+    known = named["rows"]["budget"].unique(maintain_order=True).to_list()
+    unknown = [budget for budget in budgets if budget not in known]
+    if unknown:
+        raise UserError(f"--budget is '{unknown[0]}'; the rows have: {', '.join(known)}")
     kept = {}
-    for name, table in zip(plain, map(with_budget_label, told_apart(*plain.values())), strict=True):
-        if name == "rows":
-            known = table["budget"].unique(maintain_order=True).to_list()
-            unknown = [budget for budget in budgets if budget not in known]
-            if unknown:
-                raise UserError(f"--budget is '{unknown[0]}'; the rows have: {', '.join(known)}")
+    for name, table in named.items():
         if policies:
-            table = table.filter(is_policy(table, wanted, plain[name]["policy"]))
+            table = table.filter(is_policy(table, wanted, tables[name]["policy"]))
         if budgets:
             table = table.filter(pl.col("budget").is_in(list(budgets)))
         kept[name] = table.drop("budget")

@@ -25,7 +25,7 @@ ROWS: dict[str, Any] = ROW_SCHEMA | {"seed": pl.Int64, "cell": pl.String}
 _LABELS = ("trace_id", "trace", *GROUP, "seed", "cell")
 # What rows of any version have.
 _NEEDED = {name: ROWS[name] for name in (*_LABELS, "status") if name != "budget_kind"}
-_PART = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.parquet")
+_PART = re.compile(r"part-\d{6,}-[0-9a-f]{16}\.parquet")
 # More parts than that become one when a sweep is done.
 _MANY_PARTS = 64
 
@@ -135,7 +135,7 @@ class SweepFolder:
     def _read_part(self, path: Path) -> pl.DataFrame:
         """Read a part that its name vouches for; raises UserError, and FileNotFoundError if it is gone."""
         content = path.read_bytes()
-        if sha256(content).hexdigest()[:16] != _name(path)[2]:
+        if sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
             raise UserError(f"{path} is damaged")
         return with_budget_kind(parse_table(content, ".parquet", str(path), _NEEDED, ROWS, is_whole=True))
 
@@ -153,7 +153,7 @@ class SweepFolder:
         if not self._parts.is_dir():
             return []
         parts = [path for path in self._parts.iterdir() if _PART.fullmatch(path.name)]
-        return sorted(parts, key=lambda path: int(_name(path)[1]))
+        return sorted(parts, key=_serial)
 
     def _read_while_others_write(self) -> pl.DataFrame:
         for _ in range(5):
@@ -165,7 +165,7 @@ class SweepFolder:
 
     def _write_part(self, table: pl.DataFrame) -> None:
         if not self._serial:
-            self._serial = max((int(_name(path)[1]) for path in self._listed()), default=0)
+            self._serial = max(map(_serial, self._listed()), default=0)
         self._serial += 1
         content = sealed_parquet(table)
         digest = sha256(content).hexdigest()[:16]
@@ -184,7 +184,5 @@ class SweepFolder:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
-def _name(path: Path) -> re.Match[str]:
-    found = _PART.fullmatch(path.name)
-    assert found is not None
-    return found
+def _serial(part: Path) -> int:
+    return int(part.stem.split("-")[1])

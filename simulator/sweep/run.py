@@ -130,13 +130,13 @@ def _replay(
     portions = Portions(left, workers.n_workers)
     trace_of = {cell.key: own.trace for own in left for cell in own.cells}
 
-    def contents() -> Iterator[bytes]:
-        for own in portions:
-            yield pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check, spec.sampling))
-
+    contents = (
+        pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check, spec.sampling))
+        for own in portions
+    )
     codes: list[int] = []
     started = time.perf_counter()
-    with closing(workers.run(replay_task, contents())) as results:
+    with closing(workers.run(replay_task, contents)) as results:
         for done in results:
             assert isinstance(done, Done)
             folder.write_part(done.rows)
