@@ -67,7 +67,7 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
     for row in rows:
         groups.setdefault(row_budget(row), []).append(_cells(row, shared))
     sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
-    wanted = {"budget": True, "interval": several or sampled, "behind": several}
+    wanted = {"interval": several or sampled, "behind": several}
     shown_rows = [cells for own in groups.values() for cells in own]
     # Not what no row could tell, such as the oracle of a sample of heads.
     columns = [
