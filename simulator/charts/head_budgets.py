@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from simulator.charts.style import COLOURS, DASHES, over_plot, styled
+from simulator.charts.style import COLOURS, DASHES, cycled, over_plot, styled
 from simulator.results.labels import row_budget
 from simulator.results.tables import GROUP
 from traces.atomic import write_file
@@ -25,15 +25,7 @@ _CELL = ("trace", *GROUP)
 def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
     """Draw every KV head's budget against time, a panel per layer, and the mean of all as a straight line.
 
-    Parameters
-    ----------
-    trajectory : polars.DataFrame
-        Rows of ``results.TRAJECTORY_SCHEMA`` of one trace, policy and budget.
-
-    Raises
-    ------
-    UserError
-        If the rows are of several cells or none, or nothing was ever compressed.
+    Raises UserError unless the rows are of one trace, policy and budget that compressed at least once.
     """
     import altair as alt
 
@@ -62,7 +54,8 @@ def head_budgets(trajectory: pl.DataFrame) -> alt.FacetChart:
         ),
         y=alt.Y("budget:Q", title="entries per KV head", axis=alt.Axis(tickCount=4)),
         color=_head_colours(n_heads, legend),
-        strokeDash=_head_dashes(n_heads, legend),
+        # As many as there are dashes are told apart in black and white.
+        strokeDash=cycled(alt.StrokeDash, "head:N", range(n_heads), DASHES, legend),
         # Thinner lines are drawn over thicker ones, so that heads of equal budgets can all be seen.
         strokeWidth=alt.StrokeWidth("width:Q", scale=None),
     )
@@ -120,9 +113,8 @@ def save(chart: Any, path: Path) -> None:
         if path.suffix == ".html":
             temporary.write_text(chart.to_html(inline=True), encoding="utf-8")
         else:
-            chart.save(
-                str(temporary), format=path.suffix[1:], **({"ppi": 200} if path.suffix == ".png" else {})
-            )
+            sharp = {"ppi": 200} if path.suffix == ".png" else {}
+            chart.save(str(temporary), format=path.suffix[1:], **sharp)
 
     write_file(path, write)
 
@@ -130,20 +122,10 @@ def save(chart: Any, path: Path) -> None:
 def _head_colours(n_heads: int, legend: alt.Legend) -> alt.Color:
     import altair as alt
 
-    scale = (
-        alt.Scale(domain=list(range(n_heads)), range=list(COLOURS[:n_heads]))
-        if n_heads <= len(COLOURS)
-        else alt.Scale(domain=list(range(n_heads)), scheme="tableau10" if n_heads <= 10 else "tableau20")
-    )
+    if n_heads <= len(COLOURS):
+        return cycled(alt.Color, "head:N", range(n_heads), COLOURS, legend)
+    scale = alt.Scale(domain=list(range(n_heads)), scheme="tableau10" if n_heads <= 10 else "tableau20")
     return alt.Color("head:N", scale=scale, legend=legend)
-
-
-def _head_dashes(n_heads: int, legend: alt.Legend) -> alt.StrokeDash:
-    """Tell heads apart in black and white, as many as there are dashes."""
-    import altair as alt
-
-    dashes = [DASHES[head % len(DASHES)] for head in range(n_heads)]
-    return alt.StrokeDash("head:N", scale=alt.Scale(domain=list(range(n_heads)), range=dashes), legend=legend)
 
 
 def _columns(n_panels: int) -> int:

@@ -13,6 +13,7 @@ from simulator.charts.style import (
     DASHES,
     METRIC_NAMES,
     SHAPES,
+    cycled,
     ordered_policies,
     over_plot,
     policy_looks,
@@ -30,16 +31,7 @@ _PAPER, _INK = "#ffffff", "#084594"
 def layer_chart(
     series: Mapping[str, Sequence[float]], title: str, unit: str = "entries per KV head"
 ) -> alt.LayerChart:
-    """Draw one number per layer, a line for each series.
-
-    Parameters
-    ----------
-    series : mapping of str to sequence of float
-        By name: a value for every layer.
-    title : str
-    unit : str
-        What the values are.
-    """
+    """Draw one number per layer, a line for each series; ``unit`` is of the values."""
     import altair as alt
 
     names = list(series)
@@ -49,18 +41,15 @@ def layer_chart(
         for layer, value in enumerate(own)
     ]
     legend = alt.Legend(title=None, orient="right", symbolSize=80, symbolStrokeWidth=0)
-
-    def look(kind: Any, given: Sequence[Any]) -> Any:
-        chosen = [given[i % len(given)] for i in range(len(names))]
-        return kind("name:N", scale=alt.Scale(domain=names, range=chosen), legend=legend)
-
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("value:Q", title=unit, axis=alt.Axis(tickCount=6)),
-        color=look(alt.Color, COLOURS),
+        color=cycled(alt.Color, "name:N", names, COLOURS, legend),
     )
-    lines = base.mark_line(strokeWidth=1.8).encode(strokeDash=look(alt.StrokeDash, DASHES))
-    points = base.mark_point(size=46, filled=True, opacity=1).encode(shape=look(alt.Shape, SHAPES))
+    dashes = cycled(alt.StrokeDash, "name:N", names, DASHES, legend)
+    shapes = cycled(alt.Shape, "name:N", names, SHAPES, legend)
+    lines = base.mark_line(strokeWidth=1.8).encode(strokeDash=dashes)
+    points = base.mark_point(size=46, filled=True, opacity=1).encode(shape=shapes)
     chart: Any = alt.layer(lines, points)
     return chart.properties(width=440, height=240, title=over_plot(title))
 
@@ -68,15 +57,8 @@ def layer_chart(
 def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
     """Draw quality against memory held, a mark per policy and budget, and the Pareto front.
 
-    Policies that differ in their parameters alone, ``rkv:alpha=0.1`` and ``rkv:alpha=0.3``, look alike.
-
-    Parameters
-    ----------
-    found : polars.DataFrame
-        Rows of ``simulator.report.quality.quality_rows``.
-    metric : str
-        One of ``standings.METRICS``.
-    title : str
+    ``found`` has rows of ``simulator.report.quality.quality_rows``. Policies that differ in their parameters
+    alone, ``rkv:alpha=0.1`` and ``rkv:alpha=0.3``, look alike.
     """
     import altair as alt
 
@@ -117,14 +99,8 @@ def kept_text_chart(
 ) -> alt.VConcatChart:
     """Draw the words of a trace, each on a ground as dark as many KV heads still hold its entry.
 
-    Parameters
-    ----------
-    pieces : sequence of str
-        The text of every token.
-    shares : mapping of str to float64 (n_tokens,)
-        By title: the share of KV heads that hold each token.
-    start, stop : int
-        Tokens that are drawn.
+    ``pieces`` are the texts of all tokens, of which those from ``start`` to ``stop`` are drawn; ``shares``,
+    float64 (n_tokens,) by the title of a panel, are those of the KV heads that hold each.
     """
     import altair as alt
 

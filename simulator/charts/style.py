@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from simulator.results.metric_names import METRICS
@@ -80,10 +81,16 @@ def policy_looks(policies: list[str], legend: alt.Legend) -> tuple[alt.Color, al
         CONTROL_COLOUR if policy in CONTROLS else COLOURS[evicting.index(policy) % len(COLOURS)]
         for policy in policies
     ]
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(policies))]
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(policies))]
     return (
-        alt.Color("policy:N", scale=alt.Scale(domain=policies, range=colours), legend=legend),
-        alt.Shape("policy:N", scale=alt.Scale(domain=policies, range=shapes), legend=legend),
-        alt.StrokeDash("policy:N", scale=alt.Scale(domain=policies, range=dashes), legend=legend),
+        cycled(alt.Color, "policy:N", policies, colours, legend),
+        cycled(alt.Shape, "policy:N", policies, SHAPES, legend),
+        cycled(alt.StrokeDash, "policy:N", policies, DASHES, legend),
     )
+
+
+def cycled(kind: Any, field: str, names: Sequence[Any], looks: Sequence[Any], legend: alt.Legend) -> Any:
+    """Return a channel that gives names their looks, the first again after the last."""
+    import altair as alt
+
+    chosen = [looks[i % len(looks)] for i in range(len(names))]
+    return kind(field, scale=alt.Scale(domain=list(names), range=chosen), legend=legend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from simulator.cli import shared
 from simulator.cli.completion import policies
 from traces.progress import progress
 from traces.wording import counted
-
-if TYPE_CHECKING:
-    pass
 
 
 def replay(

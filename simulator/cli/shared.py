@@ -42,12 +42,7 @@ def prepare_kernels() -> None:
 
 
 def require_counts(**given: float | None) -> None:
-    """Refuse what is below 1 or beyond all measure, of options by name.
-
-    Raises
-    ------
-    UserError
-    """
+    """Raise UserError for an option, by its name, that is below 1 or beyond all measure."""
     for name, value in given.items():
         if value is not None and not 1 <= value < 2**31:
             allowed = "1 to 2,147,483,647" if value >= 2**31 else "1 or more"
@@ -66,11 +61,6 @@ def tell_failed(table: pl.DataFrame, most: int | None = None) -> int:
 
 def number_table(first: str, *numbers: str) -> Table:
     """Make an empty table for a terminal: a column of words, and columns of numbers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from simulator.results.layout import empty_table
 
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    table.add_column(first, no_wrap=True)
-    for header in numbers:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
+    return empty_table((first, *numbers), (first,), collapse_padding=True)

@@ -21,18 +21,10 @@ MOST_CELLS = 12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CellPanel:
-    """What the page shows of one cell.
+    """The page's part on one cell, under a name that is unique in the page and a title for the chooser.
 
-    Attributes
-    ----------
-    name : str
-        Unique in the page.
-    title : str
-        As the chooser lists it.
-    figures : list of Figure
-        Of its trajectory; empty without one.
-    kept : dict or None
-        ``KeptTokens.encoded`` with the trace it speaks of; None where no text was given.
+    ``figures`` are of its trajectory, empty without one; ``kept`` is ``KeptTokens.encoded`` with the trace it
+    is of, None where no text was given.
     """
 
     name: str
@@ -43,15 +35,9 @@ class CellPanel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """All cells of a page.
+    """All cells of a page, and how many did not fit.
 
-    Attributes
-    ----------
-    panels : list of CellPanel
-    texts : dict of str to dict
-        By trace: ``pieces`` of text and ``prompt``, the tokens of its prompt.
-    n_left_out : int
-        Cells beyond those that fit.
+    ``texts`` are by trace: ``pieces`` of text, and ``prompt``, the number of its first tokens.
     """
 
     panels: list[CellPanel]
@@ -62,14 +48,9 @@ class Cells:
 def cell_panels(
     trajectory: pl.DataFrame | None, retained: pl.DataFrame | None, traces: Sequence[Trace]
 ) -> Cells:
-    """Make the panels of the cells that trajectory or retained rows speak of.
+    """Make the panels of the cells in trajectory or retained rows, with the text of traces that are given.
 
-    Parameters
-    ----------
-    trajectory, retained : polars.DataFrame or None
-        Of ``results.TRAJECTORY_SCHEMA`` and ``results.RETAINED_SCHEMA``; policies are told apart by name.
-    traces : sequence of Trace
-        Whose text is shown.
+    In both tables policies are told apart by name.
     """
     trajectory, retained = (
         None if table is None else with_budget_label(table) for table in (trajectory, retained)
@@ -89,32 +70,32 @@ def cell_panels(
     keys.sort(key=lambda key: (traces_met.index(key[0]), budgets.index(key[2])))
     shown = keys[:MOST_CELLS]
     names = {trace.trace_id: trace.path.stem for trace in traces}
-    summaries = {}
     if trajectory is not None:
         told = trajectory.select("trace_id", "trace").unique().rows()
         names |= {trace_id: name.removesuffix(".kvtrace") for trace_id, name in told}
-        for key in shown:
-            own = trajectory.filter(**dict(zip(KEY, key, strict=True)))
-            if len(own):
-                summaries[key] = own
-    ranges = _shared_ranges(list(summaries.values()))
+    trajectories = {key: own for key in shown if (own := _rows_of(trajectory, key)) is not None}
+    ranges = _shared_ranges(list(trajectories.values()))
     panels = []
     for number, key in enumerate(shown):
         trace_id, policy, budget = key
         title = f"{policy} at {budget}, {names.get(trace_id, trace_id[:12])}"
         name = f"cell-{number}"
-        figures = head_figures(name, title, summaries[key], *ranges) if key in summaries else []
+        figures = head_figures(name, title, trajectories[key], *ranges) if key in trajectories else []
         kept = None
-        if retained is not None and trace_id in by_id:
-            own = retained.filter(**dict(zip(KEY, key, strict=True)))
-            if len(own):
-                kept = kept_tokens(own, by_id[trace_id]).encoded() | {"text": trace_id}
+        if trace_id in by_id and (own := _rows_of(retained, key)) is not None:
+            kept = kept_tokens(own, by_id[trace_id]).encoded() | {"text": trace_id}
         panels.append(CellPanel(name, title, figures, kept))
     texts = {
         trace_id: {"pieces": token_pieces(by_id[trace_id]), "prompt": by_id[trace_id].prompt_tokens}
         for trace_id in dict.fromkeys(panel.kept["text"] for panel in panels if panel.kept)
     }
     return Cells(panels, texts, len(keys) - len(shown))
+
+
+def _rows_of(table: pl.DataFrame | None, key: tuple[str, ...]) -> pl.DataFrame | None:
+    """Return the rows of a cell, None if there are none."""
+    own = None if table is None else table.filter(**dict(zip(KEY, key, strict=True)))
+    return None if own is None or own.is_empty() else own
 
 
 def _shared_ranges(trajectories: list[pl.DataFrame]) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -73,12 +73,9 @@ def report(
 
 
 def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
-    """Give the metrics that were asked, once each; without any, `usual_metric`.
+    """Return the metrics that were asked, once each; without any, `usual_metric`.
 
-    Raises
-    ------
-    UserError
-        For an unknown metric, or one that rows lack.
+    Raises UserError for an unknown metric, or one that rows lack.
     """
     asked = [asked_metric(name) for name in asked]
     for metric in asked:

@@ -18,12 +18,7 @@ _LIGHT, _DARK = "#f2f6fb", "#08306b"
 
 
 def head_summary(trajectory: pl.DataFrame) -> pl.DataFrame:
-    """Summarise the heads of one cell.
-
-    Parameters
-    ----------
-    trajectory : polars.DataFrame
-        Rows of ``results.TRAJECTORY_SCHEMA`` of one trace, policy and budget.
+    """Summarise the heads of the trajectory of one trace, policy and budget.
 
     Returns
     -------
@@ -49,16 +44,8 @@ def head_figures(
 ) -> list[Figure]:
     """Draw one cell's heads: a map of mass, a map of budgets, and budgets over time.
 
-    Parameters
-    ----------
-    name : str
-        Of the cell; figures' names end with it.
-    cell : str
-        As people read it.
-    trajectory : polars.DataFrame
-        Of that cell.
-    mass_range, budget_range : (float, float)
-        What the lightest and darkest shades stand for: the same for all cells, so that they compare.
+    ``name`` is the cell's in figures' names, ``cell`` as people read it. The ranges are what the lightest and
+    darkest shades stand for: the same for all cells, so that they compare.
     """
     summary = head_summary(trajectory)
     figures = [

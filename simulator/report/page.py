@@ -24,14 +24,8 @@ _HOME = "simulator.report"
 class Section:
     """A headed part of the page.
 
-    Attributes
-    ----------
-    title : str
-    template : str
-        In ``templates/`` of this package or of ``package``; it knows ``values`` as ``own``, and the figures.
-    values : mapping
-    figures : sequence of Figure
-    package : str
+    Its template, in ``templates/`` of this package or of ``package``, knows ``values`` as ``own``, and the
+    figures.
     """
 
     title: str
@@ -43,31 +37,14 @@ class Section:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """A page and its charts.
-
-    Attributes
-    ----------
-    text : str
-        The HTML.
-    figures : list of Figure
-    """
+    """A page, as HTML, and its charts."""
 
     text: str
     figures: list[Figure]
 
 
 def page(title: str, sections: Sequence[Section], origin: str = "", **data: Any) -> Report:
-    """Write the page.
-
-    Parameters
-    ----------
-    title : str
-    sections : sequence of Section
-    origin : str
-        What made the page; its last line.
-    **data
-        What the page's script needs beside the charts' specifications.
-    """
+    """Write the page; its last line is ``origin``, and its script is given ``data`` beside all charts."""
     import vl_convert
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

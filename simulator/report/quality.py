@@ -22,16 +22,9 @@ _ORACLE = "the most that memory could hold"
 
 
 def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame:
-    """Bring standings and memory together, one row per evicting policy and budget.
+    """Bring standings and memory of a replay's rows together, one row per evicting policy and budget.
 
-    Parameters
-    ----------
-    rows : polars.DataFrame
-        Of a replay; policies are told apart by name.
-    metric : str
-        One of ``standings.METRICS``.
-    seed : int
-        Of the bootstrap.
+    Policies are told apart by name; ``seed`` is of the bootstrap.
 
     Returns
     -------
@@ -137,14 +130,8 @@ def looks(
 ) -> tuple[alt.Color, alt.Shape, alt.StrokeDash, list[alt.Parameter], alt.When]:
     """Give looks, and what fades all policies but the one pointed at or chosen in the legend.
 
-    Parameters
-    ----------
-    found : polars.DataFrame
-        Rows of the chart; its policies stand in the legend.
-    policies : sequence of str
-        Those of the whole page, whose looks are the same in all its charts.
-    leading : sequence of str
-        Who stands out at first, of a crowd.
+    The legend has the policies of ``found``, the chart's rows. ``policies`` are those of the whole page,
+    whose looks are the same in all its charts; ``leading`` are those that stand out at first, of a crowd.
     """
     import altair as alt
 
@@ -263,19 +250,9 @@ def against_budget(
 ) -> Any:
     """Draw a mean against the budget, a line per policy, those of one budget side by side.
 
-    Parameters
-    ----------
-    found : polars.DataFrame
-        Of `with_budget_label`, by ascending budget, a row per ``policy`` and ``budget``.
-    values : list of dict
-        What is drawn of each row: policy, budget, mean, low, high, and what ``tooltip`` names.
-    shown_as : tuple
-        Of `looks`.
-    y : altair.Y
-        Axis of ``mean``.
-    tooltip : list of altair.Tooltip
-    draw_intervals : bool
-        Whether low and high are drawn.
+    ``found`` is of `with_budget_label`, by ascending budget, a row per policy and budget. ``values`` are
+    drawn of each: policy, budget, mean, low and high (if ``draw_intervals``), and those ``tooltip`` names.
+    ``shown_as`` is of `looks`, ``y`` the axis of the mean.
     """
     import altair as alt
 

@@ -24,13 +24,7 @@ def held_out_rows(path: Path) -> Path:
 
 
 def search_section(path: Path) -> Section:
-    """Tabulate the verdicts and the front of a search's folder.
-
-    Raises
-    ------
-    UserError
-        If a table is damaged or of another kind.
-    """
+    """Tabulate a search's verdicts and front; raises UserError if a table is damaged or of another kind."""
     verdicts = read_table(path / _VERDICTS, str(path / _VERDICTS), VERDICT_SCHEMA)
     front = read_table(path / _FRONT, str(path / _FRONT), FRONT_SCHEMA)
     winners = read_json(path / _WINNERS, str(path / _WINNERS), list[dict[str, str | float | int | None]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,40 +17,20 @@ from traces.trace import Trace
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """The tables of a page; in all of them policies of one name are told apart.
-
-    Attributes
-    ----------
-    rows : polars.DataFrame
-        Results of a replay.
-    trajectory, retained : polars.DataFrame or None
-        Budgets and mass over time, and who was retained.
-    """
+    """The tables of a page, as `run_replay` makes them; in all, policies of one name are told apart."""
 
     rows: pl.DataFrame
-    trajectory: pl.DataFrame | None
-    retained: pl.DataFrame | None
+    trajectory: pl.DataFrame | None = None
+    retained: pl.DataFrame | None = None
 
 
 def read_parquet(
     path: Path, schema: Mapping[str, Any], option: str, traces: Sequence[Trace] | None = None
 ) -> pl.DataFrame:
-    """Read a table that ``sim replay`` wrote beside its rows.
+    """Read a table that ``sim replay`` wrote beside its rows, given by a command line's ``option``.
 
-    Parameters
-    ----------
-    path : Path
-    schema : mapping
-        Columns it has to have.
-    option : str
-        What the file was given by.
-    traces : sequence of Trace, optional
-        Only their rows; the rest, which may be far more than memory holds, is not read.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read or is damaged, lacks a column, or holds none of the traces.
+    Only rows of ``traces`` are read, if given: the others may be far more than memory holds. Raises UserError
+    if the file cannot be read or is damaged, lacks a column of ``schema``, or holds none of the traces.
     """
     scanned = scan_table(path, f"{option} {path}", schema)
     if traces is None:
@@ -69,50 +49,28 @@ def chosen(
     policies: Sequence[str],
     budgets: Sequence[str],
 ) -> Sources:
-    """Tell policies apart and keep those asked for, at the budgets asked for; all where none is asked.
+    """Tell policies of a replay apart and keep those asked for, at the budgets asked for; all if none is.
 
-    Parameters
-    ----------
-    rows, trajectory, retained : polars.DataFrame or None
-        Of one replay.
-    policies : sequence of str
-        As rows call them (``rkv``), or as the page does (``rkv:alpha=0.5``), globs, or with some parameters.
-    budgets : sequence of str
-        As they were asked: ``128``, ``20%``.
-
-    Raises
-    ------
-    UserError
-        If the rows have no such policy or budget.
+    Policies are asked for as in `asked_policies`, budgets as in the replay: ``128``, ``20%``. Raises
+    UserError if the rows lack one.
     """
+    given = {"trajectory": trajectory, "retained": retained}
     # A table without rows has nothing to tell, and would be shown as one that was not given.
-    trajectory, retained = (
-        None if table is None or table.is_empty() else table for table in (trajectory, retained)
-    )
-    tables: list[pl.DataFrame] = [rows, *(table for table in (trajectory, retained) if table is not None)]
-    plain = [table["policy"] for table in tables]
-    tables = [with_budget_label(table) for table in told_apart(*tables)]
+    filled = {name: table for name, table in given.items() if table is not None and not table.is_empty()}
+    tables = {"rows": rows} | filled
+    named = dict(zip(tables, map(with_budget_label, told_apart(*tables.values())), strict=True))
     wanted = asked_policies(policies, rows)
-    _require(budgets, tables[0]["budget"], "--budget")
-    kept = []
-    for table, own in zip(tables, plain, strict=True):
+    known = named["rows"]["budget"].unique(maintain_order=True).to_list()
+    unknown = [budget for budget in budgets if budget not in known]
+    if unknown:
+        raise UserError(f"--budget is '{unknown[0]}'; the rows have: {', '.join(known)}")
+    kept = {}
+    for name, table in named.items():
         if policies:
-            table = table.filter(is_policy(table, wanted, own))
+            table = table.filter(is_policy(table, wanted, tables[name]["policy"]))
         if budgets:
             table = table.filter(pl.col("budget").is_in(list(budgets)))
-        kept.append(table.drop("budget"))
-    if kept[0].is_empty():
+        kept[name] = table.drop("budget")
+    if kept["rows"].is_empty():
         raise UserError("no row is of these policies at these budgets; allowed: a pair that was replayed")
-    beside = iter(kept[1:])
-    return Sources(
-        kept[0],
-        None if trajectory is None else next(beside),
-        None if retained is None else next(beside),
-    )
-
-
-def _require(asked: Sequence[str], known: Iterable[str], option: str) -> None:
-    there = list(dict.fromkeys(known))
-    unknown = [name for name in asked if name not in there]
-    if unknown:
-        raise UserError(f"{option} is '{unknown[0]}'; the rows have: {', '.join(there)}")
+    return Sources(**kept)

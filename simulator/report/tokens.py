@@ -53,13 +53,8 @@ def kept_tokens(retained: pl.DataFrame, trace: Trace) -> KeptTokens:
     """Count the heads that hold each token, after every compression of any head.
 
     Heads compress at different times. At a time, a head holds what its last compression until then retained
-    and every token since; before its first compression, everything.
-
-    Parameters
-    ----------
-    retained : polars.DataFrame
-        Rows of ``results.RETAINED_SCHEMA`` of one policy and budget on ``trace``.
-    trace : Trace
+    and every token since; before its first compression, everything. ``retained`` has the rows of one policy
+    and budget on ``trace``.
     """
     shape = trace.shape
     times = _chosen_times(np.union1d(retained["n_tokens"].to_numpy(), [trace.total_tokens]).astype(np.int64))

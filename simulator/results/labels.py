@@ -40,19 +40,10 @@ def told_apart(*tables: pl.DataFrame) -> list[pl.DataFrame]:
 
 
 def asked_policies(asked: Iterable[str], rows: pl.DataFrame) -> set[tuple[str, str]]:
-    """Give the policies that were asked for, as pairs of name and parameters.
+    """Return the policies of ``rows`` that were asked for, as pairs of name and parameters.
 
-    Parameters
-    ----------
-    asked : iterable of str
-        A name as rows or tables have it, a glob, or a name with some parameters: ``rkv:alpha=0.5``.
-    rows : polars.DataFrame
-        With ``policy`` and ``policy_params``.
-
-    Raises
-    ------
-    UserError
-        If one stands for none of them.
+    Each is asked for by a name as rows or tables have it, a glob, or a name with some parameters,
+    ``rkv:alpha=0.5``; raises UserError for one that stands for no policy.
     """
     (told,) = told_apart(rows)
     labels = dict(zip(rows.select("policy", "policy_params").iter_rows(), told["policy"], strict=True))
@@ -64,6 +55,13 @@ def asked_policies(asked: Iterable[str], rows: pl.DataFrame) -> set[tuple[str, s
             raise UserError(f"--policy is '{name}'{near(name, known)}; the rows have: {', '.join(known)}")
         found |= own
     return found
+
+
+def with_parameters(text: str, parameters: Mapping[str, object]) -> str:
+    """Append parameters to a written policy: ``rkv:alpha=0.2`` becomes ``rkv:alpha=0.2,buffer=32``."""
+    written = ",".join(f"{name}={value}" for name, value in parameters.items())
+    mark = "," if len(split_name(text)) < len(text) else ":"
+    return f"{text}{mark}{written}" if written else text
 
 
 def is_policy(

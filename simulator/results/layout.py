@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TextIO
 
+from rich.box import MARKDOWN, SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -20,6 +21,21 @@ def plain_console(width: int, file: TextIO | None = None) -> Console:
     return Console(width=asked, file=file, markup=False, emoji=False, highlight=False)
 
 
+def empty_table(
+    columns: Iterable[str],
+    words: Collection[str] = ("policy",),
+    *,
+    as_markdown: bool = False,
+    collapse_padding: bool = False,
+) -> Table:
+    """Make an empty table of columns of numbers, and of words where ``words`` names them."""
+    box = MARKDOWN if as_markdown else SIMPLE_HEAD
+    table = Table(box=box, header_style="bold", pad_edge=as_markdown, collapse_padding=collapse_padding)
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    return table
+
+
 def fitted(
     console: Console,
     make: Callable[[Sequence[str], Mapping[str, str]], Table],
@@ -29,22 +45,14 @@ def fitted(
 ) -> tuple[Table, str, list[str]]:
     """Make a table that is no wider than the console, if there is one.
 
-    Parameters
-    ----------
-    console : Console
-    make : callable
-        Makes the table of some columns, with names instead of policies.
-    columns : sequence of str
-    policies : iterable of str
-        As the table has them.
-    expendable : sequence of str
-        Columns that a narrow console leaves out, first to last.
+    ``make`` makes the table of some columns, with shorter names by policy. A narrow console leaves out
+    ``expendable`` columns, first to last.
 
     Returns
     -------
     Table
     str
-        What was left out, if anything was.
+        A sentence on what was left out, empty if nothing was.
     list of str
         Whole names of what was shortened, a line each.
     """

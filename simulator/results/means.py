@@ -18,11 +18,6 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
 
     Where some cells failed, a budget is averaged over the traces on which all its policies succeeded.
 
-    Parameters
-    ----------
-    rows : polars.DataFrame
-        Of a replay.
-
     Returns
     -------
     polars.DataFrame
@@ -60,10 +55,9 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
     joined = chosen_on.select(*key, here=metric).join(judged_on.select(*key, there=metric), on=key)
     rows = []
     for budget, own in joined.group_by(key[1:], maintain_order=True):
-        first = own.sort("here", "policy", descending=[METRICS[metric].more_is_better, False]).row(
-            0, named=True
-        )
-        ranked = own.sort("there", "policy", descending=[METRICS[metric].more_is_better, False])
+        order = [METRICS[metric].more_is_better, False]
+        first = own.sort("here", "policy", descending=order).row(0, named=True)
+        ranked = own.sort("there", "policy", descending=order)
         rows.append(
             {"budget": budget_label(*budget), "winner": first["policy"]}
             | {"here": first["here"], "there": first["there"]}

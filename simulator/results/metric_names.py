@@ -61,12 +61,7 @@ DEFAULT_OF_SAMPLES = "lost_lookup_rate"
 
 
 def asked_metric(name: str | None) -> str:
-    """Give the column that was asked for, by its name or its label; the default for None.
-
-    Raises
-    ------
-    UserError
-    """
+    """Return the column asked for by its name or label, the default for None; raises UserError if unknown."""
     if name is None:
         return DEFAULT_METRIC
     found = next((own.column for own in METRICS.values() if name in (own.column, own.label)), None)
@@ -76,21 +71,10 @@ def asked_metric(name: str | None) -> str:
 
 
 def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = ()) -> str:
-    """Say how far a number can be trusted, for whoever is about to choose a policy by it.
+    """Say in one line how far a number can be trusted, for whoever is about to choose a policy by it.
 
-    Parameters
-    ----------
-    metric : str
-        Column.
-    models : iterable of str
-        Models of the traces at hand.
-    policies : iterable of str
-        Policies at hand; those that the number is known to rank too high are named.
-
-    Returns
-    -------
-    str
-        Sentences in one line.
+    ``models`` are those of the traces at hand. Of ``policies``, those that the number is known to rank too
+    high are named.
     """
     known, label = _fidelity(), METRICS[metric].label
     measured = known["metrics"][metric]
@@ -111,6 +95,5 @@ def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = 
 
 @cache
 def _fidelity() -> dict[str, Any]:
-    text = (resources.files("simulator.results") / "fidelity.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = json.loads((resources.files("simulator.results") / "fidelity.json").read_bytes())
     return found

@@ -13,7 +13,7 @@ import polars as pl
 from simulator.results.layout import plain_console
 from simulator.results.store import sealed_parquet
 from simulator.results.terminal import print_results
-from traces.atomic import write_file
+from traces.atomic import write_file, write_text
 from traces.errors import UserError
 from traces.wording import counted
 
@@ -22,13 +22,7 @@ _SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "tab
 
 
 def require_place(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written, before any work is done.
-
-    Raises
-    ------
-    UserError
-        If its folder is missing or it is a folder itself.
-    """
+    """Raise UserError, before any work is done, if a file's folder is missing or it is a folder itself."""
     if path is None:
         return
     if not path.parent.is_dir():
@@ -38,12 +32,7 @@ def require_place(path: Path | None, option: str) -> None:
 
 
 def require_places(paths: Mapping[str, Path | None]) -> None:
-    """Refuse files that could not be written, or one file for two tables; options to paths.
-
-    Raises
-    ------
-    UserError
-    """
+    """Raise UserError for a file that could not be written, or one for two tables; paths by their options."""
     taken: dict[Path, str] = {}
     for option, path in paths.items():
         require_place(path, option)
@@ -55,12 +44,7 @@ def require_places(paths: Mapping[str, Path | None]) -> None:
 
 
 def require_parquet(paths: Mapping[str, Path | None]) -> None:
-    """Refuse names that tell another format than Parquet for tables that are always that; options to paths.
-
-    Raises
-    ------
-    UserError
-    """
+    """Raise UserError for the name of a Parquet file that ends otherwise; paths by their options."""
     for option, path in paths.items():
         if path is not None and path.suffix != ".parquet":
             raise UserError(f"{option} {path}: suffix is '{path.suffix}'; allowed: .parquet")
@@ -69,10 +53,7 @@ def require_parquet(paths: Mapping[str, Path | None]) -> None:
 def choose_format(asked: str | None, path: Path | None) -> str:
     """Settle the format: what was asked, else the file's suffix, else a table.
 
-    Raises
-    ------
-    UserError
-        For an unknown format or suffix, or parquet without a file.
+    Raises UserError for an unknown format or suffix, for both if they differ, and for parquet without a file.
     """
     require_place(path, "-o")
     if asked is not None and asked not in FORMATS:
@@ -93,17 +74,20 @@ def choose_format(asked: str | None, path: Path | None) -> str:
 
 def write_rows(table: pl.DataFrame, path: Path | None, chosen: str) -> None:
     """Write full rows, or for ``table`` the readable summary, to a file or standard output."""
-    if path is None:
-        if chosen == "table":
-            print_results(table, plain_console(160))
-        else:
-            sys.stdout.write(_text(table, chosen))
-        return
-    if chosen == "parquet":
+    if path is not None and chosen == "parquet":
         write_parquet(table, path)
+        return
+    text = StringIO()
+    if chosen == "table":
+        print_results(table, plain_console(160, None if path is None else text))
+    elif chosen == "csv":
+        text.write(table.write_csv())
     else:
-        text = _rendered(table) if chosen == "table" else _text(table, chosen)
-        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        text.write("[\n" + ",\n".join(json.dumps(row) for row in table.to_dicts()) + "\n]\n")
+    if path is None:
+        sys.stdout.write(text.getvalue())
+    else:
+        write_text(path, text.getvalue())
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
@@ -115,16 +99,3 @@ def tell_written(path: Path | None, n: int, quiet: bool = False, what: str = "ro
     """Say on standard error where how many of ``what`` were written; nothing if that was standard output."""
     if path is not None and not quiet:
         print(f"sim: wrote {path}: {counted(n, what)}", file=sys.stderr)
-
-
-def _rendered(table: pl.DataFrame) -> str:
-    text = StringIO()
-    print_results(table, plain_console(160, text))
-    return text.getvalue()
-
-
-def _text(table: pl.DataFrame, chosen: str) -> str:
-    if chosen == "csv":
-        return table.write_csv()
-    rows = table.to_dicts()
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"

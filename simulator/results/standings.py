@@ -17,13 +17,7 @@ from traces.errors import UserError
 
 
 def at_budgets(table: pl.DataFrame, budgets: Sequence[Budget]) -> pl.DataFrame:
-    """Keep the rows that were asked at some budgets.
-
-    Raises
-    ------
-    UserError
-        If the rows have none of one.
-    """
+    """Keep the rows that were asked at some budgets; raises UserError for one that the rows lack."""
     asked = table.select(BUDGET).unique(maintain_order=True)
     known = [Budget(*columns) for columns in asked.iter_rows()]
     for budget in budgets:
@@ -38,10 +32,7 @@ def at_budgets(table: pl.DataFrame, budgets: Sequence[Budget]) -> pl.DataFrame:
 def of_traces(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """Keep the rows of traces by name or glob, with or without ``.kvtrace``.
 
-    Raises
-    ------
-    UserError
-        If the rows have none for one.
+    Raises UserError for one that no row is of.
     """
     if "trace" not in table.columns:
         raise UserError("--trace: the rows name no trace; allowed: rows of a version that writes it")
@@ -56,13 +47,7 @@ def of_traces(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
 
 
 def of_policies(table: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
-    """Keep the rows of policies by name, by name and the parameters that tell variants apart, or by glob.
-
-    Raises
-    ------
-    UserError
-        If the rows have none for one.
-    """
+    """Keep the rows of policies asked for as in `asked_policies`."""
     return table.filter(is_policy(table, asked_policies(names, table)))
 
 

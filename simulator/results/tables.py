@@ -53,38 +53,20 @@ ROW_SCHEMA: dict[str, Any] = {
     "protection_binding": pl.Boolean,
 }
 
-RETAINED_SCHEMA: dict[str, Any] = {
-    "trace_id": pl.String,
-    "policy": pl.String,
-    "policy_params": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
-    "layer": pl.Int32,
-    "kv_head": pl.Int32,
-    "compression": pl.Int32,
-    "n_tokens": pl.Int32,
-    "slot": pl.Int32,
-    "position": pl.Int32,
-}
+BUDGET = ["budget_asked", "budget_unit", "budget_kind"]
+GROUP = ["policy", "policy_params", *BUDGET]
 
-TRAJECTORY_SCHEMA: dict[str, Any] = {
-    "trace_id": pl.String,
-    "trace": pl.String,
-    "policy": pl.String,
-    "policy_params": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
-    "layer": pl.Int32,
-    "kv_head": pl.Int32,
-    "compression": pl.Int32,
-    "n_tokens": pl.Int32,
-    "n_steps": pl.Int32,
-    "budget_entries": pl.Int64,
-    "n_entries": pl.Int64,
-    "mass": pl.Float64,
-}
+_OF_HEADS = dict.fromkeys(("layer", "kv_head", "compression", "n_tokens"), pl.Int32)
+RETAINED_SCHEMA: dict[str, Any] = (
+    {name: ROW_SCHEMA[name] for name in ("trace_id", *GROUP)}
+    | _OF_HEADS
+    | dict.fromkeys(("slot", "position"), pl.Int32)
+)
+TRAJECTORY_SCHEMA: dict[str, Any] = (
+    {name: ROW_SCHEMA[name] for name in ("trace_id", "trace", *GROUP)}
+    | _OF_HEADS
+    | {"n_steps": pl.Int32, "budget_entries": pl.Int64, "n_entries": pl.Int64, "mass": pl.Float64}
+)
 
 # Columns without which rows of a file tell nothing, in whatever version they were written.
 NEEDED = {
@@ -96,24 +78,16 @@ NEEDED = {
     )
 }
 
-BUDGET = ["budget_asked", "budget_unit", "budget_kind"]
-GROUP = ["policy", "policy_params", *BUDGET]
-
 
 def result_table(rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
     """Build the table of results, one row per trace, policy and budget."""
     return pl.DataFrame(list(rows), schema=ROW_SCHEMA)
 
 
-def retained_table(
-    cells: Iterable[tuple[Mapping[str, Any], Sequence[Retained]]],
-) -> pl.DataFrame:
-    """Build the table of who is retained after every compression, one row per slot.
+def retained_table(cells: Iterable[tuple[Mapping[str, Any], Sequence[Retained]]]) -> pl.DataFrame:
+    """Build the table of the entries retained after every compression, one row per slot.
 
-    Parameters
-    ----------
-    cells : iterable of (labels, retained)
-        Labels hold trace_id, the columns of ``GROUP``, and perhaps more.
+    The labels of a cell hold trace_id, the columns of ``GROUP``, and perhaps more.
     """
     frames = [pl.DataFrame(schema=RETAINED_SCHEMA)]
     for labels, retained in cells:
@@ -138,13 +112,8 @@ def trajectory_table(labels: Mapping[str, Any], spans: Sequence[Span]) -> pl.Dat
     ``budget_entries`` in force there, the ``n_entries`` it holds after it, and the ``mass`` retained during
     the steps (null without one, as where the prompt is compressed). The last span of every head ends with
     the last token; its ``compression`` is null and its budget the one before (null if it never compressed).
-    Weighted by ``n_steps``, ``mass`` averages to ``mass_mean`` of the results.
-
-    Parameters
-    ----------
-    labels : mapping
-        trace_id, trace and the columns of ``GROUP``.
-    spans : sequence of Span
+    Weighted by ``n_steps``, ``mass`` averages to ``mass_mean`` of the results. ``labels`` hold trace_id,
+    trace and the columns of ``GROUP``.
     """
     if not spans:
         return pl.DataFrame(schema=TRAJECTORY_SCHEMA)
@@ -171,9 +140,9 @@ def trajectory_table(labels: Mapping[str, Any], spans: Sequence[Span]) -> pl.Dat
 
 def budget_columns(budget: Budget | None) -> dict[str, Any]:
     """Give what rows tell of a budget, columns ``BUDGET``; nulls for the full cache, which has none."""
-    return dict(
-        zip(BUDGET, (None,) * 3 if budget is None else (budget.amount, budget.unit, budget.kind), strict=True)
-    )
+    if budget is None:
+        return dict.fromkeys(BUDGET)
+    return dict(zip(BUDGET, (budget.amount, budget.unit, budget.kind), strict=True))
 
 
 def with_budget_kind(table: pl.DataFrame) -> pl.DataFrame:
@@ -236,12 +205,7 @@ def by_model(table: pl.DataFrame) -> list[pl.DataFrame]:
 
 
 def require_one_model(models: Iterable[str]) -> None:
-    """Refuse to take means over traces of several models; the models of each.
-
-    Raises
-    ------
-    UserError
-    """
+    """Raise UserError where means would be over traces of several models; one is given for each trace."""
     found = list(dict.fromkeys(models))
     if len(found) > 1:
         raise UserError(f"traces are of models {', '.join(found)}; allowed: of one model")
@@ -257,12 +221,7 @@ def comparable(table: pl.DataFrame) -> pl.DataFrame:
     """Keep, for each budget, the traces on which every policy that ever succeeds at it did.
 
     Where a trace has several rows of the same policy, parameters and budget, as with several seeds, they
-    become their mean: a trace counts once.
-
-    Raises
-    ------
-    UserError
-        If the rows are of several models; see ``by_model``.
+    become their mean: a trace counts once. Raises UserError if the rows are of several models.
     """
     require_one_model(_models(table))
     done = _one_row_per_trace(table.filter(pl.col("status") == "ok"))
@@ -322,17 +281,8 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> t
 def require_sound_rows(table: pl.DataFrame, what: str) -> None:
     """Refuse rows from a file that no replay can have written: without numbers, or with impossible ones.
 
-    Parameters
-    ----------
-    table : polars.DataFrame
-        With the columns ``NEEDED``.
-    what : str
-        What messages call the file.
-
-    Raises
-    ------
-    UserError
-        Naming the first such column and row.
+    ``table`` has the columns ``NEEDED``; ``what`` is the file's name in messages. Raises UserError, which
+    names the first such column and row.
     """
     for name in ("trace_id", "policy", "policy_params", "budget_asked", "budget_unit", "status"):
         refuse_rows(table, pl.col(name).is_null(), name, "a value in every row", what)

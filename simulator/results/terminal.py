@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import polars as pl
-from rich.box import MARKDOWN, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from simulator.results.labels import row_budget
-from simulator.results.layout import fitted
+from simulator.results.layout import empty_table, fitted
 from simulator.results.metric_names import METRICS, fidelity_note
 from simulator.results.tables import GROUP, by_model, summarise, usual_metric
 
@@ -36,7 +35,6 @@ _HEADERS = {
     "gap": "\ngap",
     "behind": "behind\nfirst",
 }
-_BETWEEN_TRACES = ("interval", "behind")
 # What a narrow terminal leaves out, first to last.
 _EXPENDABLE = (
     "entries_peak",
@@ -69,18 +67,15 @@ def _print_model(table: pl.DataFrame, console: Console) -> None:
     for row in rows:
         groups.setdefault(row_budget(row), []).append(_cells(row, shared))
     sampled = "sampling" in table.columns and table["sampling"].is_not_null().any()
+    wanted = {"interval": several or sampled, "behind": several}
+    shown_rows = [cells for own in groups.values() for cells in own]
+    # Not what no row could tell, such as the oracle of a sample of heads.
     columns = [
         name
         for name in _HEADERS
-        if several or name not in _BETWEEN_TRACES or (name == "interval" and sampled)
+        if wanted.get(name, True) and (name == "budget" or any(cells[name] for cells in shown_rows))
     ]
-    # What no row could tell, such as the oracle of a sample of heads.
-    columns = [
-        name
-        for name in columns
-        if name == "budget" or any(cells[name] for own in groups.values() for cells in own)
-    ]
-    labels = [cells["policy"] for own in groups.values() for cells in own]
+    labels = [cells["policy"] for cells in shown_rows]
     shown, note, legend = fitted(console, partial(_layout, groups), columns, labels, _EXPENDABLE)
     say(console, _caption(table, several, shared), note)
     console.print(shown)
@@ -116,16 +111,7 @@ def print_standings(
 ) -> None:
     """Print how policies compare at each budget: one row per policy, sorted, and one column per budget.
 
-    Parameters
-    ----------
-    table : polars.DataFrame
-        Of ``standings.standings``.
-    metric : str
-        What it compares.
-    models : sequence of str
-        Of the traces.
-    console : rich.console.Console
-    as_markdown : bool
+    ``table`` is of ``standings.standings`` and compares ``metric``; ``models`` are those of the traces.
     """
     rows = table.to_dicts()
     shared = _shared_parameters(rows)
@@ -138,9 +124,7 @@ def print_standings(
     labels = {id(own): _policy_label(next(iter(own.values())), shared) for own in ranked}
 
     def make(columns: Sequence[str], names: Mapping[str, str]) -> Table:
-        shown = Table(box=MARKDOWN if as_markdown else SIMPLE_HEAD, header_style="bold", pad_edge=as_markdown)
-        for name in columns:
-            shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+        shown = empty_table(columns, as_markdown=as_markdown)
         for own in ranked:
             cells = [_standing(own[budget]) if budget in own else "" for budget in budgets]
             memory = sum(row["memory"] for row in own.values()) / len(own)
@@ -183,9 +167,8 @@ def _standing(row: dict[str, Any]) -> str:
 def _layout(
     groups: dict[str, list[dict[str, str]]], columns: Sequence[str], names: Mapping[str, str]
 ) -> Table:
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for name in columns:
-        shown.add_column(_HEADERS[name], justify="left" if name == "policy" else "right", no_wrap=True)
+    headers = [_HEADERS[name] for name in columns]
+    shown = empty_table(headers, (_HEADERS["policy"],), collapse_padding=True)
     for label, rows in groups.items():
         for number, cells in enumerate(rows):
             texts = cells | {"budget": label if number == 0 else "", "policy": names[cells["policy"]]}

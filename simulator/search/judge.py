@@ -30,14 +30,7 @@ SEARCHABLE = tuple(name for name in METRICS if name != "gap")
 
 @dataclass(frozen=True)
 class Worth:
-    """Estimates for all traces of a search.
-
-    Attributes
-    ----------
-    metric : float
-    memory : float
-        Mean bytes of the cache.
-    """
+    """Estimates for all traces of a search; ``memory`` is the mean bytes of the cache."""
 
     metric: float
     memory: float
@@ -49,21 +42,8 @@ class Worth:
 
 
 class Judge:
-    """Replays policies on the traces of a search.
+    """Replays policies on the traces of a search, ordered by `in_turns`.
 
-    Parameters
-    ----------
-    traces : sequence of Trace
-        In turns of their families, so that every rung has some of each.
-    metric : str
-        One of ``SEARCHABLE``.
-    base : Policy
-        What all are compared with.
-    waves : dict
-    seed : int
-
-    Notes
-    -----
     Of a part of the traces only the difference to the base policy counts, added to what the base is worth on
     all: traces differ more than policies do, and a low rung then tells nearly what the highest would.
     """
@@ -84,10 +64,7 @@ class Judge:
     def worth(self, policy: Policy, budget: str, rung: int) -> Worth:
         """Estimate a policy's worth from the traces and steps of a rung, -1 for the highest.
 
-        Raises
-        ------
-        UserError
-            If it cannot be replayed.
+        Raises UserError if it cannot be replayed.
         """
         rung %= len(RUNGS)
         own, base = self._measured(policy, budget, rung), self._of_base(budget, rung)
@@ -98,12 +75,7 @@ class Judge:
         )
 
     def require_replayable(self, policy: Policy, budget: str) -> None:
-        """Refuse a policy that cannot be replayed on the first trace, before any work is done.
-
-        Raises
-        ------
-        UserError
-        """
+        """Raise UserError, before any work is done, if a policy cannot be replayed on the first trace."""
         self._measured(policy, budget, 0, n_most=1)
 
     def worth_of_base(self, budget: str) -> Worth:

@@ -14,6 +14,7 @@ from simulator.budget import parse_budget
 from simulator.policies.language import Policy, parse_policy
 from simulator.policies.ranges import Choices, Range, Ranges
 from simulator.policies.shipped import LAYER_ALLOCATORS
+from simulator.results.labels import with_parameters
 from traces.documents import read_toml
 from traces.errors import UserError
 
@@ -30,15 +31,8 @@ DEFAULT_PARTS = {
 class Space:
     """All policies and budgets that a search may try.
 
-    Attributes
-    ----------
-    parts : dict
-        Names of parts by role: scorer, layers, heads.
-    budgets : tuple of str
-    fixed : dict
-        Parameters of every policy, such as the buffer.
-    ranges : dict
-        By parameter name, in place of the parts' own.
+    ``parts`` are names by role: scorer, layers, heads. ``fixed`` are parameters of every policy, such as the
+    buffer; ``ranges`` go before the parts' own, by name of the parameter.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -69,10 +63,7 @@ class Space:
     def parse(self, text: str) -> Policy:
         """Read a policy with the parameters that all share.
 
-        Raises
-        ------
-        UserError
-            If it cannot be read, or gives a shared parameter another value.
+        Raises UserError if it cannot be read, or gives a shared parameter another value.
         """
         policy = parse_policy(text, **self.fixed)
         for name, value in self.fixed.items():
@@ -93,11 +84,10 @@ class Space:
             found[role] = part
             for name, _, allowed in self.parameters(role, part):
                 value = getattr(own, name)
-                inside = (
-                    value in allowed.values
-                    if isinstance(allowed, Choices)
-                    else allowed.low <= value <= allowed.high
-                )
+                if isinstance(allowed, Choices):
+                    inside = value in allowed.values
+                else:
+                    inside = allowed.low <= value <= allowed.high
                 if not inside:
                     return None
                 found[f"{part}.{name}"] = value
@@ -111,10 +101,7 @@ def make_space(
 ) -> Space:
     """Check and complete what is asked to be searched.
 
-    Raises
-    ------
-    UserError
-        If a part is unknown, a budget cannot be read, or the file of ranges is wrong.
+    Raises UserError if a part is unknown, a budget cannot be read, or the file of ranges is wrong.
     """
     asked = {role: tuple(dict.fromkeys(parts.get(role) or DEFAULT_PARTS[role])) for role in ROLES}
     for role, names in asked.items():
@@ -133,9 +120,7 @@ def make_space(
 def read_ranges(path: Path | None) -> Ranges:
     """Read ranges from TOML: ``alpha = { low = 0.01, high = 0.5, log = true }`` or ``alpha = [0.1, 0.2]``.
 
-    Raises
-    ------
-    UserError
+    Raises UserError, which names the parameter.
     """
     if path is None:
         return {}
@@ -148,8 +133,7 @@ def write_policy(parts: Mapping[str, str], parameters: Mapping[str, Any]) -> str
     # A head allocator that shares its name with one of layers is known by its place.
     wanted = {"layers": parts["heads"] in LAYER_ALLOCATORS and parts["heads"] != "uniform"}
     named = [parts[role] for role in ROLES if parts[role] != "uniform" or wanted.get(role)]
-    written = ",".join(f"{name}={value}" for name, value in parameters.items())
-    return "+".join(named) + (f":{written}" if written else "")
+    return with_parameters("+".join(named), parameters)
 
 
 def _read_range(path: Path, name: str, value: Any) -> Range | Choices:

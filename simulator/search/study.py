@@ -31,19 +31,7 @@ _PROMOTED = 1 / 3
 
 @dataclass(frozen=True)
 class Question:
-    """What a search asks.
-
-    Attributes
-    ----------
-    traces : tuple of str
-        Paths of the traces that policies are chosen on.
-    metric : str
-    base : str
-        The policy to beat.
-    space : Space
-    waves : dict
-    seed : int
-    """
+    """What a search asks: policies of a space that beat a base policy by a metric, on traces (by path)."""
 
     traces: tuple[str, ...]
     metric: str
@@ -90,10 +78,7 @@ class Tried:
 def open_study(path: Path, question: Question, starts: Sequence[str]) -> None:
     """Make or reopen a study; ``starts`` are policies to try first, as far as they lie in the space.
 
-    Raises
-    ------
-    UserError
-        If the file holds another search.
+    Raises UserError if the file holds another search.
     """
     _silence()
     try:

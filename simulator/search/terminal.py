@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import polars as pl
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from simulator.results.layout import plain_console
+from simulator.results.layout import empty_table, plain_console
 from simulator.results.metric_names import METRICS
-from simulator.results.terminal import format_bytes
+from simulator.results.terminal import format_bytes, say
 from simulator.search.study import Question
 from traces.wording import counted
 
@@ -29,52 +27,37 @@ def print_search(
     console = console or plain_console(160)
     better = "more" if METRICS[question.metric].more_is_better else "less"
     fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
-    console.print(
+    say(
+        console,
         f"{counts['judged']} policies judged by {question.metric} ({better} is better), {counts['whole']} of "
         f"them on all {counted(n_traces, 'trace')}{fixed}; {counts['failed']} failed or were cut off.\n"
         f"The front: no other policy of the search is better in both metric and memory{_thinned(front)}.",
-        highlight=False,
-        soft_wrap=True,
     )
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in ("memory", "budget", "metric"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = empty_table(("memory", "budget", "metric"))
     shown.add_column("policy", overflow="fold")
     for row in front.gather(_spread(len(front))).iter_rows(named=True):
         shown.add_row(format_bytes(row["bytes_mean"]), row["budget"], f"{row['metric']:.5f}", row["policy"])
     console.print(shown)
-    n_traces = max(verdicts["n_traces"].to_list())
-    console.print(
-        f"On {n_traces} held-out traces, against {question.base}, trace by trace. The winner was chosen "
-        "before; its interval tells.\nOf the runners-up, the best by chance is among them.",
-        highlight=False,
-        soft_wrap=True,
+    say(
+        console,
+        f"On {max(verdicts['n_traces'].to_list())} held-out traces, against {question.base}, trace by trace. "
+        "The winner was chosen before; its interval tells.\n"
+        "Of the runners-up, the best by chance is among them.",
     )
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    shown.add_column("budget", justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
-    for name in ("searched", "held out", "difference", "95% interval", "memory"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("verdict", no_wrap=True)
+    numbers = ("searched", "held out", "difference", "95% interval", "memory")
+    shown = empty_table(("budget", "", *numbers, "verdict"), ("", "verdict"))
     shown.add_column("policy", overflow="fold")
     for row in verdicts.iter_rows(named=True):
-        is_base = row["role"] == "base"
-        if row["held_out"] is None:
-            told = row["budget"], row["role"], f"{row['searched']:.5f}"
-            shown.add_row(*told, "", "", "", "", row["verdict"], row["policy"])
-            continue
-        interval = f"{row['difference_low']:+.5f} to {row['difference_high']:+.5f}"
-        shown.add_row(
-            row["budget"] if is_base else "",
-            row["role"],
-            f"{row['searched']:.5f}",
-            f"{row['held_out']:.5f}",
-            "" if is_base else f"{row['difference']:+.5f}",
-            "" if is_base else interval,
-            "" if is_base else f"{row['memory_to_base']:+.1%}",
-            row["verdict"],
-            row["policy"],
-        )
+        told = dict.fromkeys(numbers, "") | {"searched": f"{row['searched']:.5f}"}
+        is_base, has_failed = row["role"] == "base", row["held_out"] is None
+        if not has_failed:
+            told["held out"] = f"{row['held_out']:.5f}"
+        if not (has_failed or is_base):
+            told["difference"] = f"{row['difference']:+.5f}"
+            told["95% interval"] = f"{row['difference_low']:+.5f} to {row['difference_high']:+.5f}"
+            told["memory"] = f"{row['memory_to_base']:+.1%}"
+        budget = row["budget"] if is_base or has_failed else ""
+        shown.add_row(budget, row["role"], *told.values(), row["verdict"], row["policy"])
     console.print(shown)
 
 

@@ -13,11 +13,12 @@ import polars as pl
 from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
 from simulator.policies.language import split_name
+from simulator.results.labels import with_parameters
 from simulator.results.metric_names import METRICS
 from simulator.results.tables import bootstrap, result_table
 from simulator.search.judge import Worth
 from simulator.search.study import Question, Tried
-from traces.atomic import write_file
+from traces.atomic import write_text
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -49,16 +50,8 @@ VERDICT_SCHEMA: dict[str, Any] = {
 def front(tried: Sequence[Tried], sign: int) -> pl.DataFrame:
     """List the policies that none dominates in metric and memory, the smallest memory first."""
     best = [own for own in tried if not any(other.worth.dominates(own.worth, sign) for other in tried)]
-    rows = [
-        {
-            "policy": own.policy,
-            "budget": own.budget,
-            "metric": own.worth.metric,
-            "bytes_mean": own.worth.memory,
-        }
-        for own in best
-    ]
-    return pl.DataFrame(rows, schema=FRONT_SCHEMA).sort("bytes_mean", "metric")
+    rows = [(own.policy, own.budget, own.worth.metric, own.worth.memory) for own in best]
+    return pl.DataFrame(rows, schema=FRONT_SCHEMA, orient="row").sort("bytes_mean", "metric")
 
 
 def candidates(tried: Sequence[Tried], base: Worth, budget: str, sign: int, n: int) -> list[Tried]:
@@ -76,35 +69,17 @@ def replay_held_out(
     jobs: int,
     on_cell: Callable[[], None] = lambda: None,
 ) -> pl.DataFrame:
-    """Replay policies whole on traces that none was chosen on.
+    """Replay policies whole, in ``jobs`` threads, on traces that none was chosen on.
 
-    Parameters
-    ----------
-    traces : sequence of Trace
-    asked : sequence of (policy, budget)
-        As they are written, each once.
-    question : Question
-    jobs : int
-        Threads.
-    on_cell : callable
-        Called after every cell.
-
-    Returns
-    -------
-    polars.DataFrame
-        Rows of a replay, with ``asked_policy`` and ``asked_budget`` as in ``asked``.
+    ``asked`` are policies and budgets as they are written, each pair once. Returns rows of a replay, with
+    ``asked_policy`` and ``asked_budget``.
     """
-    rows = []
+    seed, rows = question.seed, []
     for trace in traces:
-        prepared = PreparedTrace(trace, jobs=jobs, seed=question.seed)
-        for policy, budget in asked:
-            cell = prepared.replay(
-                question.space.parse(policy),
-                parse_budget(budget),
-                seed=question.seed,
-                waves=question.waves,
-            )
-            rows.append(cell.row)
+        prepared = PreparedTrace(trace, jobs=jobs, seed=seed)
+        for text, budget in asked:
+            policy = question.space.parse(text)
+            rows.append(prepared.replay(policy, parse_budget(budget), seed=seed, waves=question.waves).row)
             on_cell()
     policies, budgets = zip(*asked, strict=True)
     return result_table(rows).with_columns(
@@ -116,18 +91,9 @@ def replay_held_out(
 def judge_held_out(
     rows: pl.DataFrame, chosen: Sequence[tuple[str, Tried]], base: str, metric: str, *, seed: int = 0
 ) -> pl.DataFrame:
-    """Set policies against the base on traces that none was chosen on.
+    """Set policies, each with its role, against the base on traces that none was chosen on.
 
-    Parameters
-    ----------
-    rows : polars.DataFrame
-        Results of a replay of the held-out traces, with columns ``asked_policy`` and ``asked_budget`` as in
-        ``chosen``.
-    chosen : sequence of (role, policy)
-    base : str
-    metric : str
-    seed : int
-        Of the bootstrap over traces.
+    ``rows`` are of `replay_held_out`; ``seed`` is of the bootstrap over traces.
 
     Returns
     -------
@@ -181,8 +147,7 @@ def write_winners(path: Path, verdicts: pl.DataFrame, metric: str, fixed: dict[s
         for row in verdicts.iter_rows(named=True)
         if row["verdict"] != VERDICTS[3]
     ]
-    text = "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]\n")
 
 
 def _of(rows: pl.DataFrame, policy: str, budget: str) -> pl.DataFrame:
@@ -192,7 +157,5 @@ def _of(rows: pl.DataFrame, policy: str, budget: str) -> pl.DataFrame:
 def _with(policy: str, fixed: dict[str, Any]) -> str:
     name = split_name(policy)
     # The text may name some of them, at the same value.
-    written = [f"{key}={value}" for key, value in fixed.items() if f"{key}=" not in policy[len(name) :]]
-    if not written:
-        return policy
-    return f"{policy}{',' if len(name) < len(policy) else ':'}{','.join(written)}"
+    given = policy[len(name) :]
+    return with_parameters(policy, {key: value for key, value in fixed.items() if f"{key}=" not in given})

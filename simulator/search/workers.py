@@ -30,10 +30,7 @@ def search_together(
 ) -> None:
     """Search in ``jobs`` processes; ``on_moment`` is called twice a second, or after every trial.
 
-    Raises
-    ------
-    UserError
-        If a worker cannot go on.
+    Raises UserError if a worker cannot go on.
     """
     if jobs == 1:
         search(path, question, 0, deadline, n_trials, on_moment)

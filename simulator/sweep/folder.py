@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ROWS: dict[str, Any] = ROW_SCHEMA | {"seed": pl.Int64, "cell": pl.String}
 _LABELS = ("trace_id", "trace", *GROUP, "seed", "cell")
 # What rows of any version have.
 _NEEDED = {name: ROWS[name] for name in (*_LABELS, "status") if name != "budget_kind"}
-_PART = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.parquet")
+_PART = re.compile(r"part-\d{6,}-[0-9a-f]{16}\.parquet")
 # More parts than that become one when a sweep is done.
 _MANY_PARTS = 64
 
@@ -59,47 +59,30 @@ class SweepFolder:
     def opened(self) -> Iterator[None]:
         """Make the folder, hold it alone, and clear what a killed run left half written.
 
-        Raises
-        ------
-        UserError
-            If another process holds it.
-        OutputError
-            If it cannot be made.
+        Raises UserError if another process holds it, OutputError if it cannot be made.
         """
-        with self._told():
-            self._parts.mkdir(parents=True, exist_ok=True)
-        lock = locked(self.path, wait=False)
-        try:
-            with self._told(besides=BlockingIOError):
-                lock.__enter__()
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another sweep is writing there; allowed: one at a time, or another --out"
-            ) from None
-        try:
+        with ExitStack() as held:
+            with self._told():
+                self._parts.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(locked(self.path, wait=False))
+                except BlockingIOError:
+                    raise UserError(
+                        f"{self.path}: another sweep is writing there; "
+                        "allowed: one at a time, or another --out"
+                    ) from None
             for folder in (self.path, self._parts):
                 for stale in folder.glob(".*.part"):
                     stale.unlink(missing_ok=True)
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def write_plan(self, work: Sequence[TraceCells]) -> None:
-        """Say which cells are asked now, in the order of the table.
-
-        Raises
-        ------
-        OutputError
-        """
+        """Say which cells are asked now, in the order of the table; raises OutputError."""
         rows = [
             (
-                own.trace.trace_id,
-                own.trace.name,
-                cell.policy.name,
-                cell.parameters,
+                *(own.trace.trace_id, own.trace.name, cell.policy.name, cell.parameters),
                 *budget_columns(cell.budget).values(),
-                cell.seed,
-                cell.key,
+                *(cell.seed, cell.key),
             )
             for own in work
             for cell in own.cells
@@ -108,12 +91,7 @@ class SweepFolder:
         self._write(self.path / PLAN_NAME, sealed_parquet(pl.DataFrame(rows, schema=schema, orient="row")))
 
     def write_part(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows in one atomic step.
-
-        Raises
-        ------
-        OutputError
-        """
+        """Add rows in one atomic step; raises OutputError."""
         self._write_part(pl.DataFrame(list(rows), schema=ROWS))
 
     def read_rows(self, *, drop_damaged: bool = False) -> pl.DataFrame:
@@ -138,10 +116,7 @@ class SweepFolder:
     def table(self) -> pl.DataFrame:
         """Read the rows of the last sweep, in its order; cells without a row are left out.
 
-        Raises
-        ------
-        UserError
-            If the list of cells cannot be read.
+        Raises UserError if the list of cells cannot be read.
         """
         plan = self.plan()
         # Under the names that the last sweep knows: a trace may have been moved since.
@@ -149,12 +124,7 @@ class SweepFolder:
         return rows.join(plan.select("cell", "trace"), on="cell", maintain_order="right").select(list(ROWS))
 
     def plan(self) -> pl.DataFrame:
-        """Read which cells were asked last, with their labels.
-
-        Raises
-        ------
-        UserError
-        """
+        """Read which cells were asked last, with their labels; raises UserError."""
         path = self.path / PLAN_NAME
         labels = {name: ROWS[name] for name in _LABELS if name != "budget_kind"}
         try:
@@ -165,17 +135,12 @@ class SweepFolder:
     def _read_part(self, path: Path) -> pl.DataFrame:
         """Read a part that its name vouches for; raises UserError, and FileNotFoundError if it is gone."""
         content = path.read_bytes()
-        if sha256(content).hexdigest()[:16] != _name(path)[2]:
+        if sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
             raise UserError(f"{path} is damaged")
         return with_budget_kind(parse_table(content, ".parquet", str(path), _NEEDED, ROWS, is_whole=True))
 
     def compact(self) -> None:
-        """Join many parts to one.
-
-        Raises
-        ------
-        OutputError
-        """
+        """Join many parts to one; raises OutputError."""
         old = self._listed()
         if len(old) <= _MANY_PARTS:
             return
@@ -188,7 +153,7 @@ class SweepFolder:
         if not self._parts.is_dir():
             return []
         parts = [path for path in self._parts.iterdir() if _PART.fullmatch(path.name)]
-        return sorted(parts, key=lambda path: int(_name(path)[1]))
+        return sorted(parts, key=_serial)
 
     def _read_while_others_write(self) -> pl.DataFrame:
         for _ in range(5):
@@ -200,7 +165,7 @@ class SweepFolder:
 
     def _write_part(self, table: pl.DataFrame) -> None:
         if not self._serial:
-            self._serial = max((int(_name(path)[1]) for path in self._listed()), default=0)
+            self._serial = max(map(_serial, self._listed()), default=0)
         self._serial += 1
         content = sealed_parquet(table)
         digest = sha256(content).hexdigest()[:16]
@@ -212,16 +177,12 @@ class SweepFolder:
             write_file(path, lambda temporary: temporary.write_bytes(content))
 
     @contextmanager
-    def _told(self, besides: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+    def _told(self) -> Iterator[None]:
         try:
             yield
-        except besides:
-            raise
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
-def _name(path: Path) -> re.Match[str]:
-    found = _PART.fullmatch(path.name)
-    assert found is not None
-    return found
+def _serial(part: Path) -> int:
+    return int(part.stem.split("-")[1])

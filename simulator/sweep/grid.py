@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from simulator.budget import Budget
@@ -26,23 +27,9 @@ from traces.store import find_traces, open_trace
 class SweepTrace:
     """A trace of a sweep, which workers will open for themselves.
 
-    Attributes
-    ----------
-    source : str
-        Absolute path, or URL.
-    name : str
-        What rows call it.
-    trace_id : str
-        Empty if it could not be opened.
-    manifest_sha256 : str
-        Of all that is told of it, model and RoPE included, which rows depend on too.
-    model : str
-    shape : ModelShape or None
-    n_steps : int
-        Decode steps.
-    n_bytes : int
-    error : UserError or None
-        Why it cannot be replayed.
+    ``source`` is an absolute path or a URL, ``name`` is the trace's in rows. ``manifest_sha256`` is of all
+    that is told of the trace, model and RoPE included, which rows depend on too; ``n_steps`` counts decode
+    steps. ``error`` says why it cannot be replayed; the rest is empty if it could not even be opened.
     """
 
     source: str
@@ -58,18 +45,7 @@ class SweepTrace:
 
 @dataclass(frozen=True, slots=True)
 class SweepCell:
-    """One row to be.
-
-    Attributes
-    ----------
-    key : str
-        sha256 of all that the row depends on.
-    policy : Policy
-    parameters : str
-        The policy's, as one line of JSON.
-    budget : Budget
-    seed : int
-    """
+    """One row to be: ``key`` is the sha256 of all it depends on, ``parameters`` are the policy's in JSON."""
 
     key: str
     policy: Policy
@@ -89,18 +65,12 @@ class TraceCells:
 def find_sweep_traces(patterns: Sequence[str]) -> list[SweepTrace]:
     """Find the traces of a sweep in the order asked, each content once.
 
-    A trace that is there and cannot be opened stays in the list, with the reason.
-
-    Raises
-    ------
-    TraceError
-        If a pattern matches no trace.
-    UserError
-        If what a URL needs is not installed.
+    A trace that is there and cannot be opened stays in the list, with the reason. Raises TraceError if a
+    pattern matches no trace, UserError if the package that a URL needs is not installed.
     """
     found: dict[str, SweepTrace] = {}
     for pattern in patterns:
-        for trace in _remote(pattern) if is_remote(pattern) else map(_local, find_traces([pattern])):
+        for trace in _found(pattern):
             found.setdefault(trace.trace_id or trace.source, trace)
     return list(found.values())
 
@@ -132,13 +102,7 @@ def lay_out(
 
 
 def wave_digest(path: str) -> str:
-    """Name the content of a wave's file.
-
-    Raises
-    ------
-    MissingDataError
-        If it is no wave.
-    """
+    """Return the sha256 of a wave's content; raises MissingDataError if the file is no wave."""
     return digest(asdict(read_wave(path)))
 
 
@@ -166,27 +130,25 @@ def _address(
     )
 
 
-def _local(path: Path) -> SweepTrace:
-    source = str(path.absolute())
+def _found(pattern: str) -> Iterator[SweepTrace]:
+    if is_remote(pattern):
+        for url in find_remote(pattern):
+            yield _described(url, url.rpartition("/")[2], partial(remote_manifest, url))
+    else:
+        for path in find_traces([pattern]):
+            yield _described(str(path.absolute()), path.name, partial(_manifest, path))
+
+
+def _manifest(path: Path) -> Manifest:
+    return open_trace(path).manifest
+
+
+def _described(source: str, name: str, read: Callable[[], Manifest]) -> SweepTrace:
+    error: UserError | None = None
     try:
-        return _of_manifest(source, path.name, open_trace(path).manifest)
-    except TraceError as error:
-        return SweepTrace(source, path.name, error=error)
-
-
-def _remote(url: str) -> list[SweepTrace]:
-    found = []
-    for source in find_remote(url):
-        name = source.rpartition("/")[2]
-        try:
-            found.append(_of_manifest(source, name, remote_manifest(source)))
-        except TraceError as error:
-            found.append(SweepTrace(source, name, error=error))
-    return found
-
-
-def _of_manifest(source: str, name: str, manifest: Manifest) -> SweepTrace:
-    error = None
+        manifest = read()
+    except TraceError as failed:
+        return SweepTrace(source, name, error=failed)
     if manifest.total_tokens == manifest.prompt_tokens:
         error = UserError(f"trace {source} has no decode step after its prompt; nothing to replay")
     n_bytes = sum(record["size"] for record in manifest.files.values())

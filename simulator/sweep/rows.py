@@ -16,10 +16,7 @@ from traces.errors import UserError
 def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
     """Read result rows back from files of ``sim replay -o`` and folders of ``sim sweep``, in any mix.
 
-    Raises
-    ------
-    UserError
-        If a file is missing, of another kind, or lacks a column, or a folder is none of a sweep.
+    Raises UserError if a file is missing, of another kind, or lacks a column, or a folder is none of a sweep.
     """
     frames = []
     for path in paths:

@@ -30,18 +30,9 @@ from traces.wording import counted
 class Progress:
     """How far a sweep is.
 
-    Attributes
-    ----------
-    n_cells : int
-        That the sweep asks for.
-    n_before : int
-        Of these, finished by earlier runs.
-    n_replayed, n_failed : int
-        In this run; the failed are among the replayed.
-    seconds : float
-        Since the first cell was asked of a worker.
-    exit_code : int
-        0, 1 if some cells failed, the first failure's own code if no cell of the sweep succeeded.
+    Of its ``n_cells``, ``n_before`` were finished by earlier runs and ``n_replayed`` in this one, among them
+    ``n_failed`` that failed; ``seconds`` count from the first cell that was asked of a worker. ``exit_code``
+    is 0, 1 if some cells failed, or the first failure's own code if no cell of the sweep succeeded.
     """
 
     n_cells: int
@@ -58,13 +49,7 @@ class Progress:
 
 
 def plan_sweep(spec: Spec) -> list[TraceCells]:
-    """Lay out the cells of a sweep.
-
-    Raises
-    ------
-    UserError
-        If no trace is found for a pattern, or a wave cannot be read.
-    """
+    """Lay out the cells; raises UserError if no trace is found for a pattern, or a wave cannot be read."""
     digests, waves = [wave_digest(path) for path in spec.waves], read_waves(spec.waves)
     traces = find_sweep_traces(spec.traces)
     for trace in traces:
@@ -145,13 +130,13 @@ def _replay(
     portions = Portions(left, workers.n_workers)
     trace_of = {cell.key: own.trace for own in left for cell in own.cells}
 
-    def contents() -> Iterator[bytes]:
-        for own in portions:
-            yield pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check, spec.sampling))
-
+    contents = (
+        pickle.dumps(Task(own.trace, own.cells, waves, code_version(), check, spec.sampling))
+        for own in portions
+    )
     codes: list[int] = []
     started = time.perf_counter()
-    with closing(workers.run(replay_task, contents())) as results:
+    with closing(workers.run(replay_task, contents)) as results:
         for done in results:
             assert isinstance(done, Done)
             folder.write_part(done.rows)

@@ -11,7 +11,8 @@ from typing import Any
 
 from simulator.budget import Budget, parse_budget
 from simulator.engine.sampling import EVERYTHING, Sampling, parse_sampling
-from simulator.policies.language import REPLAY_FIELDS, Policy, parse_policy, split_name
+from simulator.policies.language import REPLAY_FIELDS, Policy, parse_policy
+from simulator.results.labels import with_parameters
 from traces.documents import read_toml, require_known, shown
 from traces.errors import UserError
 from traces.seeds import require_seed
@@ -36,18 +37,9 @@ class Setting:
 class Spec:
     """A sweep as its file asks for it.
 
-    Attributes
-    ----------
-    out : Path or None
-        The folder of results.
-    traces : tuple of str
-        Paths, folders, globs or URLs.
-    settings : tuple of Setting
-        In the order of the file: policies, then their parameters, budgets and seeds; each once.
-    waves : tuple of str
-        Files of demand profiles.
-    sampling : Sampling
-        How much of every trace is measured.
+    ``out`` is the folder of results; ``traces`` are paths, folders, globs or URLs; ``waves`` files of demand
+    profiles. ``settings`` are in the order of the file, policies, then their parameters, budgets and seeds,
+    each once. ``sampling`` says how much of every trace is measured.
     """
 
     out: Path | None
@@ -58,13 +50,7 @@ class Spec:
 
 
 def read_spec(path: Path) -> Spec:
-    """Read a sweep's file.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read, or a key or value is not allowed; the message names it.
-    """
+    """Read a sweep's file; raises UserError, which names the key or value that is not allowed."""
     content = read_toml(path, str(path))
     try:
         return _parse(content)
@@ -133,7 +119,7 @@ def _policies(content: dict[str, Any], n_seeds: int) -> Iterator[tuple[Policy, l
         own = _parameters(grid.get("parameters", {}), f"grid '{text}': parameters")
         _require_size(prod(map(len, own.values())) * n_seeds)
         budgets = _budgets(grid if "budgets" in grid else content, "budgets")
-        asked += [(_with_parameters(text, chosen), budgets) for chosen in _choices(own)]
+        asked += [(_as_asked(text, chosen), budgets) for chosen in _choices(own)]
     unused = set(shared)
     names = {text: _names(parse_policy(text)) for text, _ in asked}
     uses = {text: {name: shared[name] for name in shared if name in own} for text, own in names.items()}
@@ -156,12 +142,9 @@ def _names(policy: Policy) -> set[str]:
     return own | set(REPLAY_FIELDS)
 
 
-def _with_parameters(text: str, chosen: Mapping[str, Any]) -> str:
-    """Append parameters to a policy's text, so that it is refused in the same words as on a command line."""
-    if not chosen:
-        return text
-    written = ",".join(f"{name}={_written(name, value)}" for name, value in chosen.items())
-    return f"{text}{',' if len(split_name(text)) < len(text) else ':'}{written}"
+def _as_asked(text: str, chosen: Mapping[str, Any]) -> str:
+    """Write a policy with parameters, so that it is refused in the same words as on a command line."""
+    return with_parameters(text, {name: _written(name, value) for name, value in chosen.items()})
 
 
 def _written(name: str, value: Any) -> str:

@@ -22,18 +22,8 @@ _MOST_CELLS = 64
 class Task:
     """Cells of one trace, and what a worker needs to replay them.
 
-    Attributes
-    ----------
-    trace : SweepTrace
-    cells : tuple of SweepCell
-    waves : dict
-        Demand profiles by model.
-    code_version : str
-        Of whoever asks; a worker of another one refuses.
-    check : bool
-        Check the trace whole before it is replayed.
-    sampling : Sampling
-        How much is measured.
+    ``waves`` are demand profiles by model. A worker with another ``code_version`` refuses. ``check`` has the
+    trace checked whole before it is replayed; ``sampling`` says how much is measured.
     """
 
     trace: SweepTrace
@@ -50,11 +40,6 @@ class Portions:
     As many traces are under way as there are workers, and turns go round, so that a worker mostly finds the
     trace prepared that it had before. How long a cell takes is learnt from those that are done, per byte of
     trace.
-
-    Parameters
-    ----------
-    work : sequence of TraceCells
-    n_workers : int
     """
 
     def __init__(self, work: Sequence[TraceCells], n_workers: int) -> None:

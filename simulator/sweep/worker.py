@@ -28,17 +28,7 @@ _preparing = Lock()  # a Dask worker runs several tasks in threads
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a task.
-
-    Attributes
-    ----------
-    rows : list of dict
-        One per cell, in their order.
-    exit_codes : list of int
-        0, or the code of what went wrong in the cell.
-    seconds : float
-        The whole task took.
-    """
+    """The result of a task: a row and an exit code (0 if it succeeded) per cell, and how long all took."""
 
     rows: list[dict[str, Any]]
     exit_codes: list[int]

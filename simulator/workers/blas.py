@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
-# OpenBLAS takes these kernels for a processor with AVX-512; every other one it knows does without.
-_WITH_AVX512 = ("skylakex", "cooperlake", "sapphirerapids")
+# All kernels of OpenBLAS but skylakex, cooperlake and sapphirerapids.
 _WITHOUT_AVX512 = (
     *("katmai", "coppermine", "northwood", "prescott", "banias", "atom", "core2", "penryn", "dunnington"),
     *("nehalem", "athlon", "opteron", "opteron_sse3", "barcelona", "nano", "sandybridge", "bobcat"),
@@ -29,13 +28,7 @@ def use_one_thread(*libraries: str, environ: MutableMapping[str, str] = os.envir
 
     Layers are replayed side by side, and two pools would fight for the cores. It holds for one worker too, so
     that products are cut in the same way, and add up to the same bits, whatever the number of workers.
-
-    Parameters
-    ----------
-    *libraries : str
-        Which to tell, of openblas, mkl, blis and accelerate; all by default.
-    environ : mutable mapping
-        Where they will look.
+    Without names, openblas, mkl, blis and accelerate are told; they look into ``environ``.
     """
     for library in libraries or _THREADS:
         names = _THREADS[library]

@@ -15,19 +15,9 @@ def n_cores() -> int:
 
 
 def worker_count(jobs: int, default: int | None = None) -> int:
-    """Give the threads or processes that ``--jobs`` stands for.
+    """Return the threads or processes that ``--jobs`` stands for; 0 is ``default``, or one for every core.
 
-    Parameters
-    ----------
-    jobs : int
-        Zero asks for the default.
-    default : int, optional
-        One for every core, if it is not given.
-
-    Raises
-    ------
-    UserError
-        If it is negative.
+    Raises UserError if it is negative.
     """
     if jobs < 0:
         raise UserError(f"--jobs is {jobs}; allowed: 0 (all cores) or more")

@@ -22,27 +22,14 @@ _ADDRESS = re.compile(r"(dask|ray)://([^/\s]+)")
 
 @dataclass(frozen=True)
 class Engine:
-    """Where a sweep runs.
-
-    Attributes
-    ----------
-    kind : str
-        ``local``, ``dask`` or ``ray``.
-    address : str
-        Of the cluster, in its own words.
-    """
+    """Where a sweep runs: ``local``, or on a ``dask`` or ``ray`` cluster, addressed in its own words."""
 
     kind: str = "local"
     address: str = ""
 
 
 def parse_engine(text: str) -> Engine:
-    """Read ``--engine``.
-
-    Raises
-    ------
-    UserError
-    """
+    """Read ``--engine``; raises UserError."""
     if text == "local":
         return Engine()
     if text == "ray":
@@ -60,16 +47,8 @@ def parse_engine(text: str) -> Engine:
 def connected(engine: Engine, jobs: int) -> Iterator[Workers]:
     """Connect to the workers of an engine; they are let go, and their work is dropped, at the end.
 
-    Parameters
-    ----------
-    engine : Engine
-    jobs : int
-        Processes of this machine; a cluster has its own number.
-
-    Raises
-    ------
-    UserError
-        If a package is missing, or no cluster answers.
+    ``jobs`` are processes of this machine; a cluster has its own number. Raises UserError if a package is
+    missing, or no cluster answers.
     """
     if engine.kind == "dask":
         at_hand = _on_dask(engine.address)
@@ -118,12 +97,9 @@ def _on_ray(address: str) -> Iterator[Workers]:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise UserError(f"--engine: no Ray answers at {address}: {reason}") from None
 
-    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = ray.remote(function).remote(*arguments).future()
-        return future
-
     try:
-        yield Workers(int(ray.cluster_resources().get("CPU", 1)), submit)
+        n_workers = int(ray.cluster_resources().get("CPU", 1))
+        yield Workers(n_workers, lambda function, *given: ray.remote(function).remote(*given).future())
     finally:
         if is_ours:
             ray.shutdown()

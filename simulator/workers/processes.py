@@ -23,14 +23,7 @@ _MOMENT_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Workers:
-    """Workers at hand.
-
-    Attributes
-    ----------
-    n_workers : int
-    submit : callable
-        Takes a function and what it is called with, as ``concurrent.futures.Executor.submit``.
-    """
+    """Workers at hand; ``submit`` is called as that of ``concurrent.futures.Executor``."""
 
     n_workers: int
     submit: Callable[..., Future[Any]]
@@ -61,14 +54,8 @@ def processes(
     """Have processes of this machine, started anew: torch does not survive a fork.
 
     They are let go at the end, and killed after an error or Ctrl-C. One that dies breaks them all:
-    ``concurrent.futures.process.BrokenProcessPool``.
-
-    Parameters
-    ----------
-    n_workers : int
-        Each has NumPy's BLAS in one thread, so that sums are cut alike whatever their number.
-    initializer, initargs
-        What each calls first, and with what.
+    ``concurrent.futures.process.BrokenProcessPool``. Each has NumPy's BLAS in one thread, so that sums are
+    cut alike whatever their number, and calls ``initializer`` first.
     """
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(

@@ -101,7 +101,7 @@ def live_target(folder: Path) -> Target:
 
     prompts, out = folder / "live.jsonl", folder / "live"
     prompts.write_text('{"id": "p1", "prompt": "walk", "answer": "ka"}\n')
-    matrix = Matrix(out, MatrixSettings(prompts=str(prompts)), 1)
+    Matrix(out, MatrixSettings(prompts=str(prompts)), 1)
     batch = Batch(FULL, None, 0, 1)
     samples: dict[Any, Any] = {pl.String: "x", pl.Boolean: True, pl.Float64: 0.5}
     row = {
@@ -109,7 +109,7 @@ def live_target(folder: Path) -> Target:
         for name, kind in ROW_SCHEMA.items()
     }
     row |= {"policy": FULL.name, "policy_params": FULL.parameters_json} | budget_columns(None)
-    write_parquet(pl.DataFrame([row], schema=ROW_SCHEMA), matrix.path(batch))
+    write_parquet(pl.DataFrame([row], schema=ROW_SCHEMA), batch.path(out))
 
     def meaning(_: Path) -> Any:
         again = Matrix(out, MatrixSettings(prompts=str(prompts)), 1)
@@ -118,7 +118,7 @@ def live_target(folder: Path) -> Target:
         return _plain(again.table([batch]).to_dicts())
 
     before = meaning(out)
-    return Target("live part", matrix.path(batch), change.changed_bytes, meaning, lambda _: before)
+    return Target("live part", batch.path(out), change.changed_bytes, meaning, lambda _: before)
 
 
 def _plain(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

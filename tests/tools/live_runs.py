@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import polars as pl
 from spies import NAME
@@ -15,7 +15,7 @@ from simulator.results.tables import budget_columns
 from traces.errors import MissingDataError
 from validate.live import matrix
 from validate.live.completions import ROW_SCHEMA, LiveSettings, complete
-from validate.live.matrix import FULL, Batch, MatrixSettings
+from validate.live.matrix import MatrixSettings
 from validate.models.next_token import Sampling
 from validate.problems.families import make_problem
 
@@ -33,7 +33,7 @@ def run(loaded, prompts, budget, policy=RKV, settings=SETTINGS, baselines=None, 
 
 
 def settings_for(folder, **fields):
-    live = {"max_new_tokens": 8, "samples": 1, "sampling": asdict(Sampling()), "seed": 0}
+    live = LiveSettings(max_new_tokens=8)
     own = {"model": str(folder / NAME), "prompts": str(folder / "problems.jsonl"), "batch": 2, "live": live}
     return MatrixSettings(**own | fields)
 
@@ -86,25 +86,22 @@ class Calls:
             future.set_exception(error)
 
     def run_batch(self, folder, batch):
-        baseline = Batch(FULL, None, batch.first, batch.count)
         if batch.budget is not None:
-            held = pl.read_parquet(folder / "batches" / baseline.file_name)
-            assert len(held) >= batch.count * self.settings.live["samples"], (
-                "decoded before its full-cache runs"
-            )
+            held = pl.read_parquet(batch.full.path(folder))
+            assert len(held) >= batch.count * self.settings.live.samples, "decoded before its full-cache runs"
         self.decoded.append(batch)
         if (batch.policy.name, batch.first) in self.failing:
             raise MissingDataError(f"{batch.policy.name} at {batch.first} lacks a wave")
         problems = range(batch.first, batch.first + batch.count)
-        samples = range(self.settings.live["samples"])
+        samples = range(self.settings.live.samples)
         labels = {"policy": batch.policy.name, "policy_params": batch.policy.parameters_json}
         labels |= budget_columns(batch.budget)
         rows = [labels | {"problem": str(i), "sample": s} for i in problems for s in samples]
-        write_parquet(pl.DataFrame(rows, schema=ROW_SCHEMA), folder / "batches" / batch.file_name)
+        write_parquet(pl.DataFrame(rows, schema=ROW_SCHEMA), batch.path(folder))
 
 
 def ran(own, batches, jobs=1):
-    """Run; give errors by batch file, and what was told."""
+    """Run; give errors by batch, and what was told."""
     told = []
     errors = own.run(batches, jobs, lambda batch, error: told.append((batch, error)))
     return errors, told

@@ -46,14 +46,16 @@ def check_kernels(ops: Ops, reference: Ops, setting: Setting) -> Iterator[dict[s
 
 def _errors(ops: Ops, reference: Ops, setting: Setting) -> Iterator[tuple[str, float, float]]:
     found, expected = (LayerMemory(setting, seed=0) for _ in range(2))
-    both = ((ops, found), (reference, expected))
-    for own, memory in both:
-        memory.attend(own)
+    tested, twins = found.calls(ops), expected.calls(reference)
+
+    def run(*names: str) -> None:
+        for name in names:
+            tested[name]()
+            twins[name]()
+
+    run("attention")
     yield "attention", _difference(found.output, expected.output), _OUTPUT_ERROR[setting.dtype]
-    for own, memory in both:
-        memory.find_importance(own)
-        memory.find_redundancy(own)
-        memory.combine_scores(own)
+    run("importance", "redundancy", "scores")
     for name, ours, theirs in (
         ("importance", found.importance[found.candidates], expected.importance[found.candidates]),
         ("redundancy", found.repeated, expected.repeated),
@@ -62,11 +64,8 @@ def _errors(ops: Ops, reference: Ops, setting: Setting) -> Iterator[tuple[str, f
         yield name, _difference(ours, theirs) / float(theirs.abs().mean()), _SCORE_ERROR
     # From here on both decide by the same scores, so that nothing may differ.
     expected.scores.copy_(found.scores)
-    for own, memory in both:
-        memory.find_demand(own)
-        memory.select(own)
-        memory.compact(own)
-    kept = expected.kept_slots()
+    run("demand", "selection", "compaction")
+    kept = expected.kept_slots
     for name, ours, theirs in (
         ("demand", found.counts, expected.counts),
         ("selection", found.kept, expected.kept),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle, islice
 from statistics import median
 from typing import Any
 
 import torch
 
-_COPIED_BYTES = 2**30
 # Some 20 ms: longer than the host takes to give a device what is timed.
 _HEAD_START_CYCLES = 40_000_000
 
@@ -67,21 +68,21 @@ class Lap:
         return [after - before for before, after in pairs]
 
 
-def median_seconds(work: Callable[[int], object], device: torch.device, repeat: int) -> float:
-    """Give the median time of ``work(i)`` for i = 0, 1, ..., after one call for what has to be compiled."""
-    work(0)
+def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeat: int) -> float:
+    """Return the median time of ``repeat`` calls, taken in turn, after one for what has to be compiled."""
+    calls[0]()
     if device.type == "cuda":
         # While the device waits the host gets ahead, so that short work is not timed by its launches.
         torch.cuda._sleep(_HEAD_START_CYCLES)
     lap = Lap(device)
-    for i in range(repeat):
-        work(i)
+    for call in islice(cycle(calls), repeat):
+        call()
         lap.mark()
     return median(lap.seconds())
 
 
-def copy_bandwidth(device: torch.device, n_bytes: int = _COPIED_BYTES) -> float:
-    """Measure a large copy within the device's memory; bytes read and written per second."""
+def copy_bandwidth(device: torch.device, n_bytes: int) -> float:
+    """Measure a copy of ``n_bytes`` within the device's memory; bytes read and written per second."""
     source = torch.empty(n_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * n_bytes / median_seconds(lambda _: target.copy_(source), device, 11)
+    return 2 * n_bytes / median_seconds([partial(target.copy_, source)], device, 11)

@@ -33,18 +33,9 @@ _CYCLES = 2
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One policy at one batch size, writing one length of text.
+    """One policy, called ``label`` in the results, at one batch size, writing one length of text.
 
-    Attributes
-    ----------
-    label : str
-        What the policy is called in the results.
-    policy : Policy
-    batch, new_tokens : int
-    entries : int
-        Mean budget per KV head.
-    graph : bool
-        Whether steps are replayed from a CUDA graph.
+    ``entries`` is the mean budget per KV head; with ``graph``, steps are replayed from a CUDA graph.
     """
 
     label: str
@@ -99,38 +90,38 @@ def measure(model: PreTrainedModel, case: Case, waves: dict[str, Wave] | None = 
             "allowed: a smaller batch"
         ) from error
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    entries = case.entries if case.policy.evicts else None
+    row = case_row(case.label, case.batch, case.new_tokens, found, entries=entries, graph=case.graph)
+    return row | {"peak_bytes": peak}
+
+
+def case_row(
+    label: str, batch: int, new_tokens: int, found: dict[str, Any], *, entries: int | None, graph: bool
+) -> dict[str, Any]:
+    """Return the fields of ``measure``, but for its peak, by the times and sizes that were found."""
     return {
-        "policy": case.label,
-        "batch": case.batch,
-        "new_tokens": case.new_tokens,
-        "without_graph": not case.graph,
-        "entries": case.entries if case.policy.evicts else None,
-        "tokens_per_second": case.batch / found["step_seconds"],
+        "policy": label,
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "without_graph": not graph,
+        "entries": entries,
+        "tokens_per_second": batch / found["step_seconds"],
         **found,
-        "peak_bytes": peak,
     }
 
 
 def _timed(model: PreTrainedModel, cache: DeviceCache, case: Case) -> dict[str, Any]:
-    device = model.device
-    _read_prompts(model, cache, case.batch)
+    prompts = torch.zeros(case.batch, PROMPT_TOKENS, dtype=torch.long, device=model.device)
+    model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1)
     steps = Steps(model, cache, graph=case.graph)
-    tokens = torch.zeros(case.batch, dtype=torch.long, device=device)
-    if case.policy.evicts:
-        times = _steady(steps, cache, tokens, case)
-    else:
-        times = _growing(steps, cache, tokens, case)
-    return times | {
-        "bytes_planned": planned_bytes(cache),
+    time_steps = _steady if case.policy.evicts else _growing
+    slots = int(cache.pool.stretches.sum())
+    return time_steps(steps, cache, prompts[:, 0], case) | {
+        "bytes_planned": 2 * slots * cache.shape.head_dim * cache.pool.keys.element_size(),
         "bytes_measured": cache.pool.bytes_taken,
         "is_captured": steps.is_captured,
         "not_captured": steps.not_captured,
     }
-
-
-def _read_prompts(model: PreTrainedModel, cache: DeviceCache, batch: int) -> None:
-    ids = torch.zeros(batch, PROMPT_TOKENS, dtype=torch.long, device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _steady(steps: Steps, cache: DeviceCache, tokens: torch.Tensor, case: Case) -> dict[str, Any]:
@@ -238,8 +229,3 @@ def stand_at(cache: DeviceCache, n_tokens: int, ahead: int = 0) -> np.ndarray:
     cache.schedule = Schedule(policy, entries, prompts, n_kv_heads, held=per_head * n_kv_heads)
     synchronize(cache.n_tokens.device)
     return entries[:, :1]
-
-
-def planned_bytes(cache: DeviceCache) -> int:
-    """Tell how many bytes of keys and values the plan asked for."""
-    return int(cache.pool.stretches.sum()) * 2 * cache.shape.head_dim * cache.pool.keys.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,9 @@ WINDOW, KERNEL_SIZE, THRESHOLD = 8, 7, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What kernels are measured on.
+    """What kernels are measured on; ``entries`` and ``buffer`` are per KV head, on average.
 
-    Attributes
-    ----------
-    n_rows, n_kv_heads, group_size, head_dim : int
-    entries, buffer : int
-        Per KV head, on average.
-    dtype : torch.dtype
-    device : torch.device
-    ragged : bool
-        Whether KV heads hold from a quarter of their equal share to twice that, or all the same.
+    If ``ragged``, KV heads hold from a quarter of their equal share to 1.75 times it, else all the same.
     """
 
     n_rows: int
@@ -41,15 +34,8 @@ class Setting:
     device: torch.device
     ragged: bool
 
-    @property
-    def n_segments(self) -> int:
-        """KV heads of all sequences, in one layer."""
-        return self.n_rows * self.n_kv_heads
 
-    @property
-    def scale(self) -> float:
-        """Factor on every dot product."""
-        return self.head_dim**-0.5
+Call = Callable[[], None]
 
 
 class LayerMemory:
@@ -75,7 +61,7 @@ class LayerMemory:
         self.keys, self.values = noise(self.n_held, setting.head_dim), noise(self.n_held, setting.head_dim)
         self.positions = torch.arange(self.n_held, dtype=torch.int32, device=setting.device)
         self.heads = noise(setting.n_rows, setting.n_kv_heads * setting.group_size, setting.head_dim)
-        self.queries = noise(setting.n_segments, setting.group_size, WINDOW, setting.head_dim)
+        self.queries = noise(len(lengths), setting.group_size, WINDOW, setting.head_dim)
         self.output = torch.empty_like(self.heads)
         self.scores = torch.randn(self.n_held, generator=generator, device=setting.device)
         self.importance, self.repeated = (torch.empty_like(self.scores) for _ in range(2))
@@ -88,100 +74,48 @@ class LayerMemory:
         """Slots of all entries outside the observation windows."""
         return self._slots(self.lengths - WINDOW)
 
+    @property
     def kept_slots(self) -> torch.Tensor:
-        """Give the slots of what has survived, where each segment starts as before."""
+        """Slots of what has survived, where each segment starts as before."""
         return self._slots(self.kept)
 
-    def attend(self, ops: Ops) -> None:
-        """Attend from ``heads`` to all that is held, into ``output``."""
-        ops.attend(
-            self.heads,
-            self.keys,
-            self.values,
-            self.starts,
-            self.lengths,
-            self.output,
-            scale=self.setting.scale,
-            longest=self.longest,
-        )
-
-    def find_importance(self, ops: Ops) -> None:
-        """Write ``importance``."""
-        ops.window_importance(
-            self.queries,
-            self.keys,
-            self.starts,
-            self.lengths,
-            self.importance,
-            scale=self.setting.scale,
-            window=WINDOW,
-            longest=self.longest,
-        )
-
-    def find_redundancy(self, ops: Ops) -> None:
-        """Write ``repeated``."""
-        ops.redundancy(
-            self.keys, self.starts, self.lengths, self.repeated, threshold=THRESHOLD, longest=self.longest
-        )
-
-    def combine_scores(self, ops: Ops) -> None:
-        """Write ``scores``, of what the two before have written."""
-        ops.combine_scores(
-            self.importance,
-            self.repeated,
-            self.starts,
-            self.lengths,
-            self.scores,
-            alpha=0.1,
-            kernel_size=KERNEL_SIZE,
-            window=WINDOW,
-            longest=self.longest,
-        )
-
-    def find_demand(self, ops: Ops) -> None:
-        """Write ``counts``, by ``scores``."""
-        ops.demand(
-            self.scores,
-            self.starts,
-            self.lengths,
-            self.totals,
-            self.counts,
-            n_kv_heads=self.setting.n_kv_heads,
-            longest=self.longest,
-        )
-
-    def select(self, ops: Ops) -> None:
-        """Write ``survivors`` and ``kept``, by ``scores``."""
-        ops.select(
-            self.scores,
-            self.starts,
-            self.lengths,
-            self.quotas,
-            self.survivors,
-            self.kept,
-            longest=self.longest,
-        )
-
-    def compact(self, ops: Ops) -> None:
-        """Move the survivors to their segments' starts."""
-        ops.compact(
-            self.keys,
-            self.values,
-            self.positions,
-            self.survivors,
-            self.starts,
-            self.kept,
-            self.starts,
-            n_kv_heads=self.setting.n_kv_heads,
-        )
+    def calls(self, ops: Ops) -> dict[str, Call]:
+        """Return a call of each kernel, in the order of a compression; what it writes is its last array."""
+        segments, longest = (self.starts, self.lengths), self.longest
+        n_kv_heads, scale = self.setting.n_kv_heads, self.setting.head_dim**-0.5
+        return {
+            "attention": partial(
+                ops.attend, self.heads, self.keys, self.values, *segments, self.output,
+                scale=scale, longest=longest,
+            ),
+            "importance": partial(
+                ops.window_importance, self.queries, self.keys, *segments, self.importance,
+                scale=scale, window=WINDOW, longest=longest,
+            ),
+            "redundancy": partial(
+                ops.redundancy, self.keys, *segments, self.repeated, threshold=THRESHOLD, longest=longest
+            ),
+            "scores": partial(
+                ops.combine_scores, self.importance, self.repeated, *segments, self.scores,
+                alpha=0.1, kernel_size=KERNEL_SIZE, window=WINDOW, longest=longest,
+            ),
+            "demand": partial(
+                ops.demand, self.scores, *segments, self.totals, self.counts,
+                n_kv_heads=n_kv_heads, longest=longest,
+            ),
+            "selection": partial(
+                ops.select, self.scores, *segments, self.quotas, self.survivors, self.kept, longest=longest
+            ),
+            "compaction": partial(
+                ops.compact, self.keys, self.values, self.positions, self.survivors,
+                self.starts, self.kept, self.starts, n_kv_heads=n_kv_heads,
+            ),
+        }  # fmt: skip
 
     def _slots(self, lengths: torch.Tensor) -> torch.Tensor:
         pairs = zip(self.starts.tolist(), lengths.tolist(), strict=True)
         ranges = [torch.arange(start, start + length) for start, length in pairs]
         return torch.cat(ranges).to(self.starts.device)
-
-
-Call = Callable[[LayerMemory, Ops], None]
 
 
 def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, Any]]:
@@ -195,36 +129,31 @@ def kernel_cases(ops: Ops, setting: Setting, repeat: int) -> Iterator[dict[str, 
     """
     first = LayerMemory(setting, 0)
     n_layers = max(1, min(64, _ROUND_BYTES // (first.keys.nbytes + first.values.nbytes)))
-    layers = [first] + [LayerMemory(setting, seed) for seed in range(1, n_layers)]
-    for name, (call, n_bytes, gflop) in _cases(setting, first).items():
-        seconds = median_seconds(_in_turn(call, layers, ops), setting.device, repeat)
+    layers = [first.calls(ops)] + [LayerMemory(setting, seed).calls(ops) for seed in range(1, n_layers)]
+    for name, (n_bytes, gflop) in _work(setting, first).items():
         yield {
             "kernel": name,
             "batch": setting.n_rows,
             "entries": setting.entries,
             "ragged": setting.ragged,
-            "seconds": seconds,
+            "seconds": median_seconds([calls[name] for calls in layers], setting.device, repeat),
             "bytes": n_bytes,
             "gflop": gflop,
         }
 
 
-def _in_turn(call: Call, layers: list[LayerMemory], ops: Ops) -> Callable[[int], None]:
-    return lambda i: call(layers[i % len(layers)], ops)
-
-
-def _cases(setting: Setting, sample: LayerMemory) -> dict[str, tuple[Call, int, float]]:
-    """Give each kernel's call, its bytes and its GFLOP, in the order of a compression."""
+def _work(setting: Setting, sample: LayerMemory) -> dict[str, tuple[int, float]]:
+    """Return each kernel's bytes and GFLOP."""
     width = setting.head_dim * setting.dtype.itemsize
     held, kept = sample.n_held, int(sample.quotas.sum())
     pairs = float((sample.lengths.double() ** 2).sum())
     n_products = held * setting.group_size * setting.head_dim
     return {
-        "attention": (LayerMemory.attend, 2 * held * width, 4e-9 * n_products),
-        "importance": (LayerMemory.find_importance, held * width + 4 * held, 2e-9 * n_products * WINDOW),
-        "redundancy": (LayerMemory.find_redundancy, held * width + 4 * held, 2e-9 * pairs * setting.head_dim),
-        "scores": (LayerMemory.combine_scores, 12 * held, 0.0),
-        "demand": (LayerMemory.find_demand, 4 * held, 0.0),
-        "selection": (LayerMemory.select, 4 * held + 4 * kept, 0.0),
-        "compaction": (LayerMemory.compact, 4 * kept * width + 8 * kept, 0.0),
+        "attention": (2 * held * width, 4e-9 * n_products),
+        "importance": (held * width + 4 * held, 2e-9 * n_products * WINDOW),
+        "redundancy": (held * width + 4 * held, 2e-9 * pairs * setting.head_dim),
+        "scores": (12 * held, 0.0),
+        "demand": (4 * held, 0.0),
+        "selection": (4 * held + 4 * kept, 0.0),
+        "compaction": (4 * kept * width + 8 * kept, 0.0),
     }

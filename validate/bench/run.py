@@ -30,26 +30,17 @@ POLICIES = {"full cache": "fullkv", "snapkv": "snapkv", "rkv": "rkv", "reasonall
 _RESERVE = 0.08
 _ROUND_TO = 8
 _TRIES = 6
+# What results say of a model's shape.
+_SHAPE_FIELDS = ("n_layers", "n_query_heads", "n_kv_heads", "head_dim", "dtype")
 # Measured on no model: the shape the paper draws, high in shallow layers, low in the middle, rising at last.
 _ASSUMED_WAVE = (2.0, 1.2, 0.7, 0.6, 0.8, 1.0, 1.2, 1.4)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What is measured.
+    """What is measured: texts of ``lengths`` tokens, and each kernel by ``repeat`` calls.
 
-    Attributes
-    ----------
-    entries, buffer : int
-    lengths : tuple of int
-        Texts, in tokens.
-    kernel_batches : tuple of int
-    most_batch : int
-        No larger one is tried.
-    repeat : int
-        Timed calls of each kernel.
-    minutes : float
-        Nothing is begun after that.
+    No batch above ``most_batch`` is tried, and nothing is begun after ``minutes``.
     """
 
     entries: int = 1024
@@ -75,15 +66,7 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure kernels, then decoding, on the model's device.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-    name : str
-    plan : BenchPlan
-    tell : callable
-        Given a line for everything that begins.
-    keep : callable
-        Given the result so far whenever something was added.
+    ``tell`` is given a line for everything that begins, ``keep`` the result so far whenever it has grown.
 
     Returns
     -------
@@ -124,22 +107,12 @@ class _Bench:
         self._policies = {label: parse_policy(text, buffer=plan.buffer) for label, text in POLICIES.items()}
         self.result: dict[str, Any] = {
             "machine": device_facts(self._device),
-            "model": {
-                "name": name,
-                "n_layers": self._shape.n_layers,
-                "n_query_heads": self._shape.n_query_heads,
-                "n_kv_heads": self._shape.n_kv_heads,
-                "head_dim": self._shape.head_dim,
-                "dtype": self._shape.dtype,
-                "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-            },
+            "model": {"name": name}
+            | {field: getattr(self._shape, field) for field in _SHAPE_FIELDS}
+            | {"weight_bytes": sum(parameter.nbytes for parameter in model.parameters())},
             "settings": {"entries": plan.entries, "buffer": plan.buffer, "assumed_wave": _ASSUMED_WAVE},
-            "checks": [],
-            "kernels": [],
-            "decode": [],
-            "aims": [],
-            "skipped": [],
         }
+        self.result |= {section: [] for section in ("checks", "kernels", "decode", "aims", "skipped")}
 
     def run(self) -> dict[str, Any]:
         self._tell("copy bandwidth")
@@ -166,21 +139,12 @@ class _Bench:
 
     def _setting(self, batch: int, dtype: torch.dtype, ragged: bool) -> Setting:
         shape, plan = self._shape, self._plan
-        return Setting(
-            batch,
-            shape.n_kv_heads,
-            shape.n_query_heads // shape.n_kv_heads,
-            shape.head_dim,
-            plan.entries,
-            plan.buffer,
-            dtype,
-            self._device,
-            ragged,
-        )
+        group_size = shape.n_query_heads // shape.n_kv_heads
+        heads = (shape.n_kv_heads, group_size, shape.head_dim)
+        return Setting(batch, *heads, plan.entries, plan.buffer, dtype, self._device, ragged)
 
     def _check(self, dtype: torch.dtype, ragged: bool) -> None:
-        what = f"kernels against torch, {dtype}, heads {_of_length(ragged)}"
-        if self._may_begin(what):
+        if self._may_begin(f"kernels against torch, {dtype}, heads {_of_length(ragged)}"):
             setting = self._setting(2, dtype, ragged)
             for check in check_kernels(ops_for(self._device), torch_ops(), setting):
                 self._add("checks", check)
@@ -205,8 +169,7 @@ class _Bench:
         what = f"{label} at batch {batch}, {new_tokens:,} tokens{'' if graph else ', without a graph'}"
         if not self._may_begin(what):
             return True
-        entries = self._plan.entries
-        case = Case(label, self._policies[label], batch, new_tokens, entries, graph)
+        case = Case(label, self._policies[label], batch, new_tokens, self._plan.entries, graph)
         try:
             self._add("decode", measure(self._model, case, self._waves))
         except NoDeviceError as error:
@@ -218,14 +181,10 @@ class _Bench:
 
     def _decode_largest(self, label: str, new_tokens: int) -> None:
         policy = self._policies[label]
-        same = [
-            case
-            for case in self.result["decode"]
-            if policy.evicts and case["policy"] == label and case["batch"] > 1
-        ]
-        if same:
+        large = [case for case in self.result["decode"] if case["policy"] == label and case["batch"] > 1]
+        if policy.evicts and large:
             # Its memory and its steps do not depend on the length of the text.
-            self._add("decode", same[-1] | {"new_tokens": new_tokens, "same_as": same[-1]["new_tokens"]})
+            self._add("decode", large[-1] | {"new_tokens": new_tokens, "same_as": large[-1]["new_tokens"]})
             return
         batch = min(self._plan.most_batch, self._fitting(policy, new_tokens))
         for _ in range(_TRIES):
@@ -310,29 +269,24 @@ def aims(result: dict[str, Any], plan: BenchPlan) -> list[dict[str, Any]]:
         return found
 
     def rate(label: str, large: bool) -> float | None:
-        own = [
-            case["tokens_per_second"]
-            for case in decode
-            if case["policy"] == label
-            and (case["batch"] > 1) == large
-            and case["new_tokens"] == longest
-            and (label == STOCK or not case["without_graph"])
-        ]
-        return own[0] if own else None
+        for case in decode:
+            is_asked = case["policy"] == label and case["new_tokens"] == longest
+            if is_asked and (case["batch"] > 1) == large and (label == STOCK or not case["without_graph"]):
+                return case["tokens_per_second"]
+        return None
 
     for large, words in ((False, "batch 1"), (True, "the largest batches")):
-        own, plain = rate("reasonalloc", large), rate("rkv", large)
-        if own and plain:
+        own = rate("reasonalloc", large)
+        if own and (plain := rate("rkv", large)):
             add(f"time of reasonalloc over rkv, {words}", 1.02, plain / own, at_least=False)
         for label, of in (("full cache", ""), (STOCK, " of transformers")):
-            full = rate(label, large)
-            if own and full:
+            if own and (full := rate(label, large)):
                 what = f"tokens/s of reasonalloc over the full cache{of}, {longest:,} tokens, {words}"
                 add(what, 5.0 if large else 1.15, own / full)
     for case in result["kernels"]:
         if case["kernel"] == "attention" and case["batch"] == max(plan.kernel_batches):
-            words = "unequal" if case["ragged"] else "equal"
-            add(f"attention's share of copy bandwidth, heads of {words} length", 0.7, case["of_copy"])
+            words = f"heads {_of_length(case['ragged'])}"
+            add(f"attention's share of copy bandwidth, {words}", 0.7, case["of_copy"])
     return found
 
 

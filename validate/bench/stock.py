@@ -10,7 +10,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from validate.bench.clock import Lap
-from validate.bench.decode import FULL_AT, FULL_STEPS, PROMPT_TOKENS, WARM_STEPS, times_over_text
+from validate.bench.decode import (
+    FULL_AT,
+    FULL_STEPS,
+    PROMPT_TOKENS,
+    WARM_STEPS,
+    case_row,
+    times_over_text,
+)
 from validate.models.load import model_shape
 
 LABEL = "full cache, transformers"
@@ -37,21 +44,14 @@ def measure_stock(model: PreTrainedModel, batch: int, new_tokens: int) -> dict[s
         points.append((share, median(lap.seconds()[WARM_STEPS:])))
         layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         held = sum(states.nbytes for own in layers for states in (own.keys, own.values) if states is not None)
-    times = times_over_text(points)
-    return {
-        "policy": LABEL,
-        "batch": batch,
-        "new_tokens": new_tokens,
-        "without_graph": True,
-        "entries": None,
-        "tokens_per_second": batch / times["step_seconds"],
-        **times,
+    found = times_over_text(points) | {
         "bytes_planned": None,
         "bytes_measured": held,
         "is_captured": False,
         "not_captured": "the cache grows",
         "peak_bytes": None,
     }
+    return case_row(LABEL, batch, new_tokens, found, entries=None, graph=False)
 
 
 def _filled(model: PreTrainedModel, batch: int, n_tokens: int) -> DynamicCache:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from simulator.cli import shared
+from traces.atomic import write_text
 from traces.errors import NoDeviceError, UserError
 from validate.cli import options
 from validate.models.shapes import PREFIX, asked_model
@@ -17,11 +20,25 @@ from validate.models.shapes import PREFIX, asked_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What is measured on a GPU, and what a CPU can do in seconds to show how it goes.
-_GPU_SHAPE, _CPU_SHAPE = "R1-Llama-8B", "tiny"
-_GPU_BUDGET, _CPU_BUDGET = 1024, 64
-_GPU_LENGTHS, _CPU_LENGTHS = "8192,16384", "512,1024"
-_GPU_BATCH, _CPU_BATCH = 1024, 4
+
+class _Usual(NamedTuple):
+    """What is measured unless another is asked for."""
+
+    shape: str
+    dtype: str
+    budget: int
+    lengths: str
+    most_batch: int
+
+
+_GPU = _Usual("R1-Llama-8B", "bfloat16", 1024, "8192,16384", 1024)
+# What a CPU can do in seconds to show how it goes.
+_CPU = _Usual("tiny", "float32", 64, "512,1024", 4)
+
+
+def _usually(field: str) -> str:
+    gpu, cpu = getattr(_GPU, field), getattr(_CPU, field)
+    return f"{gpu}{';' if ',' in str(gpu) else ','} {cpu} on a CPU"
 
 
 def bench(
@@ -29,39 +46,28 @@ def bench(
     device: options.Device = "auto",
     random_weights: Annotated[
         str | None,
-        typer.Option(
-            help="Shape to run with random weights.", show_default=f"{_GPU_SHAPE}, {_CPU_SHAPE} on a CPU"
-        ),
+        typer.Option(help="Shape to run with random weights.", show_default=_usually("shape")),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Instead: a folder with a saved model, or a hub id.")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16.", show_default="bfloat16, float32 on a CPU"),
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default=_usually("dtype"))
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Entries per KV head.",
-            show_default=f"{_GPU_BUDGET}, {_CPU_BUDGET} on a CPU",
-        ),
+        typer.Option("--budget", "-b", help="Entries per KV head.", show_default=_usually("budget")),
     ] = None,
     buffer: Annotated[int, typer.Option(help="Entries added between compressions.")] = 128,
     lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens to write, comma list.", show_default=f"{_GPU_LENGTHS}; {_CPU_LENGTHS} on a CPU"
-        ),
+        str | None, typer.Option(help="Tokens to write, comma list.", show_default=_usually("lengths"))
     ] = None,
     batches: Annotated[str, typer.Option(help="Batches that kernels are timed at, comma list.")] = "1,64",
     most_batch: Annotated[
         int | None,
         typer.Option(
             help="Decode no larger batch than this, even where it would fit.",
-            show_default=f"{_GPU_BATCH}, {_CPU_BATCH} on a CPU",
+            show_default=_usually("most_batch"),
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Begin nothing after so many minutes.")] = 9.0,
@@ -82,14 +88,10 @@ def bench(
     target = resolve_device("cuda" if gpu and device == "auto" else device)
     if gpu and target.type != "cuda":
         raise NoDeviceError(f"--gpu is given with --device {device}; allowed: cuda, cuda:N")
-    on_gpu = target.type == "cuda"
-    source = asked_model(model, random_weights, PREFIX + (_GPU_SHAPE if on_gpu else _CPU_SHAPE))
-    if budget is None:
-        budget = _GPU_BUDGET if on_gpu else _CPU_BUDGET
-    if most_batch is None:
-        most_batch = _GPU_BATCH if on_gpu else _CPU_BATCH
-    if lengths is None:
-        lengths = _GPU_LENGTHS if on_gpu else _CPU_LENGTHS
+    usual = _GPU if target.type == "cuda" else _CPU
+    source = asked_model(model, random_weights, PREFIX + usual.shape)
+    budget = usual.budget if budget is None else budget
+    most_batch = usual.most_batch if most_batch is None else most_batch
     shared.require_counts(budget=budget, buffer=buffer, most_batch=most_batch)
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes:g}; allowed: above 0")
@@ -100,35 +102,31 @@ def bench(
     plan = BenchPlan(
         entries=budget,
         buffer=buffer,
-        lengths=_numbers("--lengths", lengths),
+        lengths=_numbers("--lengths", usual.lengths if lengths is None else lengths),
         kernel_batches=_numbers("--batches", batches),
         most_batch=most_batch,
         minutes=minutes,
     )
     require_measurable(plan)
-    kind = dtype or ("bfloat16" if on_gpu else "float32")
 
     def tell(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
     tell(f"{source} on {target}")
-    loaded = load_model(source, kind, str(target))
-    place: list[Path] = []
+    loaded = load_model(source, dtype or usual.dtype, str(target))
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:
-            place[:] = [_write(result, out)]
+            write_text(_place(result, out), dumps(result, indent=1) + "\n")
 
     result = run_bench(loaded.model, loaded.name, plan, tell=tell, keep=keep)
     if json:
-        from json import dumps
-
         print(dumps(result, indent=1))
     else:
         print_device_bench(result)
-    for path in place:
-        tell(f"written to {path}")
+    if out is not None:
+        tell(f"written to {_place(result, out)}")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -138,15 +136,9 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _write(result: dict[str, Any], folder: Path) -> Path:
-    from json import dumps
-
-    from traces.atomic import write_text
-
+def _place(result: dict[str, Any], folder: Path) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['device']}-{result['model']['name']}".lower())
-    path = folder / f"{name.strip('-')}.json"
-    write_text(path, dumps(result, indent=1) + "\n")
-    return path
+    return folder / f"{name.strip('-')}.json"
 
 
 def print_device_bench(result: dict[str, Any], console: Console | None = None) -> None:
@@ -154,25 +146,24 @@ def print_device_bench(result: dict[str, Any], console: Console | None = None) -
     from simulator.results.layout import plain_console
 
     console = console or plain_console(120)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     machine, model, settings = result["machine"], result["model"], result["settings"]
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "transformers", "triton") if machine[name]
     )
-    lines = [
-        f"{machine['device']}: {machine['copy_gbs']:,.0f} GB/s copied within its memory ({versions}).",
+    say(f"{machine['device']}: {machine['copy_gbs']:,.0f} GB/s copied within its memory ({versions}).")
+    say(
         f"{model['name']}: {model['n_layers']} layers, {model['n_query_heads']} query and "
         f"{model['n_kv_heads']} KV heads, {model['dtype']}, {model['weight_bytes'] / 1e9:.3g} GB of weights. "
-        f"Budget {settings['entries']:,}, buffer {settings['buffer']}.",
-    ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        f"Budget {settings['entries']:,}, buffer {settings['buffer']}."
+    )
     if machine["device"] == "cpu":
-        console.print("A CPU shows how the measurement goes. Its times say nothing of a GPU.")
+        say("A CPU shows how the measurement goes. Its times say nothing of a GPU.")
     if result["checks"]:
         share = max(check["error"] / check["allowed"] for check in result["checks"] if check["allowed"])
-        console.print(
+        say(
             f"{len(result['checks'])} checks of kernels against torch passed: decisions equal, numbers within"
-            f" {share:.1%} of the error allowed.",
-            highlight=False,
+            f" {share:.1%} of the error allowed."
         )
     if result["kernels"]:
         console.print(_kernel_table(result["kernels"]))
@@ -180,13 +171,9 @@ def print_device_bench(result: dict[str, Any], console: Console | None = None) -
         console.print(_decode_table(result["decode"]))
     for aim in result["aims"]:
         word = "holds" if aim["holds"] else "MISSED"
-        console.print(
-            f"{word:7}{aim['aim']}: {aim['seen']:.3g} (asked {aim['asked']:g})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"{word:7}{aim['aim']}: {aim['seen']:.3g} (asked {aim['asked']:g})")
     for skipped in result["skipped"]:
-        console.print(f"not measured: {skipped['what']}: {skipped['why']}", highlight=False, soft_wrap=True)
+        say(f"not measured: {skipped['what']}: {skipped['why']}")
 
 
 def _kernel_table(cases: list[dict[str, Any]]) -> Any:

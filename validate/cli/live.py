@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -67,9 +66,10 @@ def live(
     require_places({"-o": output, "--report": report})
     options.require_report(report)
     cells = options.asked_cells(policy, budget, configs, buffer)
+    from validate.live.completions import LiveSettings
     from validate.live.matrix import MatrixSettings
     from validate.live.output import read_simulated, report_failed, tell
-    from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
+    from validate.live.run import decoding_dtype, open_matrix, run_matrix
     from validate.models.load import know_model, resolve_device
 
     target = str(resolve_device(device))
@@ -86,21 +86,20 @@ def live(
         limit=limit,
         batch=batch,
         waves=tuple(map(str, wave or ())),
-        live={
-            "max_new_tokens": max_new_tokens,
+        live=LiveSettings(
+            max_new_tokens=max_new_tokens,
             # Sampled texts differ in length even with the full cache.
-            "stretch": stretch or (1.1 if temperature is None else 2.0),
-            "samples": samples,
-            "sampling": asdict(options.asked_sampling(temperature, top_p, seed)),
-            "use_chat_template": not no_chat,
-            "seed": seed,
-        },
+            stretch=stretch or (1.1 if temperature is None else 2.0),
+            samples=samples,
+            sampling=options.asked_sampling(temperature, top_p, seed),
+            use_chat_template=not no_chat,
+            seed=seed,
+        ),
     )
     replayed = None if simulated is None else read_simulated(simulated)
     n_processes = worker_count(jobs, None if target == "cpu" else 1)
     if wave:
         tell_unused(wave, [know_model(source, revision).name])
-    matrix = open_matrix(settings, out)
-    rows, failed = run_matrix(matrix, cells, n_processes, quiet)
+    rows, failed, n_asked = run_matrix(open_matrix(settings, out), cells, n_processes, quiet)
     tell(rows, out, replayed, report, chosen, output, meaningless(source), quiet=quiet)
-    report_failed(list(failed.values()), n_asked(matrix, cells), "batches")
+    report_failed(failed, n_asked, "batches")

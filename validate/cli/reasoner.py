@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from simulator.cli import shared
+from traces.atomic import write_text
 from traces.documents import read_json, shown
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -33,9 +35,6 @@ def problems(
     seed: Annotated[int, typer.Option(help="Training uses seed 0; any other is held out.")] = 1,
 ) -> None:
     """Write problems as JSONL, one per line, to standard output."""
-    import json
-    from dataclasses import asdict
-
     from validate.problems.families import FAMILIES, make_problem
 
     if family not in (*FAMILIES, "mixed"):
@@ -46,7 +45,7 @@ def problems(
     try:
         for index in range(count):
             problem = make_problem(families[index % len(families)], seed, index, **asked)
-            sys.stdout.write(json.dumps(asdict(problem)) + "\n")
+            print(dumps(asdict(problem)))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -193,9 +192,5 @@ def _ranges(size: str, length: str, legs: str) -> dict[str, tuple[int, int]]:
 
 
 def _write_json(path: Path, content: object, indent: int | None = None) -> None:
-    import json
-
-    from traces.atomic import write_text
-
-    write_text(path, json.dumps(content, indent=indent) + "\n")
+    write_text(path, dumps(content, indent=indent) + "\n")
     print(f"wrote {path}")

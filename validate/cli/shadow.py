@@ -41,14 +41,15 @@ def shadow(
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     cells = options.asked_cells(policy, budget, configs, buffer)
-    from validate.levels.cells import compare, open_traces, write_levels
+    from validate.levels.cells import compare, open_traces
     from validate.levels.runs import run_shadow
-    from validate.live.output import report_failed
+    from validate.live.output import put_out, report_failed
+    from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
     run = partial(run_shadow, loaded, seed=seed, waves=known_waves(wave or []))
     rows, _, failed = compare(traces, cells, lambda own: partial(run, own))
-    write_levels(rows, output, chosen, quiet)
+    put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")
     if rows["mismatches"].sum():
         raise typer.Exit(1)

@@ -14,12 +14,10 @@ from simulator.cells import cell_labels
 from simulator.engine.cap import entries_of
 from simulator.policies.language import Policy
 from simulator.policies.wave import tell_unused
-from simulator.results.output import tell_written, write_rows
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
-from validate.levels.runs import Forced, Shadow, forced_steps, level_row
-from validate.live.terminal import print_levels
+from validate.levels.runs import Forced, Shadow
 from validate.models.load import load_model
 from validate.models.threads import limit_threads
 
@@ -87,20 +85,11 @@ def compare(
                 failed.append(error)
                 continue
             labels = cell_labels(trace, policy, budget)
-            rows.append(labels | level_row(result))
+            rows.append(labels | result.row())
             if isinstance(result, Forced):
                 columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-                per_step.append(pl.DataFrame(forced_steps(result)).select(*columns, pl.all()))
+                per_step.append(pl.DataFrame(result.steps()).select(*columns, pl.all()))
     if not rows:
         raise failed[0]
     steps = pl.concat(per_step) if per_step else pl.DataFrame()
     return pl.DataFrame(rows, infer_schema_length=None), steps, failed
-
-
-def write_levels(table: pl.DataFrame, output: Path | None, chosen: str, quiet: bool) -> None:
-    """Write rows of a level as a table, csv, json or parquet, to a file or standard output."""
-    if chosen == "table":
-        print_levels(table, output)
-    else:
-        write_rows(table, output, chosen)
-    tell_written(output, len(table), quiet)

@@ -1,7 +1,7 @@
 """The two levels between a replay and a live run: the trace's tokens go through the model once more.
 
-*Shadow*: the model attends to its full cache, the policy decides and nothing is lost. Who it retains must be
-who the simulator retains. *Forced*: entries are really evicted, and only the tokens are the trace's. How far
+*Shadow*: the model attends to its full cache, the policy decides and nothing is lost. It must retain exactly
+what the simulator retains. *Forced*: entries are really evicted, and only the tokens are the trace's. How far
 the retained mass moves away from the simulated one is the price of a replay's open loop.
 """
 
@@ -34,10 +34,6 @@ from validate.record.recorder import observed_shape
 _FORCED_TOKENS = 512
 
 
-def _same(mine: Retained, theirs: Retained) -> bool:
-    return mine.n_tokens == theirs.n_tokens and np.array_equal(mine.positions, theirs.positions)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Shadow:
     """What the policy decided beside a full-cache run, and what the simulator decided.
@@ -58,15 +54,26 @@ class Shadow:
     @property
     def mismatches(self) -> list[tuple[Retained | None, Retained | None]]:
         """Pairs (found, expected) that differ; None where one side has no such compression."""
-        sides = [
-            {(r.layer, r.compression, r.kv_head): r for r in side} for side in (self.found, self.expected)
-        ]
-        differing = []
-        for key in sorted(sides[0].keys() | sides[1].keys()):
-            mine, theirs = sides[0].get(key), sides[1].get(key)
-            if mine is None or theirs is None or not _same(mine, theirs):
-                differing.append((mine, theirs))
-        return differing
+        found, expected = (
+            {(own.layer, own.compression, own.kv_head): own for own in side}
+            for side in (self.found, self.expected)
+        )
+        pairs = [(found.get(key), expected.get(key)) for key in sorted(found.keys() | expected.keys())]
+        return [pair for pair in pairs if not _same(*pair)]
+
+    def row(self) -> dict[str, object]:
+        """Give the numbers of its row."""
+        return {
+            "decisions": len(self.expected),
+            "mismatches": len(self.mismatches),
+            "keys_equal": self.keys_equal,
+        }
+
+
+def _same(mine: Retained | None, theirs: Retained | None) -> bool:
+    if mine is None or theirs is None:
+        return False
+    return mine.n_tokens == theirs.n_tokens and np.array_equal(mine.positions, theirs.positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,9 +103,36 @@ class Forced:
         """Forced less simulated mass, mean over query heads; float64 (n_layers, n_steps)."""
         return (self.forced - self.simulated).mean(axis=1, dtype=np.float64)
 
+    def row(self) -> dict[str, object]:
+        """Give the numbers of its row: means over heads and steps, and the drift of every layer."""
+        numbers: dict[str, object] = {
+            "simulated_mass": float(self.simulated.mean(dtype=np.float64)),
+            "forced_mass": float(self.forced.mean(dtype=np.float64)),
+            "drift": float(self.drift.mean()),
+            "simulated_lost_lookups": float(self.simulated_lost.mean()),
+            "forced_lost_lookups": float(self.forced_lost.mean()),
+            "agreement": float(self.agrees.mean()) if len(self.agrees) else None,
+        }
+        return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(self.drift)}
+
+    def steps(self) -> dict[str, np.ndarray]:
+        """Give columns of one row per layer and decode step, means over query heads."""
+        n_layers, _, n_steps = self.forced.shape
+        measured = {
+            "simulated_mass": self.simulated,
+            "forced_mass": self.forced,
+            "simulated_lost_lookups": self.simulated_lost,
+            "forced_lost_lookups": self.forced_lost,
+        }
+        return {
+            "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
+            "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
+            **{name: values.mean(axis=1).reshape(-1) for name, values in measured.items()},
+        }
+
 
 class _WatchedLayer(EvictingLayer):
-    """A layer of one sequence that also keeps what it evicts, and notes who was retained when."""
+    """A layer of one sequence that also keeps what it evicts, and notes what every compression retained."""
 
     def prefill(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -187,10 +221,10 @@ def run_shadow(
     UserError
         If the trace cannot have come from this model.
     """
-    _require_own_trace(model, trace)
-    expected = _replay(trace, policy, entries, seed, waves)
+    run = _TraceRun(model, trace, policy, entries, seed, waves)
+    expected = run.replay()
     # As in a recording, token by token: passes over several tokens round differently.
-    layers, _ = _run(model, trace, policy, entries, seed, waves, _ShadowLayer, 1)
+    layers, _ = run.feed(_ShadowLayer, 1)
     keys_equal = all(np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in layers)
     found = [kept for layer in layers for kept in layer.retained]
     # A replay ends with the last token and does not compress after it.
@@ -212,11 +246,11 @@ def run_forced(
 
     ``full`` is the trace's, if it is at hand: several runs can share it.
     """
-    _require_own_trace(model, trace)
-    simulated = _replay(trace, policy, entries, seed, waves)
+    run = _TraceRun(model, trace, policy, entries, seed, waves)
+    simulated = run.replay()
     # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
     n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
-    layers, chosen = _run(model, trace, policy, entries, seed, waves, _ForcedLayer, n_together)
+    layers, chosen = run.feed(_ForcedLayer, n_together)
     return Forced(
         forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
         simulated=simulated.mass,
@@ -226,90 +260,70 @@ def run_forced(
     )
 
 
-def level_row(result: Shadow | Forced) -> dict[str, object]:
-    """Reduce a run to the numbers of a row."""
-    if isinstance(result, Shadow):
-        return {
-            "decisions": len(result.expected),
-            "mismatches": len(result.mismatches),
-            "keys_equal": result.keys_equal,
-        }
-    numbers: dict[str, object] = {
-        "simulated_mass": float(result.simulated.mean(dtype=np.float64)),
-        "forced_mass": float(result.forced.mean(dtype=np.float64)),
-        "drift": float(result.drift.mean()),
-        "simulated_lost_lookups": float(result.simulated_lost.mean()),
-        "forced_lost_lookups": float(result.forced_lost.mean()),
-        "agreement": float(result.agrees.mean()) if len(result.agrees) else None,
-    }
-    return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(result.drift)}
+@dataclass(frozen=True, slots=True)
+class _TraceRun:
+    """A policy at a budget over the tokens of a trace, once simulated and once through the trace's model."""
 
+    model: PreTrainedModel
+    trace: Trace
+    policy: Policy
+    entries: int
+    seed: int
+    waves: dict[str, Wave] | None
 
-def forced_steps(result: Forced) -> dict[str, np.ndarray]:
-    """Give columns of one row per layer and decode step, means over query heads."""
-    n_layers, _, n_steps = result.forced.shape
-    return {
-        "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
-        "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
-        "simulated_mass": result.simulated.mean(axis=1).reshape(-1),
-        "forced_mass": result.forced.mean(axis=1).reshape(-1),
-        "simulated_lost_lookups": result.simulated_lost.mean(axis=1).reshape(-1),
-        "forced_lost_lookups": result.forced_lost.mean(axis=1).reshape(-1),
-    }
+    def __post_init__(self) -> None:
+        trace, (found, _, _) = self.trace, observed_shape(self.model)
+        n_known, largest = n_token_ids(self.model), int(max(trace.token_ids))
+        if trace.shape != found or largest >= n_known:
+            both = (
+                f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
+                f"{shape.head_dim} {shape.dtype}"
+                for shape in (trace.shape, found)
+            )
+            raise UserError(
+                f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
+                f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
+            )
+        if trace.total_tokens == trace.prompt_tokens:
+            raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
 
-
-def _replay(trace: Trace, policy: Policy, entries: int, seed: int, waves: dict[str, Wave] | None) -> Outcome:
-    request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
-    (outcome,) = Engine([request]).run()
-    return outcome
-
-
-def _require_own_trace(model: PreTrainedModel, trace: Trace) -> None:
-    own, (found, _, _) = trace.shape, observed_shape(model)
-    n_known, largest = n_token_ids(model), int(max(trace.token_ids))
-    if own != found or largest >= n_known:
-        both = (
-            f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
-            f"{shape.head_dim} {shape.dtype}"
-            for shape in (own, found)
+    def replay(self) -> Outcome:
+        """Simulate it, with what every compression retained."""
+        request = Request(
+            self.trace, self.policy, self.entries, seed=self.seed, waves=self.waves, keep_retained=True
         )
-        raise UserError(
-            f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
-            f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
+        (outcome,) = Engine([request]).run()
+        return outcome
+
+    @torch.inference_mode()
+    def feed(self, layer_type: type[Layer], n_together: int) -> tuple[list[Layer], np.ndarray]:
+        """Feed the tokens to the model, those after the prompt ``n_together`` at a time.
+
+        Returns
+        -------
+        list of Layer
+            Of the cache.
+        np.ndarray, int64 (n_steps,)
+            The most likely next token after every decode step.
+        """
+        trace = self.trace
+        cache = EvictingCache(
+            self.model,
+            self.policy.resolved(trace.manifest.vocabulary),
+            self.entries,
+            name=trace.model,
+            revision=trace.manifest.model_revision,
+            waves=self.waves,
+            seeds=[self.seed],
+            layer_type=layer_type,
+            prompt_tokens=trace.prompt_tokens,
         )
-    if trace.total_tokens == trace.prompt_tokens:
-        raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
-
-
-@torch.inference_mode()
-def _run(
-    model: PreTrainedModel,
-    trace: Trace,
-    policy: Policy,
-    entries: int,
-    seed: int,
-    waves: dict[str, Wave] | None,
-    layer_type: type[Layer],
-    n_together: int,
-) -> tuple[list[Layer], np.ndarray]:
-    """Feed a trace's tokens; give the cache's layers, and the most likely next token of every decode step."""
-    cache = EvictingCache(
-        model,
-        policy.resolved(trace.manifest.vocabulary),
-        entries,
-        name=trace.model,
-        revision=trace.manifest.model_revision,
-        waves=waves,
-        seeds=[seed],
-        layer_type=layer_type,
-        prompt_tokens=trace.prompt_tokens,
-    )
-    ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
-    chosen = []
-    with evicting(model, cache):
-        model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
-        for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
-            new = ids[:, first : first + n_together]
-            chosen.append(model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
-    layers = [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)]
-    return layers, torch.cat(chosen).cpu().numpy()
+        ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(self.model.device)
+        chosen = []
+        with evicting(self.model, cache):
+            self.model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
+            for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
+                new = ids[:, first : first + n_together]
+                chosen.append(self.model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
+        layers = [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)]
+        return layers, torch.cat(chosen).cpu().numpy()

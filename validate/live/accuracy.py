@@ -7,20 +7,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from simulator.results.tables import BUDGET, GROUP
+from simulator.results.tables import BUDGET, GROUP, ROW_SCHEMA
 
 CELL = tuple(GROUP)
+CELL_SCHEMA = {name: ROW_SCHEMA[name] for name in CELL}
 RESAMPLES = 2000
 ALL_FAMILIES = "all"
 DIFFERENCE_SCHEMA: dict[str, Any] = {
     "family": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
+    **{name: CELL_SCHEMA[name] for name in BUDGET},
     "n_problems": pl.Int64,
-    "difference": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
+    **dict.fromkeys(("difference", "low", "high"), pl.Float64),
 }
 
 
@@ -44,12 +41,7 @@ def accuracy_table(rows: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
         low, high = mean_interval(solved, rng)
         found.append(
             dict(zip(("family", *CELL), key, strict=True))
-            | {
-                "n_problems": len(solved),
-                "accuracy": float(solved.mean()),
-                "low": low,
-                "high": high,
-            }
+            | {"n_problems": len(solved), "accuracy": float(solved.mean()), "low": low, "high": high}
             | cell.select(
                 pl.col("answer").is_not_null().mean().alias("answered"),
                 pl.col("ended").mean(),
@@ -80,10 +72,9 @@ def compare(rows: pl.DataFrame, policy: str, other: str, seed: int = 0) -> pl.Da
     rng = np.random.default_rng(seed)
     found: list[dict[str, Any]] = []
     budgets = ["family", *BUDGET]
-    for key, same in rows.filter(pl.col("policy").is_in([policy, other])).group_by(
-        budgets, maintain_order=True
-    ):
-        mine, theirs = (solved_shares(same.filter(pl.col("policy") == name)) for name in (policy, other))
+    both = rows.filter(pl.col("policy").is_in([policy, other]))
+    for key, same in both.group_by(budgets, maintain_order=True):
+        mine, theirs = (solved_shares(same.filter(policy=name)) for name in (policy, other))
         paired = mine.join(theirs, on="problem", suffix="_other")
         if paired.is_empty():
             continue

@@ -16,7 +16,7 @@ from simulator.report.quality import against_budget, leading, looks
 from simulator.results.labels import with_budget_label
 from traces.wording import number
 from validate.live.accuracy import ALL_FAMILIES
-from validate.live.fidelity import LIVE_HALF, METRICS, Cells
+from validate.live.fidelity import LIVE_HALF, METRICS, Cells, ranked_metrics
 
 # What the simulator's columns are called where people read them, and what a live run adds.
 METRIC_NAMES = chart_style.METRIC_NAMES | {LIVE_HALF: "half of the problems, decoded"}
@@ -34,7 +34,7 @@ def accuracy_figures(accuracy: pl.DataFrame, policies: list[str], all_at_once: b
     policies : list of str
         Those of the whole page.
     all_at_once : bool
-        Whether all policies of a crowd stand out, as where nobody can point at one.
+        Whether all policies of a crowd stand out, as in a picture, where none can be pointed at.
     """
     accuracy = with_budget_label(accuracy.rename({"accuracy": "mean"}).sort("budget_asked"))
     evicting = accuracy.filter(pl.col("budget_asked").is_not_null())
@@ -161,8 +161,7 @@ def ranking_chart(fidelity: pl.DataFrame) -> alt.HConcatChart:
 
 def _ranking_panel(fidelity: pl.DataFrame, column: str) -> alt.LayerChart:
     told = fidelity.with_columns(pl.col("^spearman.*$").fill_nan(None))
-    means = told.group_by("metric").agg(pl.col("spearman_within").mean()).sort("spearman_within")
-    names = [METRIC_NAMES[metric] for metric in means["metric"].reverse()]
+    names = [METRIC_NAMES[metric] for metric in ranked_metrics(fidelity)]
     families = fidelity["family"].unique(maintain_order=True).to_list()
     values = [
         {

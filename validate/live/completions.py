@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -15,6 +15,7 @@ from simulator.policies.wave import Wave
 from simulator.results.tables import budget_columns
 from traces.shape import ModelShape
 from validate.eviction.decode import Completion, decode
+from validate.live.accuracy import CELL_SCHEMA
 from validate.models.load import LoadedModel, model_shape, stop_token_ids
 from validate.models.next_token import Sampling
 from validate.models.vocabulary import whole_vocabulary
@@ -25,11 +26,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "problem": pl.String,
     "family": pl.String,
     "sample": pl.Int32,
-    "policy": pl.String,
-    "policy_params": pl.String,
-    "budget_asked": pl.Float64,
-    "budget_unit": pl.String,
-    "budget_kind": pl.String,
+    **CELL_SCHEMA,
     "budget_entries": pl.Int32,
     "right": pl.Boolean,
     "answer": pl.String,
@@ -51,6 +48,11 @@ class Baseline:
 
     token_ids: list[int]
     ended: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Count its tokens with the one that ended it, which is part of its history, as in a trace."""
+        return len(self.token_ids) + self.ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +116,13 @@ def complete(
         One row per problem and sample, columns of ``ROW_SCHEMA``.
     """
     shape = model_shape(loaded.model.config, loaded.model.dtype)
+    baselines = baselines or {}
+    texts = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in prompts]
     keys = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    ids = {
-        prompt.id: encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
-        for prompt in prompts
-    }
-    encoded = [ids[prompt.id] for prompt, _ in keys]
-    known = [] if budget is None else [(baselines or {})[prompt.id, sample] for prompt, sample in keys]
+    encoded = [text for text in texts for _ in range(settings.samples)]
+    known = [] if budget is None else [baselines[prompt.id, sample] for prompt, sample in keys]
     entries, limits = _entries_and_limits(shape, encoded, policy, budget, known, settings)
-    number = {prompt.id: first + i for i, prompt in enumerate(prompts)}
-    streams = [number[prompt.id] * settings.samples + sample for prompt, sample in keys]
+    streams = range(first * settings.samples, first * settings.samples + len(keys))
     sampling = settings.sampling
     reads_text = policy.trigger.reads_text
     completions = decode(
@@ -133,10 +132,7 @@ def complete(
         entries,
         limits,
         stop_ids=stop_token_ids(loaded.model, loaded.tokenizer),
-        sampling=[
-            Sampling(sampling.do_sample, sampling.temperature, sampling.top_p, sampling.seed + stream)
-            for stream in streams
-        ],
+        sampling=[replace(sampling, seed=sampling.seed + stream) for stream in streams],
         name=loaded.name,
         revision=loaded.revision,
         waves=waves,
@@ -146,7 +142,7 @@ def complete(
     for (prompt, sample), own, n_entries, done in zip(keys, encoded, entries, completions, strict=True):
         (text,) = loaded.tokenizer.batch_decode([done.token_ids], skip_special_tokens=True)
         graded = grade(text, prompt.family, prompt.answer or "")
-        baseline = (baselines or {}).get((prompt.id, sample))
+        baseline = baselines.get((prompt.id, sample))
         rows.append(
             {
                 "problem": prompt.id,
@@ -183,20 +179,15 @@ def _entries_and_limits(
     """Give each text's budget in entries and its limit in tokens; ``baselines`` are there with a budget."""
     if budget is None:
         return [1] * len(prompts), [settings.max_new_tokens] * len(prompts)
-    limits = [_limit(own, settings) for own in baselines]
-    # The token that ends a text is part of its history, as in a trace.
-    totals = [len(own) + len(b.token_ids) + b.ended for own, b in zip(prompts, baselines, strict=True)]
+    limits = [
+        settings.max_new_tokens if settings.stretch is None else max(1, int(own.n_tokens * settings.stretch))
+        for own in baselines
+    ]
     entries = [
-        entries_of(budget, policy, shape, len(own), total, longest=len(own) + limit)
-        for own, total, limit in zip(prompts, totals, limits, strict=True)
+        entries_of(budget, policy, shape, len(own), len(own) + full.n_tokens, longest=len(own) + limit)
+        for own, full, limit in zip(prompts, baselines, limits, strict=True)
     ]
     return entries, limits
-
-
-def _limit(baseline: Baseline, settings: LiveSettings) -> int:
-    if settings.stretch is None:
-        return settings.max_new_tokens
-    return max(1, int((len(baseline.token_ids) + baseline.ended) * settings.stretch))
 
 
 def _divergence(done: Completion, baseline: Baseline) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -36,11 +36,10 @@ class Cells:
     @property
     def budgets(self) -> list[np.ndarray]:
         """Indices of the cells of each budget."""
-        of_cell = [label[2:] for label in self.labels]
-        return [
-            np.array([i for i, other in enumerate(of_cell) if other == budget])
-            for budget in dict.fromkeys(of_cell)
-        ]
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for i, label in enumerate(self.labels):
+            found.setdefault(label[2:], []).append(i)
+        return [np.array(cells) for cells in found.values()]
 
 
 def matched_cells(simulated: pl.DataFrame, live: pl.DataFrame) -> dict[str, Cells]:
@@ -77,14 +76,12 @@ def matched_cells(simulated: pl.DataFrame, live: pl.DataFrame) -> dict[str, Cell
             solved_shares(live_cells[label].filter(pl.col("problem").is_in(list(problems))))["right"]
             for label in labels
         ]
+        shared = [
+            sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")
+            for label in labels
+        ]
         values = {
-            name: (1 if metric.more_is_better else -1)
-            * np.array(
-                [
-                    sim_cells[label].filter(pl.col("trace_id").is_in(list(traces))).sort("trace_id")[name]
-                    for label in labels
-                ]
-            )
+            name: (1 if metric.more_is_better else -1) * np.array([cell[name] for cell in shared])
             for name, metric in METRICS.items()
             if name in done.columns and not done[name].null_count()
         }
@@ -97,8 +94,7 @@ def matched_cells(simulated: pl.DataFrame, live: pl.DataFrame) -> dict[str, Cell
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
+class Ranking(NamedTuple):
     """How a metric orders cells, compared with live accuracy.
 
     Attributes
@@ -119,9 +115,6 @@ class Ranking:
     kendall_within: float
     regret: float
     regret_most: float
-
-
-_FIELDS = tuple(Ranking.__dataclass_fields__)
 
 
 def rank(metric: np.ndarray, accuracy: np.ndarray, budgets: Sequence[np.ndarray]) -> Ranking:
@@ -192,7 +185,7 @@ def fidelity_table(cells: dict[str, Cells], resamples: int = RESAMPLES, seed: in
             found.append(labels | {"metric": metric} | _with_intervals(measured, drawn))
         halves = _live_halves(own, resamples, np.random.default_rng(seed))
         if halves:
-            mean = Ranking(*(_mean(_known(halves, name)) for name in _FIELDS))
+            mean = Ranking(*(_mean(_known(halves, name)) for name in Ranking._fields))
             found.append(labels | {"metric": LIVE_HALF} | _with_intervals(mean, halves))
     return pl.DataFrame(found)
 
@@ -212,7 +205,7 @@ def _live_halves(cells: Cells, resamples: int, rng: np.random.Generator) -> list
 
 def _with_intervals(measured: Ranking, drawn: Sequence[Ranking]) -> dict[str, float]:
     row: dict[str, float] = {}
-    for name in _FIELDS:
+    for name in Ranking._fields:
         low, high = np.quantile(_known(drawn, name) or [np.nan], [0.025, 0.975])
         row |= {name: getattr(measured, name), f"{name}_low": float(low), f"{name}_high": float(high)}
     return row
@@ -223,10 +216,15 @@ def _known(rankings: Sequence[Ranking], name: str) -> list[float]:
     return [value for each in rankings if not np.isnan(value := getattr(each, name))]
 
 
-def best_metric(fidelity: pl.DataFrame) -> str:
-    """Name the simulated metric with the highest correlation within a budget, mean over families."""
-    simulated = fidelity.filter(pl.col("metric") != LIVE_HALF)
+def ranked_metrics(fidelity: pl.DataFrame) -> list[str]:
+    """List metrics by their correlation within a budget, mean over families, the highest first."""
     # A family whose budgets tell no policies apart says nothing of the metrics either.
     within = pl.col("spearman_within").fill_nan(None).mean()
-    means = simulated.group_by("metric", maintain_order=True).agg(within)
-    return means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)["metric"][0]
+    means = fidelity.group_by("metric", maintain_order=True).agg(within)
+    ranked = means.sort("spearman_within", descending=True, nulls_last=True, maintain_order=True)
+    return ranked["metric"].to_list()
+
+
+def best_metric(fidelity: pl.DataFrame) -> str:
+    """Name the first of `ranked_metrics` that the simulator measures."""
+    return next(metric for metric in ranked_metrics(fidelity) if metric != LIVE_HALF)

@@ -12,11 +12,11 @@ from simulator.charts.style import ordered_policies
 from simulator.report.page import Section
 from simulator.results.metric_names import METRICS
 from simulator.results.store import read_table
-from simulator.results.tables import ROW_SCHEMA, refuse_rows, with_budget_kind
+from simulator.results.tables import refuse_rows, with_budget_kind
 from traces.errors import UserError
-from validate.live.accuracy import ALL_FAMILIES, CELL
+from validate.live.accuracy import ALL_FAMILIES, CELL, CELL_SCHEMA
 from validate.live.charts import METRIC_NAMES, scatter_figures
-from validate.live.fidelity import Cells
+from validate.live.fidelity import Cells, ranked_metrics
 
 _FIDELITY = {
     **{"family": pl.String, "metric": pl.String},
@@ -24,7 +24,7 @@ _FIDELITY = {
 }
 _ACCURACY = {
     "family": pl.String,
-    **{name: ROW_SCHEMA[name] for name in CELL if name != "budget_kind"},
+    **{name: kind for name, kind in CELL_SCHEMA.items() if name != "budget_kind"},
     "accuracy": pl.Float64,
 }
 
@@ -63,15 +63,13 @@ def fidelity_section(
     policies = ordered_policies(rows["policy"].to_list())
     families = fidelity["family"].unique(maintain_order=True).to_list()
     told = {(row["metric"], row["family"]): row for row in fidelity.iter_rows(named=True)}
-    means = fidelity.group_by("metric").agg(pl.col("spearman_within").fill_nan(None).mean())
-    ranked = means.sort("spearman_within", descending=True, nulls_last=True)["metric"]
     values = {
         "head": [
             f"{family or 'problems'}: {name}" for family in families for name in ("within", "all", "regret")
         ],
         "ranked": [
             (METRIC_NAMES.get(metric, metric), [told.get((metric, family)) for family in families])
-            for metric in ranked
+            for metric in ranked_metrics(fidelity)
         ],
     }
     figures = scatter_figures(cells, fidelity, metrics, policies)
@@ -86,12 +84,7 @@ def _cells(rows: pl.DataFrame, accuracy: pl.DataFrame, metrics: Sequence[str]) -
     done = rows.filter(pl.col("status") == "ok").with_columns(name, family)
     means = done.group_by([*key, "policy"], maintain_order=True).agg(pl.col(list(metrics)).mean())
     judged = accuracy.filter(pl.col("budget_asked").is_not_null() & (family != ALL_FAMILIES))
-    judged = judged.with_columns(
-        name,
-        family,
-        pl.col("budget_asked").cast(pl.Float64),
-        pl.col("budget_unit", "budget_kind").cast(pl.String),
-    )
+    judged = judged.with_columns(name, family).cast(pl.Schema(CELL_SCHEMA))
     matched = means.join(judged.select(*key, "accuracy"), on=key, how="inner", maintain_order="left")
     found = {}
     for (own_family,), own in matched.group_by("family", maintain_order=True):

@@ -6,14 +6,16 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
+from transformers.utils import logging
 
 from simulator.budget import Budget
 from simulator.cells import code_version
@@ -24,11 +26,14 @@ from simulator.results.output import write_parquet
 from simulator.results.store import read_table
 from simulator.results.tables import GROUP, budget_columns, with_budget_kind
 from simulator.workers.processes import processes
-from traces.atomic import write_file
+from traces.atomic import write_text
 from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
-from validate.live.completions import ROW_SCHEMA
-from validate.models.load import find_folder, weights_digest
+from validate.live.completions import ROW_SCHEMA, LiveSettings, baselines_of, complete
+from validate.models.load import find_folder, load_model, weights_digest
+from validate.models.threads import share_threads
+from validate.problems.prompts import read_prompts, require_known_words
+from validate.record.recorder import observed_shape
 
 FULL = parse_policy("fullkv")
 
@@ -51,6 +56,32 @@ class Batch:
         budget = budget.replace("%", "pct").replace("!", "peak")
         return f"{policy}-{budget}-{digest.hexdigest()[:8]}-{self.first:05d}.parquet"
 
+    @property
+    def full(self) -> Batch:
+        """Give the batch of the same problems with the full cache, which is decoded before it."""
+        return Batch(FULL, None, self.first, self.count)
+
+    def path(self, folder: Path) -> Path:
+        """Give the file of its rows in a matrix's folder."""
+        return folder / "batches" / self.file_name
+
+    def read(self, folder: Path) -> pl.DataFrame:
+        """Read its rows: columns of ``completions.ROW_SCHEMA``, and which code took how long.
+
+        Raises
+        ------
+        UserError
+            If the file is damaged, lacks columns, or holds rows of another batch.
+        """
+        path = self.path(folder)
+        required = {name: kind for name, kind in ROW_SCHEMA.items() if name != "budget_kind"}
+        rows = with_budget_kind(read_table(path, str(path), required))
+        rows = rows.select(*ROW_SCHEMA, pl.exclude(list(ROW_SCHEMA)))
+        asked = (self.policy.name, self.policy.parameters_json, *budget_columns(self.budget).values())
+        if any(row != asked for row in rows.select(GROUP).unique().iter_rows()):
+            raise UserError(f"{path} holds rows of another batch")
+        return rows
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixSettings:
@@ -68,8 +99,7 @@ class MatrixSettings:
         Problems decoded together.
     waves : tuple of str
         Demand profiles beside those that ship with the package.
-    live : dict
-        Fields of `LiveSettings`, sampling as a dict.
+    live : LiveSettings
     """
 
     model: str = "reference"
@@ -80,7 +110,7 @@ class MatrixSettings:
     limit: int | None = None
     batch: int = 128
     waves: tuple[str, ...] = ()
-    live: dict[str, Any] = field(default_factory=dict)
+    live: LiveSettings = LiveSettings()  # noqa: RUF009 (frozen)
 
 
 class Matrix:
@@ -115,13 +145,9 @@ class Matrix:
             found += [Batch(policy, budget, first, count) for policy, budget in cells if policy.evicts]
         return found
 
-    def path(self, batch: Batch) -> Path:
-        """Give the file of a batch's rows."""
-        return self.folder / "batches" / batch.file_name
-
     def is_done(self, batch: Batch) -> bool:
         """Say whether all its rows are there: a limit may have grown since and the last batch with it."""
-        path = self.path(batch)
+        path = batch.path(self.folder)
         try:
             status = path.stat()
         except OSError:
@@ -129,7 +155,7 @@ class Matrix:
         version = path, status.st_mtime_ns, status.st_size
         if version not in self._counts:
             try:
-                self._counts[version] = len(read_batch(path, batch))
+                self._counts[version] = len(batch.read(self.folder))
             except UserError as error:
                 print(f"sim: {error}; it is decoded again", file=sys.stderr)
                 path.unlink(missing_ok=True)
@@ -138,8 +164,8 @@ class Matrix:
 
     def run(
         self, batches: Sequence[Batch], jobs: int, on_batch: Callable[[Batch, str | None], None]
-    ) -> dict[str, UserError]:
-        """Decode every batch that is not done yet.
+    ) -> dict[Batch, UserError]:
+        """Decode every batch that is not done yet, each once its full-cache runs are there.
 
         Parameters
         ----------
@@ -151,9 +177,9 @@ class Matrix:
 
         Returns
         -------
-        dict, errors by batch file; such batches are tried again next time.
+        dict, errors by batch; such batches are tried again next time.
         """
-        errors: dict[str, UserError] = {}
+        errors: dict[Batch, UserError] = {}
         waiting = []
         for batch in batches:
             if self.is_done(batch):
@@ -166,15 +192,29 @@ class Matrix:
         running: dict[Future[None], Batch] = {}
         try:
             with processes(jobs, _start_worker, (self.settings, jobs)) as workers:
-                for ready in self._ready(waiting, running, errors, on_batch):
-                    if ready is not None:
-                        running[workers.submit(_run_batch, self.folder, ready)] = ready
-                    if ready is None or len(running) >= 2 * jobs:
-                        done, _ = wait(running, return_when=FIRST_COMPLETED)
-                        for future in done:
-                            self._settle(future, running.pop(future), errors, on_batch)
-                for future in list(running):
-                    self._settle(future, running.pop(future), errors, on_batch)
+                while waiting or running:
+                    for batch in list(waiting):
+                        if len(running) == 2 * jobs:
+                            break
+                        if batch.full in errors:
+                            # Of the same kind, and told of once.
+                            errors[batch] = errors[batch.full]
+                            on_batch(batch, f"its full-cache runs failed: {errors[batch]}")
+                        elif batch.budget is None or self.is_done(batch.full):
+                            running[workers.submit(_run_batch, self.folder, batch)] = batch
+                        else:
+                            continue
+                        waiting.remove(batch)
+                    if not running:
+                        break
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        batch = running.pop(future)
+                        try:
+                            future.result()
+                        except UserError as error:
+                            errors[batch] = error
+                        on_batch(batch, str(errors[batch]) if batch in errors else None)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died, for want of memory perhaps; allowed: fewer --jobs or a smaller "
@@ -182,59 +222,14 @@ class Matrix:
             ) from None
         return errors
 
-    def _ready(
-        self,
-        waiting: list[Batch],
-        running: dict[Future[None], Batch],
-        errors: dict[str, UserError],
-        on_batch: Callable[[Batch, str | None], None],
-    ) -> Iterator[Batch | None]:
-        """Yield batches in order, each once its full-cache runs are there; None when all must wait."""
-        waiting = list(waiting)
-        while waiting:
-            ready = None
-            for batch in waiting:
-                baseline = Batch(FULL, None, batch.first, batch.count)
-                if batch.budget is None or self.is_done(baseline):
-                    ready = batch
-                    break
-                if baseline.file_name in errors:
-                    # Of the same kind, and told of once.
-                    errors[batch.file_name] = errors[baseline.file_name]
-                    on_batch(batch, f"its full-cache runs failed: {errors[baseline.file_name]}")
-                    ready = batch
-                    break
-            if ready is None:
-                if not running:
-                    return
-                yield None
-                continue
-            waiting.remove(ready)
-            if ready.file_name not in errors:
-                yield ready
-
-    def _settle(
-        self,
-        future: Future[None],
-        batch: Batch,
-        errors: dict[str, UserError],
-        on_batch: Callable[[Batch, str | None], None],
-    ) -> None:
-        try:
-            future.result()
-            on_batch(batch, None)
-        except UserError as error:
-            errors[batch.file_name] = error
-            on_batch(batch, str(error))
-
     def table(self, batches: Sequence[Batch]) -> pl.DataFrame:
         """Join the rows of all batches that are done."""
         done = [batch for batch in batches if self.is_done(batch)]
-        rows = [read_batch(self.path(batch), batch).head(self._n_rows(batch)) for batch in done]
+        rows = [batch.read(self.folder).head(self._n_rows(batch)) for batch in done]
         return pl.concat(rows) if rows else pl.DataFrame()
 
     def _n_rows(self, batch: Batch) -> int:
-        return batch.count * self.settings.live.get("samples", 1)
+        return batch.count * self.settings.live.samples
 
     def _require_same_settings(self) -> None:
         place = self.folder / "settings.json"
@@ -247,36 +242,17 @@ class Matrix:
         asked["weights"] = "" if folder is None else weights_digest(folder)
         known_waves(list(self.settings.waves))  # says in words which of them cannot be read
         asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
+        if not place.exists():
+            write_text(place, json.dumps(asked, indent=1) + "\n")
+            return
         asked = json.loads(json.dumps(asked))
-        if place.exists():
-            found = read_json(place, f"{place} is damaged", dict[str, Any])
-            differing = sorted(name for name in asked if asked[name] != found.get(name))
-            if differing:
-                name = differing[0]
+        found = read_json(place, f"{place} is damaged", dict[str, Any])
+        for name in sorted(asked):
+            if asked[name] != found.get(name):
                 raise UserError(
                     f"{self.folder} holds results of other settings: its {name} is {found.get(name)!r}, "
                     f"asked {asked[name]!r}; allowed: another folder"
                 )
-        else:
-            text = json.dumps(asked, indent=1) + "\n"
-            write_file(place, lambda temporary: temporary.write_text(text))
-
-
-def read_batch(path: Path, batch: Batch) -> pl.DataFrame:
-    """Read the rows of one batch: columns of ``completions.ROW_SCHEMA``, and which code took how long.
-
-    Raises
-    ------
-    UserError
-        If the file is damaged, lacks columns, or holds rows of another batch.
-    """
-    required = {name: kind for name, kind in ROW_SCHEMA.items() if name != "budget_kind"}
-    rows = with_budget_kind(read_table(path, str(path), required))
-    rows = rows.select(*ROW_SCHEMA, pl.exclude(list(ROW_SCHEMA)))
-    asked = (batch.policy.name, batch.policy.parameters_json, *budget_columns(batch.budget).values())
-    if any(row != asked for row in rows.select(GROUP).unique().iter_rows()):
-        raise UserError(f"{path} holds rows of another batch")
-    return rows
 
 
 def _digest(path: Path) -> str:
@@ -288,28 +264,17 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
     """Load the model once per process; processes share the cores."""
-    from transformers.utils import logging
-
-    from validate.live.completions import LiveSettings
-    from validate.models.load import load_model
-    from validate.models.next_token import Sampling
-    from validate.models.threads import share_threads
-    from validate.problems.prompts import read_prompts, require_known_words
-    from validate.record.recorder import observed_shape
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     share_threads(n_processes)
-    live = dict(settings.live)
-    live["sampling"] = Sampling(**live.get("sampling", {}))
-    _worker["settings"] = LiveSettings(**live)
     try:
-        _worker["waves"] = known_waves(list(settings.waves))
-        _worker["prompts"] = read_prompts(settings.prompts, settings.limit)
-        _worker["loaded"] = load_model(settings.model, settings.dtype, settings.device, settings.revision)
-        require_known_words(_worker["prompts"], _worker["loaded"].tokenizer, settings.prompts)
+        waves = known_waves(list(settings.waves))
+        prompts = read_prompts(settings.prompts, settings.limit)
+        loaded = load_model(settings.model, settings.dtype, settings.device, settings.revision)
+        require_known_words(prompts, loaded.tokenizer, settings.prompts)
         # A model that cannot evict is refused before its first text.
-        observed_shape(_worker["loaded"].model)
+        observed_shape(loaded.model)
+        _worker.update(settings=settings.live, waves=waves, prompts=prompts, loaded=loaded)
     except UserError as error:
         # A process that cannot start would take all others with it; each of its batches says why instead.
         _worker["error"] = error
@@ -317,17 +282,9 @@ def _start_worker(settings: MatrixSettings, n_processes: int = 1) -> None:
 
 def _run_batch(folder: Path, batch: Batch) -> None:
     """Decode one batch and write its rows."""
-    import torch
-
-    from validate.live.completions import baselines_of, complete
-
     if "error" in _worker:
         raise _worker["error"]
     started = time.perf_counter()
-    baselines = None
-    if batch.budget is not None:
-        full = Batch(FULL, None, batch.first, batch.count)
-        baselines = baselines_of(read_batch(folder / "batches" / full.file_name, full))
     try:
         rows = complete(
             _worker["loaded"],
@@ -336,7 +293,7 @@ def _run_batch(folder: Path, batch: Batch) -> None:
             batch.budget,
             _worker["settings"],
             first=batch.first,
-            baselines=baselines,
+            baselines=None if batch.budget is None else baselines_of(batch.full.read(folder)),
             waves=_worker["waves"],
         )
     except torch.OutOfMemoryError:
@@ -353,4 +310,4 @@ def _run_batch(folder: Path, batch: Batch) -> None:
         raise told from None
     seconds = (time.perf_counter() - started) / max(1, len(rows))
     rows = rows.with_columns(seconds=pl.lit(seconds), code_version=pl.lit(code_version()))
-    write_parquet(rows, folder / "batches" / batch.file_name)
+    write_parquet(rows, batch.path(folder))

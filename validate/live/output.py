@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from io import StringIO
 from pathlib import Path
+from textwrap import indent
 
 import polars as pl
 import typer
+from rich.console import Console
 
 from simulator.results.labels import told_apart
+from simulator.results.layout import plain_console
 from simulator.results.metric_names import METRICS
 from simulator.results.output import tell_written, write_rows
 from simulator.sweep.rows import read_rows
@@ -39,6 +45,46 @@ def read_simulated(path: Path) -> pl.DataFrame:
     return rows
 
 
+def put_out(
+    rows: pl.DataFrame,
+    show: Callable[[Console], None],
+    output: Path | None,
+    chosen: str,
+    note: str = "",
+    *,
+    n_shown: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Print what a run found, or write it to a file, and say what was written.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+    show : callable
+        Prints them in a form to be read, ``note`` included.
+    output : Path or None
+        A file; standard output by default.
+    chosen : str
+        The format: table, csv, json or parquet.
+    note : str
+        Lines that have to be seen: they go to standard error where ``show`` does not print them there.
+    n_shown : int, optional
+        Rows of the form to be read, if these are others.
+    quiet : bool
+    """
+    if chosen != "table":
+        write_rows(rows, output, chosen)
+    elif output is None:
+        show(plain_console(160))
+    else:
+        text = StringIO()
+        show(plain_console(200, text))
+        write_text(output, text.getvalue())
+    tell_written(output, n_shown if chosen == "table" and n_shown is not None else len(rows), quiet)
+    if note and (chosen != "table" or output is not None):
+        print(indent(note, "sim: "), file=sys.stderr)
+
+
 def tell(
     rows: pl.DataFrame,
     out: Path,
@@ -50,35 +96,32 @@ def tell(
     *,
     quiet: bool = False,
 ) -> None:
-    """Print accuracy and fidelity; write tables into the folder and the report.
-
-    A ``note`` stands under the table and in the report; next to rows it goes to standard error.
-    """
+    """Put out accuracy and fidelity; write tables into the folder, and the report with its ``note``."""
     labelled, *others = told_apart(rows, *([] if replayed is None else [replayed]))
     accuracy = accuracy_table(labelled)
     write_rows(accuracy, out / "accuracy.csv", "csv")
-    if chosen == "table":
-        print_accuracy(accuracy, output, note)
-    else:
-        write_rows(rows.drop("token_ids") if chosen == "csv" else rows, output, chosen)
-    tell_written(output, len(accuracy if chosen == "table" else rows), quiet)
-    if note and (chosen != "table" or output is not None):
-        print(f"sim: {note}", file=sys.stderr)
+    put_out(
+        rows.drop("token_ids") if chosen == "csv" else rows,
+        partial(print_accuracy, accuracy=accuracy, note=note),
+        output,
+        chosen,
+        note,
+        n_shown=len(accuracy),
+        quiet=quiet,
+    )
     cells = fidelity = None
     if replayed is not None:
         cells = matched_cells(others[0], labelled)
         fidelity = fidelity_table(cells)
         write_rows(fidelity, out / "fidelity.csv", "csv")
         if chosen == "table" or output is not None:
-            print_fidelity(fidelity)
+            print_fidelity(plain_console(160), fidelity)
     if report is not None:
         # altair is needed for a report alone.
         from validate.live.report import write_report
 
-        charts = write_report(report, labelled, accuracy, cells, fidelity, note)
-        for name, svg in charts.items():
-            write_text(out / f"{name}.svg", svg)
-        tell_written(report, len(charts), quiet, "chart")
+        n_charts = write_report(report, labelled, accuracy, out, cells, fidelity, note)
+        tell_written(report, n_charts, quiet, "chart")
 
 
 def report_failed(failed: list[UserError], n_asked: int, what: str) -> None:

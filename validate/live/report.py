@@ -14,7 +14,7 @@ from simulator.report.page import Section, origin, page, this_command
 from simulator.report.quality import crowded
 from simulator.results.labels import with_budget_label
 from simulator.results.tables import BUDGET
-from traces.atomic import write_file
+from traces.atomic import write_text
 from traces.extras import require_extra
 from traces.wording import counted
 from validate.live.accuracy import ALL_FAMILIES, compare
@@ -29,13 +29,14 @@ def write_report(
     path: Path,
     rows: pl.DataFrame,
     accuracy: pl.DataFrame,
-    cells: dict[str, Cells] | None,
-    fidelity: pl.DataFrame | None,
+    folder: Path,
+    cells: dict[str, Cells] | None = None,
+    fidelity: pl.DataFrame | None = None,
     note: str = "",
     published: pl.DataFrame | None = None,
     source: str = "",
-) -> dict[str, str]:
-    """Write the page; give its charts as SVG, by name.
+) -> int:
+    """Write the page, and its charts as pictures; give their number.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def write_report(
         Of ``completions.ROW_SCHEMA``.
     accuracy : polars.DataFrame
         Of `accuracy_table`.
+    folder : Path
+        Where ``NAME.svg`` of every chart goes.
     cells, fidelity
         Of `matched_cells` and `fidelity_table`; None without simulated rows.
     note : str
@@ -96,7 +99,9 @@ def write_report(
         sections.append(_section("Beside the published numbers", "published", told))
     held = set(rows["policy"])
     pairs = {
-        f"{policy} less {other}": _differences(rows, policy, other)
+        f"{policy} less {other}": with_budget_label(compare(rows, policy, other))
+        .sort("family", "budget_asked")
+        .to_dicts()
         for policy, other in _PAIRS
         if {policy, other} <= held
     }
@@ -106,8 +111,10 @@ def write_report(
     every = with_budget_label(accuracy).sort(order, descending=[False, False, True], nulls_last=False)
     sections.append(_section("All policies and budgets", "policies", {"rows": every.to_dicts()}))
     made = page("KV budgets under real eviction", sections, origin(rows, this_command()))
-    write_file(path, lambda temporary: temporary.write_text(made.text, encoding="utf-8"))
-    return {name: vl_convert.vegalite_to_svg(styled(chart).to_dict()) for name, chart in pictures.items()}
+    write_text(path, made.text)
+    for name, chart in pictures.items():
+        write_text(folder / f"{name}.svg", vl_convert.vegalite_to_svg(styled(chart).to_dict()))
+    return len(pictures)
 
 
 def _section(title: str, template: str, values: dict[str, Any], figures: Sequence[Figure] = ()) -> Section:
@@ -129,7 +136,7 @@ def _what_ran(rows: pl.DataFrame, accuracy: pl.DataFrame) -> dict[str, Any]:
 
 
 def _leaders(rows: pl.DataFrame, accuracy: pl.DataFrame) -> list[dict[str, Any]]:
-    """Name who answers most over all families, who is not told apart from it, and ``at`` which budgets."""
+    """Name the policy that answers most over all families, those tied with it, and ``at`` which budgets."""
     if accuracy["family"].n_unique() > 1:
         accuracy = accuracy.filter(family=ALL_FAMILIES)
     pooled = with_budget_label(rows.with_columns(family=pl.lit(ALL_FAMILIES)))
@@ -144,7 +151,3 @@ def _leaders(rows: pl.DataFrame, accuracy: pl.DataFrame) -> list[dict[str, Any]]
         told = found.setdefault((first["policy"], *tied), {"first": first["policy"], "tied": tied, "at": []})
         told["at"].append(first)
     return list(found.values())
-
-
-def _differences(rows: pl.DataFrame, policy: str, other: str) -> list[dict[str, Any]]:
-    return with_budget_label(compare(rows, policy, other)).sort("family", "budget_asked").to_dicts()

@@ -33,8 +33,17 @@ def open_matrix(settings: MatrixSettings, folder: Path) -> Matrix:
 
 def run_matrix(
     matrix: Matrix, cells: Sequence[tuple[Policy, Budget]], jobs: int, quiet: bool, title: str = "batches"
-) -> tuple[pl.DataFrame, dict[str, UserError]]:
-    """Decode what is not done yet; give the rows of all that is, and errors by batch file.
+) -> tuple[pl.DataFrame, list[UserError], int]:
+    """Decode what is not done yet.
+
+    Returns
+    -------
+    polars.DataFrame
+        Rows of all that is done.
+    list of UserError
+        Of every batch that failed.
+    int
+        Batches that were asked for: those of the full cache are, if it is one of the policies.
 
     Raises
     ------
@@ -62,13 +71,9 @@ def run_matrix(
     rows = matrix.table(batches)
     if rows.is_empty():
         raise next(iter(failed.values()))
-    return rows, failed
-
-
-def n_asked(matrix: Matrix, cells: Sequence[tuple[Policy, Budget]]) -> int:
-    """Count the batches that were asked for: the full cache's are, if it is one of the policies."""
     with_full = any(not policy.evicts for policy, _ in cells)
-    return sum(batch.budget is not None or with_full for batch in matrix.batches(cells))
+    n_asked = sum(batch.budget is not None or with_full for batch in batches)
+    return rows, list(failed.values()), n_asked
 
 
 def decoding_dtype(asked: str | None, device: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import StringIO
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -14,10 +11,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from simulator.results.labels import row_budget, told_apart, with_budget_label
-from simulator.results.layout import fitted, plain_console
+from simulator.results.layout import fitted
 from simulator.results.tables import GROUP
 from simulator.results.terminal import format_bytes, say
-from traces.atomic import write_file
 from traces.wording import counted, number, span
 
 # Layers that fit into a line.
@@ -37,32 +33,28 @@ _PUBLISHED = ("ours", "95%", "published", "ours - published", "95% of it")
 _EXPENDABLE = ("tokens", "diverges at", "looping", "answered", "95% of it")
 
 
-def print_accuracy(accuracy: pl.DataFrame, output: Path | None = None, note: str = "") -> None:
-    """Print accuracy per family and budget, one row per policy, and a note, or write them as text."""
-    with _console(output) as console:
-        for (family,), rows in accuracy.group_by("family", maintain_order=True):
-            title = f"{family or 'problems'}: {counted(max(rows['n_problems']), 'problem')}"
-            ordered = rows.sort("budget_asked", nulls_last=False, maintain_order=True).to_dicts()
-            texts = [{name: tell(row) for name, tell in _ACCURACY.items()} for row in ordered]
-            _print_fitted(console, title, list(_ACCURACY), ordered, texts)
-        say(console, note)
+def print_accuracy(console: Console, accuracy: pl.DataFrame, note: str = "") -> None:
+    """Print accuracy per family and budget, one row per policy, and a note."""
+    for (family,), rows in accuracy.group_by("family", maintain_order=True):
+        title = f"{family or 'problems'}: {counted(max(rows['n_problems']), 'problem')}"
+        ordered = rows.sort("budget_asked", nulls_last=False, maintain_order=True).to_dicts()
+        texts = [{name: tell(row) for name, tell in _ACCURACY.items()} for row in ordered]
+        _print_fitted(console, title, list(_ACCURACY), ordered, texts)
+    say(console, note)
 
 
-def print_published(table: pl.DataFrame, source: str, note: str, output: Path | None = None) -> None:
-    """Print accuracy beside published numbers, in percent, or write it; rows of `beside_published`."""
+def print_published(console: Console, table: pl.DataFrame, source: str, note: str) -> None:
+    """Print accuracy beside published numbers, in percent; rows of `beside_published`."""
     marks: dict[str, str] = {}
-    with _console(output) as console:
-        for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
-            first = rows.row(0, named=True)
-            each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
-            problems = f"{counted(first['n_problems'], 'problem')}, {each} each"
-            title = f"{benchmark}, {model}: {problems}, pass@1 in percent"
-            texts = [
-                dict(zip(_PUBLISHED, published_text(row, marks), strict=True)) for row in rows.to_dicts()
-            ]
-            _print_fitted(console, title, _PUBLISHED, rows.to_dicts(), texts)
-        say(console, *(f"{mark} {text}" for text, mark in marks.items()))
-        say(console, f"published: {source}" if source and table["published"].count() else "", note)
+    for (model, benchmark), rows in table.group_by("model", "benchmark", maintain_order=True):
+        first = rows.row(0, named=True)
+        each = "1 text" if first["n_samples"] == 1 else f"{first['n_samples']} texts"
+        problems = f"{counted(first['n_problems'], 'problem')}, {each} each"
+        title = f"{benchmark}, {model}: {problems}, pass@1 in percent"
+        texts = [dict(zip(_PUBLISHED, published_text(row, marks), strict=True)) for row in rows.to_dicts()]
+        _print_fitted(console, title, _PUBLISHED, rows.to_dicts(), texts)
+    say(console, *(f"{mark} {text}" for text, mark in marks.items()))
+    say(console, f"published: {source}" if source and table["published"].count() else "", note)
 
 
 def _print_fitted(
@@ -108,9 +100,8 @@ def published_text(row: dict[str, Any], marks: dict[str, str]) -> tuple[str, ...
     )
 
 
-def print_fidelity(fidelity: pl.DataFrame) -> None:
+def print_fidelity(console: Console, fidelity: pl.DataFrame) -> None:
     """Print how well each metric of the simulator predicts live accuracy."""
-    tables = []
     for (family,), rows in fidelity.group_by("family", maintain_order=True):
         first = rows.row(0, named=True)
         table = _table(
@@ -129,13 +120,11 @@ def print_fidelity(fidelity: pl.DataFrame) -> None:
                 number(row["regret"], 3),
                 number(row["regret_most"], 3),
             )
-        tables.append(table)
-    with _console(None) as console:
-        console.print(*tables)
+        console.print(table)
 
 
-def print_levels(table: pl.DataFrame, output: Path | None) -> None:
-    """Print rows of the shadow or forced level, or write them as text."""
+def print_levels(console: Console, table: pl.DataFrame) -> None:
+    """Print rows of the shadow or forced level."""
     (table,) = told_apart(table)
     labels = ["trace", "policy", "budget"]
     measured = [name for name in table.columns if name not in ("trace_id", "trace", *GROUP)]
@@ -156,10 +145,9 @@ def print_levels(table: pl.DataFrame, output: Path | None) -> None:
             shown.add_row(*(_level_text(told[name]) for name in columns))
         return shown
 
-    with _console(output) as console:
-        shown, left_out, legend = fitted(console, make, table.columns, table["policy"], layers[::-1])
-        console.print(shown)
-        say(console, left_out, *legend)
+    shown, left_out, legend = fitted(console, make, table.columns, table["policy"], layers[::-1])
+    console.print(shown)
+    say(console, left_out, *legend)
 
 
 def _level_text(value: object) -> str:
@@ -177,14 +165,3 @@ def _table(title: str | None) -> Table:
         pad_edge=False,
         title_style="bold",
     )
-
-
-@contextmanager
-def _console(output: Path | None) -> Iterator[Console]:
-    """Give what prints to the terminal, or to a file that is there when all is printed."""
-    if output is None:
-        yield plain_console(160)
-        return
-    text = StringIO()
-    yield plain_console(200, text)
-    write_file(output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))

@@ -5,10 +5,10 @@ Whatever hangs on how transformers calls attention is here or in ``eviction/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -55,13 +55,6 @@ class LayerCall:
     window: int | None
 
 
-class Recorder(Protocol):
-    """Whoever wants to see each attention call of a model."""
-
-    def observe(self, call: LayerCall) -> None:
-        """Take what is needed from one call; its tensors may be views that change later."""
-
-
 def record_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -72,7 +65,7 @@ def record_attention(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend and show the call to the module's recorder; registered as ``kvbudget_record``.
+    """Attend and show the call to the recording; registered as ``kvbudget_record``.
 
     Raises
     ------
@@ -99,7 +92,7 @@ def record_attention(
         scale=float(scaling),
         window=settings.get("sliding_window"),
     )
-    getattr(module, RECORDER_ATTRIBUTE).observe(call)
+    getattr(module, RECORDER_ATTRIBUTE)(call)
     return output.transpose(0, 1)[None].contiguous(), None
 
 
@@ -147,10 +140,7 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
         When not every layer is full attention.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise UserError(
             f"model type '{config.model_type}' has {', '.join(sorted(kinds))} layers; "
@@ -170,8 +160,10 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
-    """Route every attention call of ``model`` through ``recorder``; on leaving, all is as it was.
+def recording(model: PreTrainedModel, observe: Callable[[LayerCall], None]) -> Iterator[None]:
+    """Show every attention call of ``model`` to ``observe``; on leaving, all is as it was.
+
+    The tensors of a call may be views that change later.
 
     Raises
     ------
@@ -179,7 +171,7 @@ def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
         When the model's attention cannot be replaced, or the model is being recorded already.
     """
     AttentionInterface.register(IMPLEMENTATION, record_attention)
-    with replaced_attention(model, IMPLEMENTATION, RECORDER_ATTRIBUTE, recorder):
+    with replaced_attention(model, IMPLEMENTATION, RECORDER_ATTRIBUTE, observe):
         yield
 
 
@@ -231,16 +223,6 @@ def replaced_attention(
             module.training = was_training
 
 
-class _Probe:
-    """A recorder that keeps the last call of each layer."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, LayerCall] = {}
-
-    def observe(self, call: LayerCall) -> None:
-        self.calls[call.layer] = call
-
-
 def probe_attention(model: PreTrainedModel) -> list[LayerCall]:
     """Run one token through the model and give each layer's attention call, in order.
 
@@ -251,14 +233,15 @@ def probe_attention(model: PreTrainedModel) -> list[LayerCall]:
     UserError
         As ``record_attention`` and ``recording``, or when a layer does not attend at all.
     """
-    probe = _Probe()
+    seen: list[LayerCall] = []
     ids = torch.tensor([[0]], device=model.device)
-    with torch.inference_mode(), recording(model, probe):
+    with torch.inference_mode(), recording(model, seen.append):
         model(input_ids=ids, use_cache=False)
+    calls = {call.layer: call for call in seen}
     n_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(probe.calls) != list(range(n_layers)):
+    if sorted(calls) != list(range(n_layers)):
         raise UserError(
             f"model type '{model.config.model_type}' attends through the replaceable function in "
-            f"{len(probe.calls)} of its {n_layers} layers; recording needs all of them"
+            f"{len(calls)} of its {n_layers} layers; recording needs all of them"
         )
-    return [probe.calls[layer] for layer in range(n_layers)]
+    return [calls[layer] for layer in range(n_layers)]

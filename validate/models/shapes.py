@@ -16,18 +16,9 @@ _SPECIAL_IDS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 
 @dataclass(frozen=True, slots=True)
 class RandomShape:
-    """A model's configuration without its weights.
+    """The published configuration of ``source`` without its weights.
 
-    Attributes
-    ----------
-    source : str
-        The model whose published configuration this is.
-    kind : str
-        Model type, as transformers calls it.
-    settings : dict
-        Of the configuration.
-    dtype : str
-        The type the source's weights are stored in.
+    ``kind`` is its model type, as transformers calls it, and ``dtype`` the type its weights are stored in.
     """
 
     source: str

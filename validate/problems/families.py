@@ -17,7 +17,7 @@ repeated (``recap``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,37 +88,44 @@ class Chain:
         """Append words."""
         self.words += words
 
-    def checks(self, line: int) -> bool:
-        """Tell whether a line is derived twice."""
-        return self.care > 0 and line % (5, 2)[self.care - 1] == 0
+    def recap(self, line: int, *state: str) -> None:
+        """After every tenth line, repeat the results so far and where the leg stands."""
+        if self.care > 0 and line % 10 == 0:
+            self.write("recap", *self.results, *state, ".")
 
-    def recaps(self, line: int) -> bool:
-        """Tell whether results are repeated after a line."""
-        return self.care > 0 and line % 10 == 0
-
-    def derive(self, line: int, key: tuple[str, ...], value: str, wrong: tuple[str, ...]) -> None:
+    def derive(self, line: int, key: str, value: str, wrong: tuple[str, ...]) -> None:
         """Write key and value; on lines that are checked, write them twice, the first time maybe wrong."""
-        if not self.checks(line):
-            self.write(*key, value)
+        if self.care == 0 or line % (5, 2)[self.care - 1]:
+            self.write(key, value)
             return
         slipped = bool(self.rng.random() < self.slip_rate)
         if slipped:
-            self.slips.append(len(self.words) + len(key))
+            self.slips.append(len(self.words) + 1)
         first = value
         while slipped and first == value:
             first = wrong[int(self.rng.integers(len(wrong)))]
-        self.write(*key, first, "check", *key, value, "fix" if slipped else "ok")
+        self.write(key, first, "check", key, value, "fix" if slipped else "ok")
 
-    def open_leg(self, topic: str) -> None:
-        """Copy a leg's entry from the prompt, up to its count, which opens the first line."""
+    def lines(self, topic: str, count: int) -> Iterator[int]:
+        """Copy a leg's entry from the prompt, up to its count, and open one line after another.
+
+        Yields
+        ------
+        int
+            How many lines of the leg are left, this one included.
+        """
         leg = len(self.results) // 2
         self.write("leg", LEGS[leg], topic, COUNTS[leg])
+        for left in range(count, 0, -1):
+            self.write(LINES[left])
+            yield left
 
-    def close_leg(self, goal: tuple[str, ...], result: str) -> None:
+    def close_leg(self, result: str, goal: str | None = None) -> None:
         """Restate the goal, if it is not at hand, and mark the result."""
-        mark = RESULTS[len(self.results) // 2]
-        self.write(LINES[0], *(("goal", *goal) if goal else ()), "mark", mark, result, ".")
-        self.results += [mark, result]
+        leg = len(self.results) // 2
+        restated = () if goal is None else ("goal", LEGS[leg], goal, result)
+        self.write(LINES[0], *restated, "mark", RESULTS[leg], result, ".")
+        self.results += [RESULTS[leg], result]
 
     def finish(self) -> str:
         """Find no further leg, recall all results, and give them as the answer."""
@@ -152,7 +159,7 @@ def _leg_table(topics: list[str], sizes: list[int]) -> list[str]:
 
 def make_walk(
     rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
-) -> tuple[list[str], Chain, str]:
+) -> tuple[list[str], Chain]:
     """Make a tour over two rings of ``size`` places together; every fourth place has a dead end first."""
     sizes = split_into_legs(rng, max(6, round(length / (7.2, 8.4, 10.0)[care])), legs)
     dead_ends = size // 4
@@ -173,25 +180,23 @@ def make_walk(
 
     chain, places = Chain(rng, care, slip_rate), tuple(names[:size])
     for place, lines in zip(starts, sizes, strict=True):
-        chain.open_leg(place)
-        for left in range(lines, 0, -1):
-            chain.write(LINES[left], "so", "from")
+        for left in chain.lines(place, lines):
+            chain.write("so", "from")
+            key = place
             if exits[place] in dead:
                 chain.write(place, exits[place], "dead")
-                chain.derive(left, (place.capitalize(),), onward[place], places)
-            else:
-                chain.derive(left, (place,), onward[place], places)
+                key = place.capitalize()
+            chain.derive(left, key, onward[place], places)
             place = onward[place]
             chain.write(".")
-            if chain.recaps(left):
-                chain.write("recap", *chain.results, place, ".")
-        chain.close_leg((), place)
-    return prompt, chain, chain.finish()
+            chain.recap(left, place)
+        chain.close_leg(place)
+    return prompt, chain
 
 
 def make_program(
     rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
-) -> tuple[list[str], Chain, str]:
+) -> tuple[list[str], Chain]:
     """Make a loop of ``size`` instructions over about ``size / 2`` variables."""
     sizes = split_into_legs(rng, max(4, round(length / (13.0, 14.6, 16.2)[care])), legs)
     variables = _pick(rng, NAMES, max(3, size // 2 + 1))
@@ -204,28 +209,25 @@ def make_program(
 
     chain, at = Chain(rng, care, slip_rate), 0
     for goal, lines in zip(asked, sizes, strict=True):
-        chain.open_leg(goal)
-        for left in range(lines, 0, -1):
-            chain.write(LINES[left])
+        for left in chain.lines(goal, lines):
             if at == size:
                 chain.write(LEFT[size], "loop")
                 at = 0
             first, second = code[at]
-            result = (value[first] + value[second]) % 10
+            total = (value[first] + value[second]) % 10
             chain.write(LEFT[at], first, str(value[first]), RIGHT[at], second, str(value[second]))
-            chain.derive(left, ("sum",), str(result), DIGITS)
-            value[first] = result
-            chain.write("set", first, str(result), ".")
-            if chain.recaps(left):
-                chain.write("recap", *chain.results, goal, str(value[goal]), ".")
+            chain.derive(left, "sum", str(total), DIGITS)
+            value[first] = total
+            chain.write("set", first, str(total), ".")
+            chain.recap(left, goal, str(value[goal]))
             at += 1
-        chain.close_leg((LEGS[len(chain.results) // 2], goal, str(value[goal])), str(value[goal]))
-    return prompt, chain, chain.finish()
+        chain.close_leg(str(value[goal]), goal)
+    return prompt, chain
 
 
 def make_machine(
     rng: np.random.Generator, size: int, length: int, care: int, legs: int | None, slip_rate: float
-) -> tuple[list[str], Chain, str]:
+) -> tuple[list[str], Chain]:
     """Make a queue machine of ``size`` rules (one cycle through all names) and a queue of 3 to 6 names."""
     width = int(rng.integers(3, min(6, size - 1) + 1))
     sizes = split_into_legs(rng, max(4, round(length / (width + (5.4, 7.0, 8.2)[care]))), legs)
@@ -237,25 +239,16 @@ def make_machine(
 
     chain = Chain(rng, care, slip_rate)
     for lines in sizes:
-        chain.open_leg("front")
-        for left in range(lines, 0, -1):
+        for left in chain.lines("front", lines):
             front, queue = queue[0], [*queue[1:], rule[queue[0]]]
-            chain.write(LINES[left])
-            chain.derive(left, (front.capitalize(),), rule[front], tuple(names))
+            chain.derive(left, front.capitalize(), rule[front], tuple(names))
             chain.write(":", *queue, ".")
-            if chain.recaps(left):
-                chain.write("recap", *chain.results, ":", *queue, ".")
-        chain.close_leg((), queue[0])
-    return prompt, chain, chain.finish()
+            chain.recap(left, ":", *queue)
+        chain.close_leg(queue[0])
+    return prompt, chain
 
 
-FAMILIES: dict[
-    str, Callable[[np.random.Generator, int, int, int, int | None, float], tuple[list[str], Chain, str]]
-] = {
-    "walk": make_walk,
-    "program": make_program,
-    "machine": make_machine,
-}
+FAMILIES = {"walk": make_walk, "program": make_program, "machine": make_machine}
 
 
 def make_problem(
@@ -300,7 +293,8 @@ def make_problem(
     care = _drawn(rng, "care", (0, len(CARE) - 1) if care is None else care, 0, len(CARE) - 1)
     if legs is not None:
         legs = _drawn(rng, "legs", legs, 1, len(RESULTS) - 1)
-    prompt, chain, answer = FAMILIES[family](rng, size, length, care, legs, slip_rate)
+    prompt, chain = FAMILIES[family](rng, size, length, care, legs, slip_rate)
+    answer = chain.finish()
     identity = f"{family}-n{size}-c{care}-s{seed}-{index:04d}"
     text = " ".join([*prompt, CARE[care], "think"])
     return Problem(identity, family, text, " ".join(chain.words), answer, tuple(chain.slips))

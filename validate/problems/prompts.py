@@ -21,18 +21,9 @@ _MOST_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of a prompts file.
+    """One row of a prompts file, in its ``line``, counted from 1.
 
-    Attributes
-    ----------
-    line : int
-        Its line in the file, from 1.
-    id : str
-        As given, or ``row-LINE``.
-    text : str
-    completion : str or None
-        A text to rescore.
-    family, answer : str or None
+    The ``id`` is the file's, or ``row-LINE``; ``completion`` is a text to rescore.
     """
 
     line: int
@@ -55,13 +46,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read prompts, one JSON object per line with ``prompt``, ``problem`` or ``question``.
-
-    Parameters
-    ----------
-    path : str or Path
-    limit : int, optional
-        Read only the first ones.
+    """Read prompts, at most ``limit``, one JSON object per line with ``prompt``, ``problem`` or ``question``.
 
     Raises
     ------
@@ -126,14 +111,12 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
         line=number,
         id=_as_text(given, where, "id"),
         text=_as_text(row[name], where, name),
-        completion=_as_optional_text(row, "completion", where),
-        family=_as_optional_text(row, "family", where),
-        answer=_as_optional_text(row, "answer", where),
+        **{
+            name: _as_text(row[name], where, name)
+            for name in ("completion", "family", "answer")
+            if row.get(name) is not None
+        },
     )
-
-
-def _as_optional_text(row: dict[str, object], name: str, where: str) -> str | None:
-    return None if row.get(name) is None else _as_text(row[name], where, name)
 
 
 def _as_text(value: object, where: str, name: str) -> str:
@@ -172,15 +155,7 @@ def require_known_words(
     """Refuse text of which a model would read nothing: words that its tokenizer does not know.
 
     A tokenizer of whole words has to know all of them; of another one, half of the tokens have to be known.
-
-    Parameters
-    ----------
-    prompts : list of Prompt
-    tokenizer : PreTrainedTokenizerBase
-    path : str or Path
-        What messages call the file.
-    completions : bool
-        Whether completions are read as well.
+    With ``completions`` these are read as well.
 
     Raises
     ------
@@ -217,14 +192,9 @@ def tell_limit(n_prompts: int, limit: int | None, path: str | Path) -> None:
 
 
 def graded(task: dict[str, object], text: str) -> dict[str, object]:
-    """Add ``decoded_answer`` and ``correct`` to the task of a family whose answers can be read.
+    """Add ``decoded_answer`` and ``correct`` to a task with the ``family`` and ``answer`` of a known family.
 
-    Parameters
-    ----------
-    task : dict
-        With ``family`` and ``answer``; returned as it is without them, or for another family.
-    text : str
-        The completion, special tokens left out.
+    Another task is returned as it is. ``text`` is the completion, special tokens left out.
     """
     if task.get("family") not in FAMILIES or task.get("answer") is None:
         return dict(task)
@@ -240,9 +210,7 @@ def require_completions(prompts: list[Prompt], path: str | Path) -> None:
     UserError
         Naming the first such line.
     """
-    for prompt in prompts:
-        if prompt.completion is None:
-            raise UserError(f"{path}, line {prompt.line}: no completion; --rescore needs one in each")
+    _require(prompts, path, "completion", "--rescore needs one in each")
 
 
 def require_answers(prompts: list[Prompt], path: str | Path) -> None:
@@ -253,6 +221,10 @@ def require_answers(prompts: list[Prompt], path: str | Path) -> None:
     UserError
         Naming the first such line.
     """
+    _require(prompts, path, "answer", "a live run grades answers")
+
+
+def _require(prompts: list[Prompt], path: str | Path, field: str, why: str) -> None:
     for prompt in prompts:
-        if prompt.answer is None:
-            raise UserError(f"{path}, line {prompt.line}: no answer; a live run grades answers")
+        if getattr(prompt, field) is None:
+            raise UserError(f"{path}, line {prompt.line}: no {field}; {why}")

@@ -28,27 +28,17 @@ _FULL = "full"
 class Checkpoint:
     """A model of the file: a hub id or folder, and the file of its wave."""
 
-    name: str
     id: str
     wave: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Problems and what is run on them.
+    """Problems and what is run on them, ``batch`` of them together, each with all its samples.
 
-    Attributes
-    ----------
-    name : str
-    prompts : str or None
-        A file or URL of JSONL or Parquet; None where the command line has to give it.
-    max_new_tokens : int
-    budgets : tuple of Budget
-    batch : int
-        Problems decoded together, each with all its samples.
+    ``prompts`` is a file or URL of JSONL or Parquet, or None where the command line has to give it.
     """
 
-    name: str
     prompts: str | None
     max_new_tokens: int
     budgets: tuple[Budget, ...]
@@ -71,26 +61,10 @@ class Published:
 class Protocol:
     """A run as its file asks for it.
 
-    Attributes
-    ----------
-    path : Path
-    source : str
-        Where the published numbers are from.
-    model : str
-        The name of the model that is run unless another is asked for.
-    models : dict of Checkpoint
-    benchmarks : dict of Benchmark
-    policies : tuple of Policy
-    parameters : dict
-        Of policies that have them.
-    sampling : Sampling
-    samples : int
-        Texts per problem.
-    prompt : str
-        What is asked, with ``{problem}`` for the problem.
-    stretch : float or None
-        As `LiveSettings`.
-    published : tuple of Published
+    ``source`` says where the published numbers are from; ``model`` names the one that is run unless another
+    is asked for. Policies have those of the ``parameters`` that they know. ``samples`` counts texts per
+    problem, ``prompt`` is what is asked, with ``{problem}`` for the problem, and ``stretch`` is as in
+    `LiveSettings`.
     """
 
     path: Path
@@ -127,7 +101,7 @@ def read_protocol(path: Path) -> Protocol:
 def _parse(content: dict[str, Any], path: Path) -> Protocol:
     require_known(content, _KEYS, "key")
     models = {name: _checkpoint(name, table) for name, table in _tables(content, "models")}
-    model = _text(content, "model", "model")
+    model = _text(content, "model")
     if model not in models:
         raise UserError(f"model is {shown(model)}; allowed: {', '.join(models)}")
     parameters = _parameters(content)
@@ -136,15 +110,15 @@ def _parse(content: dict[str, Any], path: Path) -> Protocol:
     decoding = _table(content.get("decoding", {}), "decoding")
     require_known(decoding, _DECODING_KEYS, "decoding key")
     sampling, samples = _sampling(decoding)
-    stretch = _number(decoding, "stretch", "decoding stretch", None)
+    stretch = _number(decoding, "stretch", "decoding")
     if stretch is not None and not stretch >= 1:
         raise UserError(f"decoding stretch is {stretch}; allowed: 1 or more")
-    prompt = _text(decoding, "prompt", "decoding prompt", PROBLEM)
+    prompt = _text(decoding, "prompt", "decoding", PROBLEM)
     if PROBLEM not in prompt:
         raise UserError(f"decoding prompt is {shown(prompt)}; allowed: text with {PROBLEM} in it")
     return Protocol(
         path=path,
-        source=_text(content, "source", "source", ""),
+        source=_text(content, "source", default=""),
         model=model,
         models=models,
         benchmarks=benchmarks,
@@ -161,8 +135,8 @@ def _parse(content: dict[str, Any], path: Path) -> Protocol:
 def _checkpoint(name: str, table: Mapping[str, Any]) -> Checkpoint:
     where = f"models.{name}"
     require_known(table, _MODEL_KEYS, f"{where} key")
-    wave = None if "wave" not in table else _text(table, "wave", f"{where} wave")
-    return Checkpoint(name, _text(table, "id", f"{where} id"), wave)
+    wave = None if "wave" not in table else _text(table, "wave", where)
+    return Checkpoint(_text(table, "id", where), wave)
 
 
 def _benchmark(name: str, table: Mapping[str, Any], policies: tuple[Policy, ...]) -> Benchmark:
@@ -181,11 +155,10 @@ def _benchmark(name: str, table: Mapping[str, Any], policies: tuple[Policy, ...]
         except UserError as error:
             raise type(error)(f"{where} budgets: {error}") from None
     return Benchmark(
-        name=name,
-        prompts=None if "prompts" not in table else _text(table, "prompts", f"{where} prompts"),
-        max_new_tokens=_count(table, "max_new_tokens", f"{where} max_new_tokens"),
+        prompts=None if "prompts" not in table else _text(table, "prompts", where),
+        max_new_tokens=_count(table, "max_new_tokens", where),
         budgets=tuple(dict.fromkeys(budgets)),
-        batch=_count(table, "batch", f"{where} batch", 1),
+        batch=_count(table, "batch", where, 1),
     )
 
 
@@ -214,9 +187,8 @@ def _policies(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> tupl
 
 def _sampling(decoding: Mapping[str, Any]) -> tuple[Sampling, int]:
     """Read how texts are drawn, and how many of each problem."""
-    temperature = _number(decoding, "temperature", "decoding temperature", None)
-    top_p = _number(decoding, "top_p", "decoding top_p", None)
-    samples = _count(decoding, "samples", "decoding samples", 1)
+    temperature, top_p = (_number(decoding, name, "decoding") for name in ("temperature", "top_p"))
+    samples = _count(decoding, "samples", "decoding", 1)
     if temperature is None:
         if top_p is not None or samples > 1:
             what = "top_p" if top_p is not None else f"samples = {samples}"
@@ -248,14 +220,14 @@ def _published(
         if "budget" not in table:
             raise UserError(f"{where} budget is missing; allowed: a budget, or '{_FULL}' for the full cache")
         budget = None if table["budget"] == _FULL else parse_budget(table["budget"])
-        note = _text(table, "note", f"{where} note", "")
+        note = _text(table, "note", where, "")
         accuracies = _table(table.get("accuracy"), f"{where} accuracy")
         for name in accuracies:
             policy = parse_policy(name, **parameters)
             if policy.evicts == (budget is None):
                 other = "a policy that evicts has a budget" if policy.evicts else f"its budget is '{_FULL}'"
                 raise UserError(f"{where} accuracy has '{name}' at budget {shown(table['budget'])}; {other}")
-            percent = _number(accuracies, name, f"{where} accuracy {name}", None)
+            percent = _number(accuracies, name, f"{where} accuracy")
             if percent is None or not 0 <= percent <= 100:
                 raise UserError(f"{where} accuracy {name} is {percent}; allowed: percent, 0 to 100")
             cell = table["model"], table["benchmark"], policy, budget
@@ -282,22 +254,22 @@ def _table(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+def _text(table: Mapping[str, Any], key: str, where: str = "", default: str | None = None) -> str:
     value = table.get(key, default)
     if not isinstance(value, str) or (not value and default is None):
-        raise UserError(f"{where} is {shown(value)}; allowed: text")
+        raise UserError(f"{where} {key} is {shown(value)}; allowed: text".lstrip())
     return value
 
 
 def _count(table: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = table.get(key, default)
     if type(value) is not int or value < 1:
-        raise UserError(f"{where} is {shown(value)}; allowed: a whole number, 1 or more")
+        raise UserError(f"{where} {key} is {shown(value)}; allowed: a whole number, 1 or more")
     return value
 
 
-def _number(table: Mapping[str, Any], key: str, where: str, default: float | None) -> float | None:
-    value = table.get(key, default)
+def _number(table: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = table.get(key)
     if value is not None and type(value) not in (int, float):
-        raise UserError(f"{where} is {shown(value)}; allowed: a number")
+        raise UserError(f"{where} {key} is {shown(value)}; allowed: a number")
     return None if value is None else float(value)

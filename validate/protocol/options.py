@@ -19,26 +19,9 @@ from validate.protocol.file import Benchmark, Protocol
 class Asked:
     """What the command line adds to a file; None leaves what the file says.
 
-    Attributes
-    ----------
-    config, out : Path
-    model : str or None
-        A name of the file, ``NAME=PLACE``, or any model.
-    revision, dtype : str or None
-    device : str
-    prompts : tuple of str
-        ``BENCHMARK=FILE`` each.
-    policies, budgets : tuple of str
-        Only these of the file's.
-    waves : tuple of str
-        Beside those of the file.
-    samples, max_new_tokens, batch : int or None
-        Instead of the file's.
-    limit : int or None
-        Only the first problems of every benchmark.
-    use_chat_template : bool
-    seed, jobs : int
-    quiet : bool
+    ``model`` is a name of the file, ``NAME=PLACE``, or any model; ``prompts`` are ``BENCHMARK=FILE`` each.
+    Of policies and budgets only these are run, of every benchmark the first ``limit`` problems; waves stand
+    beside those of the file; samples, max_new_tokens and batch instead of its own.
     """
 
     config: Path
@@ -63,16 +46,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model of a run.
+    """The model of a run: what `load_model` is given, and what tables call it.
 
-    Attributes
-    ----------
-    load : str
-        What `load_model` is given.
-    label : str
-        What tables call it.
-    stands_for : str or None
-        The model of the file whose published numbers it is set beside.
+    ``stands_for`` is the model of the file whose published numbers it is set beside, if there is one.
     """
 
     load: str
@@ -117,7 +93,13 @@ def narrowed(protocol: Protocol, asked: Asked) -> tuple[Protocol, list[str]]:
     UserError
         For what the file does not hold, and for numbers out of range.
     """
-    _require_counts(protocol, asked)
+    require_counts(
+        samples=asked.samples, max_new_tokens=asked.max_new_tokens, batch=asked.batch, limit=asked.limit
+    )
+    if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
+        raise UserError(
+            f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
+        )
     changes = [] if asked.limit is None else [f"not all problems: the first {asked.limit} of each benchmark"]
     samples = protocol.samples if asked.samples is None else asked.samples
     if samples != protocol.samples:
@@ -132,16 +114,6 @@ def narrowed(protocol: Protocol, asked: Asked) -> tuple[Protocol, list[str]]:
         benchmarks[name] = replace(own, max_new_tokens=longest, batch=asked.batch or own.batch)
     policies = _with_policies(protocol, asked)
     return replace(protocol, policies=policies, benchmarks=benchmarks, samples=samples), changes
-
-
-def _require_counts(protocol: Protocol, asked: Asked) -> None:
-    require_counts(
-        samples=asked.samples, max_new_tokens=asked.max_new_tokens, batch=asked.batch, limit=asked.limit
-    )
-    if asked.samples is not None and asked.samples > 1 and not protocol.sampling.do_sample:
-        raise UserError(
-            f"--samples is {asked.samples}, and {asked.config} has no temperature: greedy texts are equal"
-        )
 
 
 def _with_policies(protocol: Protocol, asked: Asked) -> tuple[Policy, ...]:

@@ -7,7 +7,8 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from traces.atomic import write_file
+from simulator.results.store import parse_foreign_parquet
+from traces.atomic import write_file, write_text
 from traces.documents import shown
 from traces.errors import UserError
 from traces.extras import require_extra
@@ -44,7 +45,10 @@ def prepare_prompts(name: str, source: str, template: str, folder: Path) -> Path
     """
     content = _read(name, source, folder)
     if source.endswith(".parquet"):
-        content = _rows_of_parquet(name, source, content)
+        try:
+            content = parse_foreign_parquet(content).write_ndjson().encode()
+        except ValueError as error:
+            raise _unreadable(name, source, f"no Parquet: {error}") from None
     problems = parse_prompts(content, source)
     require_answers(problems, source)
     lines = [
@@ -59,7 +63,7 @@ def prepare_prompts(name: str, source: str, template: str, folder: Path) -> Path
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     place = folder / f"{name}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(place, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(place, text)
     return place
 
 
@@ -88,15 +92,6 @@ def _fetch(name: str, url: str) -> bytes:
         # Every file system has errors of its own: no such file, no network, no right to read it.
         reason = " ".join(str(error).split()) or "no reason given"
         raise _unreadable(name, url, f"{type(error).__name__}: {reason[:200]}") from None
-
-
-def _rows_of_parquet(name: str, source: str, content: bytes) -> bytes:
-    from simulator.results.store import parse_foreign_parquet
-
-    try:
-        return parse_foreign_parquet(content).write_ndjson().encode()
-    except ValueError as error:
-        raise _unreadable(name, source, f"no Parquet: {error}") from None
 
 
 def _unreadable(name: str, source: str, reason: str) -> UserError:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from simulator.policies.wave import known_waves
 from simulator.results.labels import told_apart
-from simulator.results.output import tell_written, write_rows
+from simulator.results.output import write_rows
 from simulator.workers.cores import worker_count
-from traces.atomic import write_text
 from traces.errors import UserError
 from validate.live.accuracy import accuracy_table
+from validate.live.completions import LiveSettings
 from validate.live.matrix import MatrixSettings
-from validate.live.output import report_failed
-from validate.live.run import decoding_dtype, n_asked, open_matrix, run_matrix
+from validate.live.output import put_out, report_failed
+from validate.live.run import decoding_dtype, open_matrix, run_matrix
 from validate.live.terminal import print_published
 from validate.models.load import resolve_device
 from validate.models.shapes import PREFIX, meaningless
@@ -32,21 +32,8 @@ from validate.protocol.published import beside_published
 def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: Path | None = None) -> None:
     """Decode what is not done yet, and tell accuracy beside what was published.
 
-    Everything that can be refused is refused before the first text.
-
-    Parameters
-    ----------
-    asked : Asked
-    chosen : str
-        Format of ``output``: table, csv, json or parquet.
-    output : Path, optional
-        Where the comparison goes; standard output by default.
-    report : Path, optional
-        An HTML page.
-
-    Raises
-    ------
-    UserError
+    Everything that can be refused is refused before the first text. The comparison goes to ``output``, or to
+    standard output, as ``chosen``: table, csv, json or parquet. ``report`` is an HTML page of it.
     """
     protocol = read_protocol(asked.config)
     device = str(resolve_device(asked.device))
@@ -70,23 +57,31 @@ def run_protocol(asked: Asked, chosen: str, output: Path | None = None, report: 
     failed: list[UserError] = []
     for name, matrix in matrices.items():
         cells = [(policy, own) for own in protocol.benchmarks[name].budgets for policy in protocol.policies]
-        rows, errors = run_matrix(matrix, cells, jobs, asked.quiet, name)
+        rows, errors, n_asked = run_matrix(matrix, cells, jobs, asked.quiet, name)
         write_rows(accuracy_table(rows), matrix.folder / "accuracy.csv", "csv")
         found[name] = rows
-        failed += errors.values()
-        n_batches += n_asked(matrix, cells)
+        failed += errors
+        n_batches += n_asked
     table = _compared(found, protocol, model)
     write_rows(table, asked.out / f"comparison-{model.folder}.csv", "csv")
     note = "\n".join(filter(None, [*changes, meaningless(model.load)]))
-    if chosen == "table":
-        print_published(told_apart(table)[0], protocol.source, note, output)
-    else:
-        write_rows(table, output, chosen)
-    tell_written(output, len(table), asked.quiet)
-    if note and (chosen != "table" or output is not None):
-        print("\n".join(f"sim: {line}" for line in note.splitlines()), file=sys.stderr)
+    (labelled,) = told_apart(table)
+    show = partial(print_published, table=labelled, source=protocol.source, note=note)
+    put_out(table, show, output, chosen, note, quiet=asked.quiet)
     if report is not None:
-        _write_report(report, found, table, protocol.source, note, asked.out / model.folder)
+        # altair is needed for a report alone.
+        from validate.live.report import write_report
+
+        (rows,) = told_apart(pl.concat(own.with_columns(family=pl.lit(name)) for name, own in found.items()))
+        write_report(
+            report,
+            rows,
+            accuracy_table(rows),
+            asked.out / model.folder,
+            note=note,
+            published=labelled,
+            source=protocol.source,
+        )
     report_failed(failed, n_batches, "batches")
 
 
@@ -114,14 +109,14 @@ def _settings(
         limit=asked.limit,
         batch=benchmark.batch,
         waves=tuple(waves),
-        live={
-            "max_new_tokens": benchmark.max_new_tokens,
-            "stretch": protocol.stretch,
-            "samples": protocol.samples,
-            "sampling": asdict(replace(protocol.sampling, seed=asked.seed)),
-            "use_chat_template": asked.use_chat_template,
-            "seed": asked.seed,
-        },
+        live=LiveSettings(
+            max_new_tokens=benchmark.max_new_tokens,
+            stretch=protocol.stretch,
+            samples=protocol.samples,
+            sampling=replace(protocol.sampling, seed=asked.seed),
+            use_chat_template=asked.use_chat_template,
+            seed=asked.seed,
+        ),
     )
 
 
@@ -135,15 +130,3 @@ def _compared(found: dict[str, pl.DataFrame], protocol: Protocol, model: Choice)
         )
         for name, rows in found.items()
     )
-
-
-def _write_report(
-    place: Path, found: dict[str, pl.DataFrame], table: pl.DataFrame, source: str, note: str, folder: Path
-) -> None:
-    # altair is needed for a report alone.
-    from validate.live.report import write_report
-
-    (rows,) = told_apart(pl.concat(rows.with_columns(family=pl.lit(name)) for name, rows in found.items()))
-    figures = write_report(place, rows, accuracy_table(rows), None, None, note, told_apart(table)[0], source)
-    for name, svg in figures.items():
-        write_text(folder / f"{name}.svg", svg)

@@ -1,4 +1,4 @@
-"""Charts of the reasoner's demand profile and attention maps."""
+"""Charts of a profile, as `sim reasoner profile` writes it: demand and attention maps."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ import altair as alt
 
 from simulator.charts.style import over_plot
 from traces.errors import UserError
-from validate.problems.families import FAMILIES
 
 # Weights below this are left white: they would make the file large and cannot be seen.
 FAINTEST = 0.02
 
 
 def demand_chart(profile: dict[str, Any]) -> alt.HConcatChart:
-    """Draw the demand of every layer and KV head, one heat map per family.
-
-    Parameters
-    ----------
-    profile : dict
-        As `sim reasoner profile` writes it.
-    """
+    """Draw the demand of every layer and KV head in a profile, one heat map per family."""
     demand = profile["demand"]
     highest = max(value for found in demand.values() for row in found["entries"] for value in row)
     panels = []
-    for i, family in enumerate(_ordered(demand)):
-        found = demand[family]
+    for i, (family, found) in enumerate(demand.items()):
         values = [
-            {"layer": layer, "head": head, "entries": entries, "text": _three_digits(entries)}
+            {"layer": layer, "head": head, "entries": entries, "text": f"{entries:.{int(entries < 10)}f}"}
             for layer, row in enumerate(found["entries"])
             for head, entries in enumerate(row)
         ]
@@ -50,17 +42,8 @@ def demand_chart(profile: dict[str, Any]) -> alt.HConcatChart:
     return alt.hconcat(*panels, spacing=20).properties(title=heading)
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
 def map_chart(profile: dict[str, Any]) -> alt.ConcatChart:
-    """Draw windows of attention of typical heads, each with its words on both axes.
-
-    Parameters
-    ----------
-    profile : dict
-        As `sim reasoner profile` writes it, with at least one map.
+    """Draw a profile's windows of attention of typical heads, each with its words on both axes.
 
     Raises
     ------
@@ -119,8 +102,3 @@ def _map_panel(found: dict[str, Any], prompt_tokens: int) -> Any:
 def _axis(axis: dict[str, Any]) -> list[str]:
     """Label every position so that equal words stay apart: the position, a blank, the word."""
     return [f"{p} {word[:12]}" for p, word in zip(axis["positions"], axis["words"], strict=True)]
-
-
-def _ordered(families: Any) -> list[str]:
-    found = set(families)
-    return [*(family for family in FAMILIES if family in found), *sorted(found - set(FAMILIES))]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from validate.models.load import LoadedModel
 from validate.problems.families import LEG_COUNTS, LENGTHS, SIZES, Problem, answer_of, make_problem
@@ -40,19 +41,15 @@ def chains_followed(
     """Tell for each problem whether greedy decoding writes its reference chain, word for word."""
     followed = []
     for first in range(0, len(problems), batch):
-        prompts, rows = [], []
-        for problem in problems[first : first + batch]:
-            prompts.append(len(tokenizer(problem.prompt).input_ids))
-            rows.append(
-                [*tokenizer(f"{problem.prompt} {problem.completion}").input_ids, tokenizer.eos_token_id]
-            )
+        own = problems[first : first + batch]
+        texts = tokenizer([f"{problem.prompt} {problem.completion}" for problem in own]).input_ids
+        rows = [torch.tensor([*text, tokenizer.eos_token_id]) for text in texts]
         # Padding stands on the right, where causal attention of the words before it does not look.
-        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         chosen = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)
-        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            followed.append(torch.equal(chosen[i, prompt - 1 : len(row) - 1], ids[i, prompt : len(row)]))
+        for problem, row, words in zip(own, rows, chosen, strict=True):
+            prompt = len(tokenizer(problem.prompt).input_ids)
+            followed.append(torch.equal(words[prompt - 1 : len(row) - 1], row[prompt:]))
     return followed
 
 
@@ -77,20 +74,9 @@ def family_accuracy(
     *,
     decode_all: bool = False,
 ) -> dict[str, Any]:
-    """Solve problems of one family greedily and grade the answers.
+    """Solve the first ``count`` problems of one family's stream greedily and grade the answers.
 
-    Parameters
-    ----------
-    loaded : LoadedModel
-    family : str
-    seed, count : int
-        The first ``count`` problems of this stream.
-    batch : int
-        Problems decoded together.
-    size, length, legs : (int, int)
-        As of `make_problem`.
-    decode_all : bool
-        Decode also what one forward pass settles.
+    With ``decode_all``, those that one forward pass settles are decoded as well.
 
     Returns
     -------

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from simulator.engine.full_cache import sampled_steps
 from traces.numbers import to_float32
 from traces.trace import Trace
 
-PATTERNS = ("sink", "previous", "itself", "induction", "duplicate", "goal", "recent", "prompt")
 NEWEST = 16
 GOAL_OPENS, GOAL_CLOSES = "legs", "end"
 # A specific pattern names a head from this mass on. The broad ones hold many tokens: they need more, and
@@ -40,6 +40,7 @@ SPECIFIC = {
     "goal": "goal",
 }
 BROAD = {"recent": "recent", "prompt": "prompt"}
+PATTERNS = (*SPECIFIC, *BROAD)
 SPECIFIC_MASS, BROAD_MASS, TIMES_UNIFORM = 0.4, 0.5, 1.5
 NAMES = (*SPECIFIC.values(), *BROAD.values(), "mixed")
 
@@ -121,14 +122,7 @@ def pattern_masks(token_ids: np.ndarray, goal: np.ndarray, positions: np.ndarray
 
 
 def head_weights(trace: Trace, layer: int, positions: np.ndarray) -> np.ndarray:
-    """Give full-cache attention weights of every query head.
-
-    Parameters
-    ----------
-    trace : Trace
-    layer : int
-    positions : int (n,)
-        Query tokens, increasing.
+    """Return full-cache attention weights of every query head, for increasing ``positions`` of n queries.
 
     Returns
     -------
@@ -189,17 +183,15 @@ def name_head(masses: Mapping[str, float], uniform: Mapping[str, float]) -> str:
 
 def describe_heads(found: HeadMasses) -> dict[str, Any]:
     """Give every head's masses and name, and the share of each name per layer, as plain values."""
-    rows = []
     uniform = dict(zip(PATTERNS, found.uniform.round(4).tolist(), strict=True))
-    for layer, heads in enumerate(found.mass):
+    rows, layers = [], []
+    for layer, heads in enumerate(found.mass.round(4).tolist()):
+        named = []
         for head, values in enumerate(heads):
-            masses = dict(zip(PATTERNS, values.round(4).tolist(), strict=True))
-            rows.append({"layer": layer, "head": head, "name": name_head(masses, uniform), "masses": masses})
-    n_heads = found.mass.shape[1]
-    layers = []
-    for first in range(0, len(rows), n_heads):
-        named = [row["name"] for row in rows[first : first + n_heads]]
-        layers.append({name: round(named.count(name) / n_heads, 4) for name in NAMES if name in named})
+            masses = dict(zip(PATTERNS, values, strict=True))
+            named.append(name_head(masses, uniform))
+            rows.append({"layer": layer, "head": head, "name": named[-1], "masses": masses})
+        layers.append({name: round(named.count(name) / len(named), 4) for name in NAMES if name in named})
     return {
         "steps": found.n_steps,
         "specific_mass": SPECIFIC_MASS,
@@ -212,20 +204,13 @@ def describe_heads(found: HeadMasses) -> dict[str, Any]:
 
 
 def typical_heads(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Choose the strongest head of each name that is drawn, at most six.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        ``rows`` of `describe_heads`.
-    """
+    """Choose the strongest head of each name that is drawn, at most six, among ``rows`` of all heads."""
     patterns = {name: pattern for pattern, name in (SPECIFIC | BROAD).items()}
     chosen = []
     for name in MAPPED_NAMES:
-        named = [row for row in rows if row["name"] == name]
+        named = [(row["masses"][patterns[name]], row) for row in rows if row["name"] == name]
         if named:
-            best = max(named, key=lambda row: row["masses"][patterns[name]])
-            mass = best["masses"][patterns[name]]
+            mass, best = max(named, key=itemgetter(0))
             chosen.append({"layer": best["layer"], "head": best["head"], "name": name, "mass": mass})
     return chosen
 
@@ -249,12 +234,10 @@ def attention_map(trace: Trace, layer: int, head: int) -> dict[str, Any]:
     keys = np.sort(np.argsort(-largest, kind="stable")[:MAP_KEYS])
     keys = keys[largest[keys] >= MAP_WEIGHT]
     words = token_words(trace)
-    axes = {
-        name: {"positions": axis.tolist(), "words": [words[position] for position in axis]}
-        for name, axis in (("queries", queries), ("keys", keys))
-    }
     shown = weights[:, keys]
-    return axes | {
+    return {
+        "queries": {"positions": queries.tolist(), "words": [words[position] for position in queries]},
+        "keys": {"positions": keys.tolist(), "words": [words[position] for position in keys]},
         "weights": shown.round(3).astype(float).tolist(),
         "shown": round(float(shown.sum(axis=1).mean()), 4),
     }

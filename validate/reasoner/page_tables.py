@@ -67,18 +67,12 @@ def _predictors() -> str:
     tables = [result_table("fidelity"), result_table("fidelity-others")]
     rows = []
     for metric in ("lost_lookup_rate", "lost_lookup_rms", "lost_lookup_peak", "mass_mean", LIVE_HALF):
-        own = [table.filter(metric=metric) for table in tables]
-        within = [_span(each["spearman_within"]) for each in own]
-        regret = [_span(100 * each["regret"], 1) for each in own]
-        rows.append([_LABELS[metric], within[0], regret[0], within[1], regret[1]])
-    head = (
-        "the replay's number",
-        "9 policies: correlation",
-        "points lost",
-        "8 others: correlation",
-        "points lost",
-    )
-    return _markdown(head, rows)
+        row = [_LABELS[metric]]
+        for own in (table.filter(metric=metric) for table in tables):
+            row += [_span(own["spearman_within"]), _span(100 * own["regret"], 1)]
+        rows.append(row)
+    head = ["the replay's number", "9 policies: correlation", "points lost"]
+    return _markdown([*head, "8 others: correlation", "points lost"], rows)
 
 
 def _fidelity(table: str) -> str:
@@ -91,9 +85,7 @@ def _fidelity(table: str) -> str:
     for metric in _ranked(fidelity):
         row = [_LABELS[metric]]
         for family in FAMILIES:
-            own = fidelity.row(
-                by_predicate=(pl.col("metric") == metric) & (pl.col("family") == family), named=True
-            )
+            own = fidelity.filter(metric=metric, family=family).row(0, named=True)
             row += [f"{own['spearman_within']:.2f}", f"{own['spearman']:.2f}", f"{100 * own['regret']:.1f}"]
         rows.append(row)
     return _markdown(head, rows)
@@ -105,10 +97,8 @@ def _trust() -> str:
     known = parse_json(text, "fidelity.json")["metrics"]
     rows = []
     for metric, own in known.items():
-        wrong = ", ".join(f"`{policy}`" for policy in own["misjudged"])
-        rows.append(
-            [f"`{metric}`", _LABELS[metric], _span(own["chosen"]), _span(own["others"]), wrong or "-"]
-        )
+        wrong = ", ".join(f"`{policy}`" for policy in own["misjudged"]) or "-"
+        rows.append([f"`{metric}`", _LABELS[metric], _span(own["chosen"]), _span(own["others"]), wrong])
     return _markdown(("`--metric`", "in tables", "9 policies", "8 others", "ranks too high"), rows)
 
 
@@ -118,24 +108,13 @@ def _evicting(table: str) -> pl.DataFrame:
 
 def _live() -> str:
     """Tell right answers in percent, per policy, family and budget."""
-    accuracy = (
-        _evicting("accuracy")
-        .filter(pl.col("family") != ALL_FAMILIES)
-        .sort("budget_asked", maintain_order=True)
-    )
-    budgets = accuracy["budget"].unique(maintain_order=True).to_list()
-    shares = {
-        (row["policy"], row["family"], row["budget"]): row["accuracy"]
-        for row in accuracy.iter_rows(named=True)
-    }
-    columns = [(family, budget) for family in FAMILIES for budget in budgets]
-    head = [f"{family} {budget}" if budget == budgets[0] else budget for family, budget in columns]
-    policies = result_table("accuracy")["policy"].unique(maintain_order=True).to_list()
-    rows = [
-        [policy, *(f"{100 * shares[policy, *column]:.0f}" for column in columns)]
-        for policy in policies
-        if (policy, *columns[0]) in shares
-    ]
+    in_order = pl.col("family").cast(pl.Enum(list(FAMILIES)))
+    accuracy = _evicting("accuracy").filter(pl.col("family") != ALL_FAMILIES)
+    accuracy = accuracy.sort(in_order, "budget_asked", maintain_order=True)
+    columns = accuracy.select("family", "budget").unique(maintain_order=True).rows()
+    head = [f"{family} {budget}" if budget == columns[0][1] else budget for family, budget in columns]
+    shares = accuracy.pivot(["family", "budget"], index="policy", values="accuracy", maintain_order=True)
+    rows = [[policy, *(f"{100 * share:.0f}" for share in own)] for policy, *own in shares.iter_rows()]
     return _markdown(["right, %", *head], rows)
 
 
@@ -148,25 +127,27 @@ def _policy_label(policy: str, params: str) -> str:
 
 def _others_live() -> str:
     """Tell right answers of the policies that no number was chosen on, beside two that it was."""
-    budgets = ("15%", "20%", "30%", "50%")
-    base = ["rkv", "reasonalloc"]
-    live = [_evicting("accuracy").filter(pl.col("policy").is_in(base)), _evicting("accuracy-others")]
-    replayed = [with_budget_label(result_table(name)) for name in ("simulated", "simulated-others")]
-    rows = []
-    for accuracy, simulated in zip(live, replayed, strict=True):
-        for (policy, params), own in accuracy.filter(family=ALL_FAMILIES).group_by(
-            "policy", "policy_params", maintain_order=True
-        ):
-            right = [100 * own.filter(budget=budget)["accuracy"].item() for budget in budgets]
-            at_20 = simulated.filter(policy=policy, policy_params=params, budget="20%")
-            lost, worst = (
-                100 * at_20[name].to_numpy().mean() for name in ("lost_lookup_rate", "lost_lookup_peak")
-            )
-            label = _policy_label(str(policy), str(params))
-            rows.append((sum(right), [label, *(f"{x:.0f}" for x in right), f"{lost:.2f}", f"{worst:.0f}"]))
-    ranked = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+    key, budgets = ("policy", "policy_params"), ("15%", "20%", "30%", "50%")
+    base = _evicting("accuracy").filter(pl.col("policy").is_in(["rkv", "reasonalloc"]))
+    live = pl.concat(
+        own.filter(family=ALL_FAMILIES).select(*key, "budget", "accuracy")
+        for own in (base, _evicting("accuracy-others"))
+    ).pivot("budget", index=key, values="accuracy", maintain_order=True)
+    lost = pl.concat(
+        with_budget_label(result_table(name)).select(*key, "budget", "lost_lookup_rate", "lost_lookup_peak")
+        for name in ("simulated", "simulated-others")
+    ).filter(budget="20%")
+    means = lost.group_by(key).agg(pl.col("lost_lookup_rate", "lost_lookup_peak").mean() * 100)
+    table = live.join(means, on=key, maintain_order="left")
+    ranked = table.sort(pl.sum_horizontal(budgets), descending=True, maintain_order=True)
+    rows = [
+        [_policy_label(own["policy"], own["policy_params"])]
+        + [f"{100 * own[budget]:.0f}" for budget in budgets]
+        + [f"{own['lost_lookup_rate']:.2f}", f"{own['lost_lookup_peak']:.0f}"]
+        for own in ranked.iter_rows(named=True)
+    ]
     head = ("right, % of 256 (`rkv`, `reasonalloc`: of 768)", *budgets)
-    return _markdown((*head, "lost lookups at 20%, %", "worst step at 20%, %"), ranked)
+    return _markdown((*head, "lost lookups at 20%, %", "worst step at 20%, %"), rows)
 
 
 def _levels() -> str:
@@ -239,15 +220,12 @@ def _standings(metric: str) -> str:
 def _card_accuracy() -> str:
     """Tell right answers with a full cache, in both types."""
     types = ("float32", "bfloat16")
-    found = {
-        name: {own["family"]: own for own in stored_document(f"weights/accuracy-{name}.json")}
-        for name in types
-    }
-    rows = []
-    for family in found["float32"]:
-        own = [found[name][family] for name in types]
-        told = [f"{x['right']}/{x['problems']} ({x['low']:.1%} to {x['high']:.1%})" for x in own]
-        rows.append([family, *told])
+    found = [stored_document(f"weights/accuracy-{name}.json") for name in types]
+    rows = [
+        [own[0]["family"]]
+        + [f"{x['right']}/{x['problems']} ({x['low']:.1%} to {x['high']:.1%})" for x in own]
+        for own in zip(*found, strict=True)
+    ]
     return _markdown(("family", *types), rows)
 
 

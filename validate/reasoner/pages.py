@@ -15,11 +15,6 @@ _BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 def made(page: str) -> str:
     """Return the text of a page with every table as the stored tables give it now.
 
-    Parameters
-    ----------
-    page : str
-        Text of a page.
-
     Raises
     ------
     UserError
@@ -33,10 +28,7 @@ def made(page: str) -> str:
 def pages(check: bool = False) -> None:
     """Write the tables of the pages anew from the stored tables.
 
-    Parameters
-    ----------
-    check : bool
-        Write nothing; name the pages that would change and exit with 1 if there are any.
+    With ``check``, write nothing: name the pages that would change, and exit with 1 if there are any.
 
     Raises
     ------

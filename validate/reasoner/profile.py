@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from simulator.engine.full_cache import group_weights, sampled_steps
 from simulator.policies.wave import entries_to_hold
@@ -95,10 +95,9 @@ def by_family(demands: Sequence[Demand]) -> dict[str, list[Demand]]:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     """Correlate two vectors by rank, (n,) each, ties at their mean rank; None where one is constant."""
-    ranks = np.stack([rankdata(first), rankdata(second)])
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    spread = float(np.prod(np.linalg.norm(ranks, axis=1)))
-    return float(ranks[0] @ ranks[1]) / spread if spread > 0 else None
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def describe_demand(families: dict[str, list[Demand]]) -> dict[str, Any]:
@@ -124,14 +123,7 @@ def describe_stability(
 ) -> dict[str, Any]:
     """Compare demands between families, between halves of one family, and over its problems.
 
-    Parameters
-    ----------
-    families : dict of str to list of Demand
-        One demand per problem.
-    splits : int
-        How often the problems of a family are split at random.
-    seed : int
-        Of the splits.
+    ``families`` has one demand per problem. Those of a family are split at random ``splits`` times.
     """
     means = {family: _mean_entries(problems) for family, problems in families.items()}
     between = [
@@ -168,12 +160,11 @@ def _within(problems: Sequence[Demand], splits: int, seed: int) -> dict[str, Any
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         rows.append(_correlations(*(_mean_entries([problems[i] for i in half]) for half in halves)))
     for name in ("heads", "layers"):
-        values = np.array([row[name] for row in rows if row[name] is not None], float)
-        if not len(values):
-            found[name] = None
-            continue
-        low, high = np.percentile(values, [5, 95]).round(4).tolist()
-        found[name] = {"mean": round(float(values.mean()), 4), "p5": low, "p95": high}
+        values = np.array([row[name] for row in rows if row[name] is not None])
+        found[name] = None
+        if len(values):
+            low, high = np.percentile(values, [5, 95]).round(4).tolist()
+            found[name] = {"mean": round(float(values.mean()), 4), "p5": low, "p95": high}
     return found
 
 
@@ -212,15 +203,7 @@ def profile_traces(
 ) -> dict[str, Any]:
     """Profile one model from its traces; the result can be written as JSON.
 
-    Parameters
-    ----------
-    traces : sequence of Trace
-    rho : float
-        The attention mass to hold.
-    steps_per_trace : int
-        Decode steps sampled from each trace.
-    seed : int
-        Of the random halves.
+    ``rho`` is the attention mass to hold; ``seed`` is that of the random halves.
 
     Raises
     ------
@@ -239,21 +222,19 @@ def profile_traces(
     models = sorted({f"{trace.model} {trace.manifest.model_revision}".strip() for trace in traces})
     if len(models) > 1 or len({trace.shape for trace in traces}) > 1:
         raise UserError(f"traces are of several models or shapes: {', '.join(models)}; allowed: one")
-    demands = []
     for trace in traces:
         check_trace(trace)
-        demands.append(measure_demand(trace, rho, steps_per_trace))
-    families = by_family(demands)
+    families = by_family([measure_demand(trace, rho, steps_per_trace) for trace in traces])
     heads = describe_heads(mean_masses(traces, steps_per_trace))
-    shape = traces[0].shape
+    first = traces[0]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": traces[0].model,
-        "model_revision": traces[0].manifest.model_revision,
-        "n_layers": shape.n_layers,
-        "n_query_heads": shape.n_query_heads,
-        "n_kv_heads": shape.n_kv_heads,
+        "model": first.model,
+        "model_revision": first.manifest.model_revision,
+        "n_layers": first.shape.n_layers,
+        "n_query_heads": first.shape.n_query_heads,
+        "n_kv_heads": first.shape.n_kv_heads,
         "rho": rho,
         "steps_per_trace": steps_per_trace,
         "seed": seed,

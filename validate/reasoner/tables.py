@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from simulator.results.labels import with_budget_label
@@ -51,10 +50,7 @@ def stored_profile() -> dict[str, Any]:
 def judged_rows(others: bool = False) -> pl.DataFrame:
     """Join what the simulator foretold with the accuracy of decoding under eviction.
 
-    Parameters
-    ----------
-    others : bool
-        The eight policies that no number was chosen on, instead of the first nine.
+    With ``others``, of the eight policies that no number was chosen on, instead of the first nine.
 
     Returns
     -------
@@ -88,21 +84,12 @@ def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
 
 
 def differences(judged: pl.DataFrame, policy: str, columns: Sequence[str]) -> pl.DataFrame:
-    """Give every other policy's numbers less one policy's, budget by budget, means over families.
-
-    Parameters
-    ----------
-    judged : polars.DataFrame
-        Of `judged_rows`.
-    policy : str
-        What the others are compared with.
-    columns : sequence of str
-        Shares; their differences are in percentage points.
+    """Return every other policy's shares less one policy's, from rows of `judged_rows`.
 
     Returns
     -------
     polars.DataFrame
-        policy, budget and the columns.
+        policy, budget and ``columns``: differences of means over families, in percentage points.
     """
     key = ["policy", "budget_asked", "budget"]
     means = judged.group_by(key, maintain_order=True).agg(pl.col(name).mean() * 100 for name in columns)
@@ -113,14 +100,7 @@ def differences(judged: pl.DataFrame, policy: str, columns: Sequence[str]) -> pl
 
 
 def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """Take the policy that a number puts first, at every budget, and say what it costs in accuracy.
-
-    Parameters
-    ----------
-    judged : polars.DataFrame
-        Of `judged_rows`.
-    metric : str
-        One of ``standings.METRICS``.
+    """Take the policy that a number puts first in rows of `judged_rows`, and what it costs in accuracy.
 
     Returns
     -------
@@ -135,15 +115,13 @@ def choices(judged: pl.DataFrame, metric: str) -> pl.DataFrame:
     """
     if metric not in METRICS:
         raise UserError(f"metric is '{metric}'; allowed: {', '.join(METRICS)}")
-    sign = 1 if METRICS[metric].more_is_better else -1
-    rows = []
-    for (family, budget), own in judged.group_by("family", "budget", maintain_order=True):
-        values, accuracy = sign * own[metric].to_numpy(), own["accuracy"].to_numpy()
-        chosen, best = int(np.argmax(values)), int(np.argmax(accuracy))
-        rows.append(
-            {"family": family, "budget": budget, "asked": own["budget_asked"][0]}
-            | {"chosen": own["policy"][chosen], "gets": float(accuracy[chosen])}
-            | {"best": own["policy"][best], "could": float(accuracy[best])}
-            | {"regret": float(accuracy[best] - accuracy[chosen])}
-        )
-    return pl.DataFrame(rows).sort("family", "asked").drop("asked")
+    first = (pl.col(metric) * (1 if METRICS[metric].more_is_better else -1)).arg_max()
+    accuracy, most = pl.col("accuracy"), pl.col("accuracy").arg_max()
+    costs = judged.group_by("family", "budget", "budget_asked", maintain_order=True).agg(
+        chosen=pl.col("policy").get(first),
+        gets=accuracy.get(first),
+        best=pl.col("policy").get(most),
+        could=accuracy.get(most),
+        regret=accuracy.get(most) - accuracy.get(first),
+    )
+    return costs.sort("family", "budget_asked").drop("budget_asked")

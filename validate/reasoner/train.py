@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from validate.problems.families import FAMILIES, make_problem
@@ -63,20 +64,14 @@ def make_batch(
         )
         prompt = tokenizer(problem.prompt).input_ids
         chain = tokenizer(problem.completion, add_special_tokens=False).input_ids
-        wanted = list(chain)
+        row = torch.tensor([*prompt, *chain, tokenizer.eos_token_id])
         # A slip stands in the context, to be corrected; the model is not taught to make it.
-        for slip in problem.slips:
-            wanted[slip] = IGNORED
-        rows.append(prompt + chain + [tokenizer.eos_token_id])
-        targets.append([IGNORED] * len(prompt) + wanted + [tokenizer.eos_token_id])
-        total += len(rows[-1])
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), longest), IGNORED)
-    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        labels[i, : len(row)] = torch.tensor(target)
-    return ids, labels
+        ignored = [*range(len(prompt)), *(len(prompt) + slip for slip in problem.slips)]
+        rows.append(row)
+        targets.append(row.index_fill(0, torch.tensor(ignored), IGNORED))
+        total += len(row)
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids, pad_sequence(targets, batch_first=True, padding_value=IGNORED)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -104,14 +99,7 @@ def loss_and_accuracy(
 class Run:
     """A training run that can be written to a file and go on from there.
 
-    Attributes
-    ----------
-    step : int
-        Steps done.
-    stage : int
-        Index into the curriculum.
-    seconds : float
-        Wall time so far, over all sittings.
+    ``step`` steps are done, ``stage`` is an index into the curriculum, ``seconds`` the time of all sittings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, device: str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
-import numpy as np
 import polars as pl
-from scipy.stats import rankdata
 
 from simulator.results.metric_names import METRICS
 from validate.reasoner.tables import judged_rows, result_table
@@ -33,10 +30,7 @@ def measured_fidelity() -> dict[str, Any]:
     found: dict[str, Any] = {}
     wrong = misjudged()
     for metric in METRICS:
-        own = {
-            name: table.filter(pl.col("metric") == metric)["spearman_within"].to_list()
-            for name, table in tables.items()
-        }
+        own = {name: table.filter(metric=metric)["spearman_within"] for name, table in tables.items()}
         found[metric] = {name: [round(min(each), 2), round(max(each), 2)] for name, each in own.items()}
         found[metric] |= {"found_on_others": metric in _FOUND_ON_OTHERS, "misjudged": wrong[metric]}
     return {"model": MODEL, "parameters": PARAMETERS, "metrics": found}
@@ -50,14 +44,12 @@ def misjudged() -> dict[str, list[str]]:
     rows = [judged_rows(others) for others in (False, True)]
     shared = set(rows[0]["budget"]) & set(rows[1]["budget"])
     both = pl.concat(rows, how="diagonal").filter(pl.col("budget").is_in(list(shared)))
+    by_accuracy = pl.col("accuracy").rank(descending=True).over("family", "budget")
     found = {}
     for metric, own in METRICS.items():
-        places: dict[str, list[float]] = defaultdict(list)
-        for _, cells in both.group_by("family", "budget", maintain_order=True):
-            by_number = rankdata(cells[metric].to_numpy() * (-1 if own.more_is_better else 1))
-            by_accuracy = rankdata(-cells["accuracy"].to_numpy())
-            for policy, too_high in zip(cells["policy"], by_accuracy - by_number, strict=True):
-                places[policy].append(too_high)
-        means = {policy: float(np.mean(each)) for policy, each in places.items()}
-        found[metric] = sorted((p for p in means if means[p] >= _PLACES), key=lambda p: -means[p])
+        by_number = pl.col(metric).rank(descending=own.more_is_better).over("family", "budget")
+        places = both.select("policy", too_high=by_accuracy - by_number)
+        means = places.group_by("policy", maintain_order=True).mean()
+        wrong = means.filter(pl.col("too_high") >= _PLACES)
+        found[metric] = wrong.sort("too_high", descending=True, maintain_order=True)["policy"].to_list()
     return found

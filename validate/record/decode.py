@@ -244,7 +244,7 @@ def _open_run(
     hold = HOLD_ON_HOST if model.device.type == "cpu" else chunk
     with TraceWriter(path, shape, scale=scale, with_values=with_values, overwrite=overwrite) as writer:
         recorder = TraceRecorder(writer, hold)
-        with torch.inference_mode(), recording(model, recorder):
+        with torch.inference_mode(), recording(model, recorder.observe):
             yield _FullCacheRun(model, recorder, chunk, on_tokens)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from traces.errors import TraceError, UserError
@@ -17,15 +18,7 @@ from validate.record.decode import record_decode, record_rescore
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
-    """How each row is recorded.
-
-    Attributes
-    ----------
-    rescore : bool
-        Take each row's completion instead of decoding one.
-    max_new_tokens : int
-    sampling : Sampling
-    use_chat_template, with_values, overwrite : bool
+    """How each row is recorded: decoded, or with ``rescore`` from the completion that it holds.
 
     Raises
     ------
@@ -35,7 +28,7 @@ class RowSettings:
 
     rescore: bool = False
     max_new_tokens: int = 1024
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     use_chat_template: bool = True
     with_values: bool = False
     overwrite: bool = False
@@ -47,18 +40,10 @@ class RowSettings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one prompt.
+    """What became of one prompt: ``recorded``, ``kept`` (it was there already) or ``failed`` with an error.
 
-    Attributes
-    ----------
-    name : str
-        File name of the trace, without its ending.
-    status : str
-        ``recorded``, ``kept`` (it was there already) or ``failed``.
-    prompt_tokens, total_tokens : int or None
-    correct : bool or None
-        None where answers of the row's family cannot be read.
-    error : str
+    ``name`` is the trace's file name without its ending; ``correct`` is None where answers of its family
+    cannot be read.
     """
 
     name: str
@@ -97,45 +82,32 @@ def _record(
     on_tokens: Callable[[int], None] | None,
 ) -> tuple[str, Trace]:
     prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
-    token_ids = list(prompt_ids)
-    if settings.rescore:
-        token_ids += encode_completion(loaded.tokenizer, prompt.completion or "")
+    completion_ids = encode_completion(loaded.tokenizer, prompt.completion or "") if settings.rescore else []
     if not settings.overwrite and (kept := _open_if_there(path)) is not None:
-        _refuse_other_recording(kept, loaded, token_ids, settings)
+        _refuse_other_recording(kept, loaded, [*prompt_ids, *completion_ids], settings)
         return "kept", kept
     if settings.rescore:
-        completion_ids = token_ids[len(prompt_ids) :]
-        trace = record_rescore(
-            loaded.model,
-            prompt_ids,
-            completion_ids,
-            path,
-            tokenizer=loaded.tokenizer,
-            with_values=settings.with_values,
-            overwrite=settings.overwrite,
-            model_name=loaded.name,
-            model_revision=loaded.revision,
-            task=prompt.task,
-            on_tokens=on_tokens,
+        record = partial(
+            record_rescore, loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer
         )
     else:
-        trace = record_decode(
+        record = partial(
+            record_decode,
             loaded.model,
             loaded.tokenizer,
             prompt_ids,
             path,
             max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.sampling.do_sample,
-            temperature=settings.sampling.temperature,
-            top_p=settings.sampling.top_p,
-            seed=settings.sampling.seed,
-            with_values=settings.with_values,
-            overwrite=settings.overwrite,
-            model_name=loaded.name,
-            model_revision=loaded.revision,
-            task=prompt.task,
-            on_tokens=on_tokens,
+            **asdict(settings.sampling),
         )
+    trace = record(
+        with_values=settings.with_values,
+        overwrite=settings.overwrite,
+        model_name=loaded.name,
+        model_revision=loaded.revision,
+        task=prompt.task,
+        on_tokens=on_tokens,
+    )
     return "recorded", trace
 
 

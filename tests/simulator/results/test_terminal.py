@@ -9,7 +9,7 @@ from rich.console import Console
 
 from simulator.cells import run_replay
 from simulator.engine.sampling import Sampling
-from simulator.results.layout import short_names
+from simulator.results.layout import plain_console, short_names
 from simulator.results.standings import standings
 from simulator.results.tables import summarise
 from simulator.results.terminal import format_bytes, print_results, print_standings
@@ -98,7 +98,7 @@ def test_long_names_are_told_below_a_table_so_that_numbers_stay_whole(capsys, mo
         **{"tokens": 700.0, "diverged_at": None, "bytes_peak": 2**20},
     }
     table = pl.DataFrame([row, row | {"policy": "rkv"}])
-    print_accuracy(table)
+    print_accuracy(plain_console(160), table)
     out = capsys.readouterr().out
     assert "rkv+cake [1]" in out
     assert f"[1] {long}" in " ".join(out.split())
@@ -108,13 +108,14 @@ def test_long_names_are_told_below_a_table_so_that_numbers_stay_whole(capsys, mo
     assert short_names(["rkv", long]) == ({"rkv": "rkv", long: "rkv+cake [1]"}, [f"[1] {long}"])
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    print_accuracy(table)
+    print_accuracy(plain_console(160), table)
     narrow = capsys.readouterr().out
     assert "…" not in narrow
     assert "too narrow for tokens" in " ".join(narrow.split())
     assert narrow.count("0.100 to 0.500") == 2
     published = {"model": "m", "benchmark": "b", "n_samples": 1, "published": None, "note": ""}
-    print_published(table.with_columns(**{name: pl.lit(value) for name, value in published.items()}), "", "")
+    table = table.with_columns(**{name: pl.lit(value) for name, value in published.items()})
+    print_published(plain_console(160), table, "", "")
     narrow = capsys.readouterr().out
     assert "…" not in narrow
     assert narrow.count("10.00 to 50.00") == 2

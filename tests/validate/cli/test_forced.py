@@ -12,7 +12,7 @@ from verb_runs import one_line
 
 from simulator.policies.language import parse_policy
 from simulator.results.tables import GROUP
-from validate.levels.runs import forced_steps, run_forced
+from validate.levels.runs import run_forced
 from validate.models.load import load_model
 
 
@@ -43,8 +43,8 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
         "simulated_lost_lookups",
         "forced_lost_lookups",
     ]
-    own = steps.filter(policy="rkv").select(list(forced_steps(forced)))
-    assert own.equals(pl.DataFrame(forced_steps(forced)))
+    own = steps.filter(policy="rkv").select(list(forced.steps()))
+    assert own.equals(pl.DataFrame(forced.steps()))
     assert len(steps) == 2 * len(own)
 
 

@@ -21,7 +21,7 @@ from simulator.engine.selection import select_slots
 from simulator.policies.language import parse_policy
 from traces import write_trace
 from traces.errors import UserError
-from validate.levels.runs import Shadow, forced_steps, level_row, run_forced, run_shadow
+from validate.levels.runs import Shadow, run_forced, run_shadow
 from validate.models.load import load_model
 from validate.problems.families import make_problem
 from validate.problems.prompts import encode_prompt
@@ -282,7 +282,7 @@ def test_where_nothing_is_evicted_all_mass_stays_and_the_text_is_the_traces(text
 def test_rows_hold_the_means(model, trace, waves):
     policy = policy_of("rkv")
     forced = run_forced(model, trace, policy, ENTRIES, waves=waves)
-    assert level_row(forced) == pytest.approx(
+    assert forced.row() == pytest.approx(
         {
             "simulated_mass": forced.simulated.mean(),
             "forced_mass": forced.forced.mean(),
@@ -296,7 +296,7 @@ def test_rows_hold_the_means(model, trace, waves):
         abs=1e-6,
     )
     shadow = run_shadow(model, trace, policy, ENTRIES, waves=waves)
-    assert level_row(shadow) == {
+    assert shadow.row() == {
         "decisions": len(shadow.found),
         "mismatches": 0,
         "keys_equal": True,
@@ -305,7 +305,7 @@ def test_rows_hold_the_means(model, trace, waves):
 
 def test_steps_hold_the_mean_of_every_layer_and_step(model, trace, waves):
     forced = run_forced(model, trace, policy_of("rkv"), ENTRIES, waves=waves)
-    columns = forced_steps(forced)
+    columns = forced.steps()
     for layer in range(2):
         for step in range(N_NEW):
             row = {name: values[layer * N_NEW + step] for name, values in columns.items()}
@@ -349,6 +349,6 @@ def test_a_trace_without_a_decode_step_is_refused(run, model, tmp_path, rng):
 
 def test_one_decode_step_has_a_row(model, tmp_path):
     trace = recorded(model, tmp_path, max_new_tokens=1)
-    row = level_row(run_forced(model, trace, policy_of("streamingllm"), 12))
+    row = run_forced(model, trace, policy_of("streamingllm"), 12).row()
     assert row["agreement"] is None
     assert 0 < row["forced_mass"] < 1

@@ -124,7 +124,7 @@ def test_rows_of_a_version_with_one_kind_of_budget_are_of_that_kind(folder, tmp_
     batches = [Batch(FULL, None, 0, 3), Batch(RKV, parse_budget("20"), 0, 3)]
     rows = run(loaded, prompts, "20", baselines=baselines_of(full))
     for batch, written in zip(batches, (full, rows), strict=True):
-        write_parquet(written.drop("budget_kind"), own.path(batch))
+        write_parquet(written.drop("budget_kind"), batch.path(tmp_path))
     assert own.table(batches)["budget_kind"].to_list() == [None] * 3 + ["kept"] * 3
 
 

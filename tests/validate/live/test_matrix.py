@@ -18,6 +18,7 @@ from simulator.budget import parse_budget
 from simulator.policies.language import parse_policy
 from simulator.results.output import write_parquet
 from traces.errors import MissingDataError, UserError
+from validate.live.completions import LiveSettings
 from validate.live.matrix import FULL, Matrix
 from validate.reasoner.tokenizer import VOCABULARY_SIZE
 
@@ -67,14 +68,14 @@ def test_a_second_run_decodes_nothing(folder, tmp_path, calls):
     assert (errors, told) == ({}, [(batch, None) for batch in batches])
     assert len(seen.decoded) == 8
     assert own.table(batches).equals(table)
-    own.path(batches[5]).unlink()
+    batches[5].path(tmp_path).unlink()
     ran(own, batches)
     assert seen.decoded[8:] == [batches[5]]
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_more_problems_only_add_batches_and_fewer_take_rows_away(samples, folder, tmp_path, calls):
-    asked = settings_for(folder, live={"samples": samples})
+    asked = settings_for(folder, live=LiveSettings(samples=samples))
     seen = calls(asked, choose=lambda n_waiting: n_waiting - 1)
     # Of the second run only what was cut off is new: the full cache and three cells.
     for limit, n_decoded in ((3, 8), (4, 4), (6, 4), (3, 0)):
@@ -94,8 +95,8 @@ def test_an_error_in_one_batch_is_told_and_the_others_are_written(folder, tmp_pa
     batches = own.batches(CELLS)
     seen = calls(asked, failing={("random", 2)})
     errors, told = ran(own, batches)
-    assert list(errors) == [batches[6].file_name]
-    assert isinstance(errors[batches[6].file_name], MissingDataError)
+    assert list(errors) == [batches[6]]
+    assert isinstance(errors[batches[6]], MissingDataError)
     assert [pair for pair in told if pair[1]] == [(batches[6], "random at 2 lacks a wave")]
     assert len(told) == 8
     assert len(own.table(batches)) == 4 * 4 - 2
@@ -111,7 +112,7 @@ def test_without_a_full_cache_its_policies_are_not_decoded(folder, tmp_path, cal
     batches = own.batches(CELLS)
     seen = calls(asked, failing={("fullkv", 0)})
     errors, told = ran(own, batches, jobs)
-    assert set(errors) == {batch.file_name for batch in batches[:4]}
+    assert set(errors) == set(batches[:4])
     assert sorted((b.file_name for b, _ in told)) == sorted(b.file_name for b in batches)
     reasons = {batch: error for batch, error in told if error}
     assert reasons[batches[0]] == "fullkv at 0 lacks a wave"
@@ -139,7 +140,7 @@ def test_an_interrupt_takes_waiting_batches_with_it(folder, tmp_path, calls):
     [
         ({"dtype": "bfloat16"}, "dtype"),
         ({"batch": 3}, "batch"),
-        ({"live": {"max_new_tokens": 9}}, "live"),
+        ({"live": LiveSettings(max_new_tokens=9)}, "live"),
         ({"revision": "main"}, "revision"),
     ],
 )
@@ -189,7 +190,7 @@ def test_a_damaged_batch_is_decoded_again(folder, tmp_path, calls):
     own, seen = Matrix(tmp_path, asked, 4), calls(asked)
     batches = own.batches(CELLS)
     ran(own, batches)
-    own.path(batches[2]).write_bytes(own.path(batches[2]).read_bytes()[:100])
+    batches[2].path(tmp_path).write_bytes(batches[2].path(tmp_path).read_bytes()[:100])
     assert not own.is_done(batches[2])
     assert ran(own, batches)[0] == {}
     assert seen.decoded[8:] == [batches[2]]
@@ -201,7 +202,7 @@ def test_no_flipped_bit_of_a_batch_goes_unnoticed(folder, tmp_path, calls, capsy
     calls(asked)
     batches = own.batches(CELLS)
     ran(own, batches)
-    path, rng = own.path(batches[2]), random.Random(5)
+    path, rng = batches[2].path(tmp_path), random.Random(5)
     sound, rows = path.read_bytes(), own.table(batches)
     for _ in range(100):
         damaged = bytearray(sound)
@@ -219,8 +220,8 @@ def test_a_batch_that_lost_columns_or_is_another_is_decoded_again(folder, tmp_pa
     calls(asked)
     batches = own.batches(CELLS)
     ran(own, batches)
-    write_parquet(pl.read_parquet(own.path(batches[2])).drop("token_ids"), own.path(batches[2]))
-    shutil.copy(own.path(batches[1]), own.path(batches[3]))
+    write_parquet(pl.read_parquet(batches[2].path(tmp_path)).drop("token_ids"), batches[2].path(tmp_path))
+    shutil.copy(batches[1].path(tmp_path), batches[3].path(tmp_path))
     assert [own.is_done(batch) for batch in batches[:4]] == [True, True, False, False]
     err = capsys.readouterr().err
     assert "has no column 'token_ids'" in err

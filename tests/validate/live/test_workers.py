@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -14,7 +14,7 @@ from live_runs import CELLS, DRAWN, RANDOM, RKV, ran, run, settings_for
 from simulator.budget import parse_budget
 from simulator.policies.language import parse_policy
 from traces.errors import InfeasibleBudgetError, MissingDataError, NoDeviceError, UserError
-from validate.live import completions, matrix
+from validate.live import matrix
 from validate.live.completions import ROW_SCHEMA, LiveSettings, baselines_of, complete
 from validate.live.matrix import FULL, Batch, Matrix
 from validate.problems.prompts import read_prompts
@@ -32,14 +32,14 @@ def worker(monkeypatch):
 
 @pytest.mark.slow
 def test_a_worker_writes_the_rows_of_a_batch(folder, tmp_path, loaded, worker):
-    asked = settings_for(folder, live={"max_new_tokens": 8, "samples": 2, "sampling": asdict(DRAWN.sampling)})
+    live = LiveSettings(max_new_tokens=8, samples=2, sampling=DRAWN.sampling)
+    asked = settings_for(folder, live=live)
     own = Matrix(tmp_path, asked, 4)
     batches = own.batches(CELLS[:2])[3:]
     matrix._start_worker(asked)
     for batch in batches:
         matrix._run_batch(tmp_path, batch)
     assert all(own.is_done(batch) for batch in batches)
-    live = LiveSettings(max_new_tokens=8, samples=2, sampling=DRAWN.sampling)
     prompts = read_prompts(folder / "problems.jsonl")[2:]
     full = complete(loaded, prompts, FULL, None, live, first=2)
     random = run(loaded, prompts, "20", RANDOM, live, baselines_of(full), first=2)
@@ -69,7 +69,7 @@ def test_a_device_without_memory_says_what_to_do(folder, tmp_path, worker, monke
         raise torch.OutOfMemoryError
 
     matrix._start_worker(settings_for(folder))
-    monkeypatch.setattr(completions, "complete", fail)
+    monkeypatch.setattr(matrix, "complete", fail)
     with pytest.raises(NoDeviceError, match="2 problems at once do not fit"):
         matrix._run_batch(tmp_path, Batch(FULL, None, 0, 2))
 
@@ -112,8 +112,8 @@ def test_processes_decode_a_matrix(folder, tmp_path):
     own = Matrix(tmp_path, asked, 3)
     batches = own.batches([*CELLS, (RKV, parse_budget("3"))])
     errors, told = ran(own, batches)
-    assert {batch.file_name for batch, error in told if error} == set(errors)
-    assert set(errors) == {batches[4].file_name, batches[9].file_name}
+    assert {batch for batch, error in told if error} == set(errors)
+    assert set(errors) == {batches[4], batches[9]}
     assert all(isinstance(error, InfeasibleBudgetError) for error in errors.values())
     assert len(told) == len(batches) == 10
     table = own.table(batches)

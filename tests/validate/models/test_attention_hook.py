@@ -95,14 +95,8 @@ def test_without_the_private_kernel_attention_falls_back(monkeypatch):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
-class Calls:
-    """A recorder that counts."""
-
-    def __init__(self):
-        self.layers = []
-
-    def observe(self, call):
-        self.layers.append(call.layer)
+def unseen(call):
+    """Look at no call."""
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -111,12 +105,12 @@ def test_recording_restores_the_model(implementation):
     model.set_attn_implementation(implementation)
     model.train()
     model.lm_head.eval()
-    calls = Calls()
-    with recording(model, calls):
+    calls = []
+    with recording(model, calls.append):
         assert model.config._attn_implementation == IMPLEMENTATION
         assert not model.training
         model(input_ids=torch.tensor([[3, 4, 5]]))
-    assert calls.layers == [0, 1]
+    assert [call.layer for call in calls] == [0, 1]
     assert model.config._attn_implementation == implementation
     assert model.training
     assert not model.lm_head.training
@@ -127,7 +121,7 @@ def test_recording_restores_the_model(implementation):
 def test_recording_restores_the_model_after_an_error(error):
     model = tiny_model()
     before = model.config._attn_implementation
-    with pytest.raises(error), recording(model, Calls()):
+    with pytest.raises(error), recording(model, unseen):
         raise error
     assert model.config._attn_implementation == before
     assert not any(hasattr(module, RECORDER_ATTRIBUTE) for module in model.modules())
@@ -135,8 +129,8 @@ def test_recording_restores_the_model_after_an_error(error):
 
 def test_recording_twice_at_once_is_refused():
     model = tiny_model()
-    with recording(model, Calls()):
-        with pytest.raises(UserError, match="kvbudget_record already"), recording(model, Calls()):
+    with recording(model, unseen):
+        with pytest.raises(UserError, match="kvbudget_record already"), recording(model, unseen):
             pass
         assert model.config._attn_implementation == IMPLEMENTATION
 
@@ -178,9 +172,9 @@ def test_sliding_window_in_force_is_refused():
     model = tiny_model("mistral", sliding_window=5)
     ids = torch.arange(3, 9)[None]
     words = "sliding window of 5 entries, in force at 6 tokens"
-    with pytest.raises(UserError, match=words), recording(model, Calls()):
+    with pytest.raises(UserError, match=words), recording(model, unseen):
         model(input_ids=ids, use_cache=False)
-    with recording(model, Calls()):
+    with recording(model, unseen):
         model(input_ids=ids[:, :5], use_cache=False)
 
 
