@@ -27,16 +27,21 @@ class Divergence:
         Whether another token is the most likely one.
     log_likelihood_change : float64 (n_steps - 1,)
         Of the trace's own next token, in nats; below 0 where it became less likely. The last step has none.
+    agrees : bool (n_steps - 1,)
+        Whether the trace's next token is the most likely one under eviction, which for a greedy trace means
+        that the model would have written it.
     """
 
     kl: np.ndarray
     top_changed: np.ndarray
     log_likelihood_change: np.ndarray
+    agrees: np.ndarray
 
     def columns(self) -> dict[str, float | None]:
         """Reduce to the numbers of a row; ``perplexity_ratio`` is above 1 where the text is less likely."""
         change = self.log_likelihood_change.mean() if len(self.log_likelihood_change) else None
         return {
+            "agreement": float(self.agrees.mean()) if len(self.agrees) else None,
             "kl_mean": float(self.kl.mean()),
             "kl_p95": float(np.quantile(self.kl, 0.95)),
             "kl_worst": float(self.kl.max()),
@@ -77,14 +82,17 @@ class FullPredictions:
             Of the decode steps in order, cut into passes in any way.
         """
         own = (row for block in self._log_probabilities for row in block)
-        kl, changed, likelihood, step = [], [], [], 0
+        step = 0
+        kl, changed, likelihood, agrees = [], [], [], []
         with torch.inference_mode():
             for block in logits:
                 found = block.float().log_softmax(-1)
                 full = torch.stack([next(own) for _ in range(len(found))])
                 kl.append((full.exp() * (full - found)).sum(-1, dtype=torch.float64))
-                changed.append(full.argmax(-1) != found.argmax(-1))
+                top = found.argmax(-1)
+                changed.append(full.argmax(-1) != top)
                 known = self._next_ids[step : step + len(found), None]
+                agrees.append(top[: len(known)] == known[:, 0])
                 rows = found[: len(known)] - full[: len(known)]
                 likelihood.append(rows.gather(1, known)[:, 0].double())
                 step += len(found)
@@ -92,6 +100,7 @@ class FullPredictions:
             kl=torch.cat(kl).clamp(min=0).cpu().numpy(),
             top_changed=torch.cat(changed).cpu().numpy(),
             log_likelihood_change=torch.cat(likelihood).cpu().numpy(),
+            agrees=torch.cat(agrees).cpu().numpy(),
         )
 
 
