@@ -62,8 +62,8 @@ class Ledger:
         self.evicted_at = np.full((n_kv_heads, total_tokens), NEVER, np.int32)
         form = form_of(dtype, head_dim)
         widths = head_dim, head_dim if with_values else 0, form.depth if form.paired else 0
-        numbers = (np.empty((n_kv_heads, 0, width), np.float32) for width in widths)
-        self._hold(_Rows(*numbers, np.empty((n_kv_heads, 0), np.int32)))
+        keys, values, pairs = (np.empty((n_kv_heads, 0, width), np.float32) for width in widths)
+        self._hold(_Rows(keys, values, pairs, np.empty((n_kv_heads, 0), np.int32)))
 
     @property
     def n_entries(self) -> int:
