@@ -54,9 +54,8 @@ class Budget:
 
     def __str__(self) -> str:
         amount = int(self.amount) if float(self.amount).is_integer() else self.amount
-        return (
-            f"{amount}" + ("" if self.unit == "entries" else self.unit) + ("!" if self.kind == PEAK else "")
-        )
+        unit, mark = "" if self.unit == "entries" else self.unit, "!" if self.kind == PEAK else ""
+        return f"{amount}{unit}{mark}"
 
     def of_cache(self, shape: ModelShape, total_tokens: int) -> Fraction:
         """Give the entries over all layers and KV heads that the amount comes to, not rounded."""

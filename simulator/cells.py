@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from simulator.policies.language import Policy, parse_policy, split_list
 from simulator.policies.parts import PolicyError
 from simulator.policies.plugins import failure
 from simulator.policies.wave import Wave, known_waves, read_wave, require_fitting
-from simulator.results.tables import GROUP, budget_columns, result_table, retained_table, trajectory_table
+from simulator.results.tables import budget_columns, result_table, retained_table, trajectory_table
 from traces.check import check_trace
 from traces.errors import UserError
 from traces.seeds import require_seed
@@ -68,6 +69,8 @@ class Cell:
 
     Attributes
     ----------
+    labels : dict
+        What tells it apart in the tables beside the results.
     row : dict
         Columns of ``results.ROW_SCHEMA``.
     budget : Budget
@@ -77,22 +80,16 @@ class Cell:
         0, or the code of what went wrong.
     """
 
+    labels: dict[str, Any]
     row: dict[str, Any]
     budget: Budget
     retained: list[Retained] = field(default_factory=list)
     trajectory: pl.DataFrame | None = None
     exit_code: int = 0
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """What tells this cell apart in the tables beside the results."""
-        return {name: self.row[name] for name in _IDENTITY}
-
 
 # Of a trace: more are a day's work, and a typing error more likely.
 MOST_CELLS = 10**5
-# What tells the cells of a trace apart in the tables beside the results.
-_IDENTITY = ("trace_id", "trace", *GROUP)
 
 
 def replay(
@@ -194,19 +191,18 @@ def run_replay(
     for trace in opened:
         with trace.mapped():
             prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed)
-            for policy in parsed:
-                for budget in asked:
-                    cells.append(
-                        prepared.replay(
-                            policy,
-                            budget,
-                            seed=seed,
-                            waves=known,
-                            keep_retained=keep_retained,
-                            keep_trajectory=keep_trajectory,
-                        )
+            for policy, budget in product(parsed, asked):
+                cells.append(
+                    prepared.replay(
+                        policy,
+                        budget,
+                        seed=seed,
+                        waves=known,
+                        keep_retained=keep_retained,
+                        keep_trajectory=keep_trajectory,
                     )
-                    on_cell()
+                )
+                on_cell()
     failed = [cell.exit_code for cell in cells if cell.exit_code]
     return Replay(
         result_table(cell.row for cell in cells),
@@ -266,8 +262,14 @@ class PreparedTrace:
     ) -> Cell:
         """Replay one cell; what goes wrong in it by a user's or a policy's fault stands in its row."""
         trace = self.trace
-        cell = Cell(_labels(trace, policy, budget), budget)
-        cell.row["sampling"] = str(self._sampling) or None
+        labels = cell_labels(trace, policy, budget)
+        facts = {
+            "family": trace.manifest.task.get("family"),
+            "model": trace.model,
+            "code_version": code_version(),
+            "sampling": str(self._sampling) or None,
+        }
+        cell = Cell(labels, labels | facts, budget)
         started = time.perf_counter()
         try:
             entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
@@ -287,7 +289,7 @@ class PreparedTrace:
             cell.row["status"] = "ok"
             cell.retained = outcome.retained
             if keep_trajectory:
-                cell.trajectory = trajectory_table(cell.labels, spans(trace, outcome))
+                cell.trajectory = trajectory_table(labels, spans(trace, outcome))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a user's part raises
@@ -318,14 +320,6 @@ def cell_labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
         "policy": policy.name,
         "policy_params": policy.parameters_json,
         **budget_columns(budget),
-    }
-
-
-def _labels(trace: Trace, policy: Policy, budget: Budget) -> dict[str, Any]:
-    return cell_labels(trace, policy, budget) | {
-        "family": trace.manifest.task.get("family"),
-        "model": trace.model,
-        "code_version": code_version(),
     }
 
 

@@ -19,7 +19,7 @@ from simulator.policies.contract import (
     checked_scores,
 )
 from simulator.policies.language import Policy
-from simulator.policies.parts import HeadRequest, Scorer
+from simulator.policies.parts import HeadRequest
 from simulator.policies.rope import Rope
 from simulator.policies.view import LayerView
 
@@ -94,6 +94,7 @@ class Compressor:
         self.since = self.n_compressions = 0
         self.protection_binding = False
         self._notes: list[np.ndarray] | None = None
+        self._scores: list[np.ndarray] | None = None
         self._memory = asked_memory(policy.scorer)
         self._n_tokens = prompt_tokens
 
@@ -158,12 +159,26 @@ class Compressor:
     def decide(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray | None]:
         """Score, divide the budget over the KV heads anew where that is due, and choose who stays.
 
-        Parameters as of ``view``, returns as of ``survivors``.
+        Parameters as of ``view``, returns as of ``survivors``. Where ``divide`` has come first, nothing is
+        scored or divided a second time.
         """
-        scores = self.score(held, queries, n_tokens)
+        scores = self._scores or self.divide(held, queries, n_tokens)
+        self._scores = None
+        return self.survivors(scores, held.positions)
+
+    def divide(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray]:
+        """Take the first step of a decision by itself: score, and divide the budget anew where that is due.
+
+        It stands apart because requests on one clock settle the budgets of all heads at a moment before any
+        of their layers evicts. The scores wait for ``decide``: a scorer is asked once a compression, since
+        it may remember what it was shown.
+
+        Parameters as of ``view``, returns as of ``score``.
+        """
+        scores = self._scores = self.score(held, queries, n_tokens)
         if self.reallocation_due(n_tokens):
             self.reallocate(scores, n_tokens)
-        return self.survivors(scores, held.positions)
+        return scores
 
     def score(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray]:
         """Score what every KV head holds; parameters as of ``view``.
@@ -215,7 +230,7 @@ class Compressor:
 
     def forget(self) -> None:
         """Let go of what is known of the entries; none will be scored again."""
-        self._notes = self._memory = None
+        self._notes = self._scores = self._memory = None
 
     def _n_scored(self, n_tokens: int) -> int:
         scorer = self.policy.scorer
@@ -228,12 +243,12 @@ class Compressor:
         return noted
 
     def _quotas(self, n_tokens: int) -> np.ndarray:
-        scorer, protected = self.policy.scorer, self.policy.protected_of(self.prompt_tokens)
-        if type(scorer).quota is Scorer.quota:
-            return self.budgets
-        quotas = np.array([asked_quota(scorer, int(budget), n_tokens) for budget in self.budgets], np.int64)
+        """Give how many entries each KV head may keep of its budget; int64 (n_kv_heads,)."""
+        budgets = self.budgets.tolist()
+        protected = self.policy.protected_of(self.prompt_tokens)
+        granted = {budget: asked_quota(self.policy.scorer, budget, n_tokens) for budget in set(budgets)}
         # What is protected stays, whatever the scorer grants; no budget is smaller.
-        return np.maximum(quotas, np.minimum(self.budgets, protected))
+        return np.array([max(granted[budget], min(budget, protected)) for budget in budgets], np.int64)
 
 
 def lend_unused(budgets: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One layer of one request under a policy: measure a span, reallocate, compress."""
+"""One layer of one request under a policy: measure a span, divide over heads, compress."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulator.engine.compression import Compressor, Held
-from simulator.engine.ledger import Ledger
 from simulator.engine.sampling import Sample
+from simulator.kernels.ledger import Ledger
 from simulator.kernels.spans import WindowProducts, span_mass
 from simulator.kernels.widening import widen
 from simulator.policies.contract import asked_to_fire
@@ -113,7 +113,6 @@ class LayerReplay:
         self._stored = {name: trace.stored(layer, name) for name in names}
         self._token_ids = trace.token_ids
         self._n_tokens = 0
-        self._scores: list[np.ndarray] | None = None
         reused = policy.scorer.window if policy.evicts and policy.scorer.reuses_products else 0
         # Of a wide window they would take more memory than the keys.
         is_wide = reused * shape.group_size > shape.head_dim
@@ -135,10 +134,6 @@ class LayerReplay:
             return earliest
         fires = asked_to_fire(trigger, self._token_ids[earliest - 1 :])
         return earliest + int(fires.argmax()) if fires.any() else None
-
-    def reallocation_due(self, n_tokens: int) -> bool:
-        """Say whether the heads' budgets are to be divided anew at a compression at ``n_tokens``."""
-        return self.compressor.reallocation_due(n_tokens)
 
     def advance(self, n_tokens: int) -> None:
         """Decode up to ``n_tokens`` tokens: append their entries and measure their attention."""
@@ -200,17 +195,14 @@ class LayerReplay:
         return stored.reshape(self._shape.n_kv_heads, -1, *stored.shape[1:])[:, :, tokens][kv_heads]
 
     def reallocate(self) -> None:
-        """Divide the layer's budget over its KV heads by the scores of now."""
-        self._scores = self._score_heads()
-        self.compressor.reallocate(self._scores, self._n_tokens)
+        """Divide the layer's budget over its KV heads, before other layers and this one compress."""
+        self.compressor.divide(*self._shown())
 
     def compress(self) -> None:
-        """Evict from every head what exceeds its budget."""
-        scores = self._scores or self._score_heads()
-        self._scores = None
+        """Evict from every head what exceeds its budget, divided anew if that is due and not done."""
         compression = self.compressor.n_compressions
         n_held = self.ledger.n_entries
-        self.ledger.retain(self.compressor.survivors(scores, self.ledger.positions()), self._n_tokens)
+        self.ledger.retain(self.compressor.decide(*self._shown()), self._n_tokens)
         self._products.forget()
         self.n_evicted += n_held - self.ledger.n_entries
         if self._keep_retained:
@@ -233,10 +225,6 @@ class LayerReplay:
         held = Held(self.ledger.keys(), self.ledger.positions())
         return self.compressor.view(held, self._last_queries(n_queries), self._n_tokens).heads
 
-    def resize(self, entries: int) -> None:
-        """Change the layer's budget per KV head."""
-        self.compressor.resize(entries)
-
     def _append(self, start: int, stop: int) -> None:
         values = self._stored["values"][:, start:stop] if self._with_values else None
         self.ledger.append(start, self._stored["keys"][:, start:stop], values)
@@ -246,7 +234,8 @@ class LayerReplay:
         last = self._stored["queries"][:, self._n_tokens - n : self._n_tokens]
         return widen(last, self._shape.dtype)
 
-    def _score_heads(self) -> list[np.ndarray]:
+    def _shown(self) -> tuple[Held, np.ndarray, int]:
+        """Give what the compressor decides from: entries, last queries, and tokens in the history."""
         held = Held(
             self.ledger.keys(),
             self.ledger.positions(),
@@ -254,4 +243,4 @@ class LayerReplay:
             self._products.known(self.ledger.lengths),
         )
         n_queries = self.compressor.n_queries(self._n_tokens)
-        return self.compressor.score(held, self._last_queries(n_queries), self._n_tokens)
+        return held, self._last_queries(n_queries), self._n_tokens

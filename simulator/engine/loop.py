@@ -109,8 +109,6 @@ class Engine:
             if due is None:
                 return _complete_layer(layer)
             layer.advance(due)
-            if layer.reallocation_due(due):
-                layer.reallocate()
             layer.compress()
 
     def _reallocate_layers(self, batch: list[Event]) -> None:
@@ -160,7 +158,7 @@ class Engine:
         n_tokens = _next_compression(own) if n_tokens is None else n_tokens
         if n_tokens is None:
             return
-        kinds = [Kind.HEAD_BUDGETS] if own.reallocation_due(n_tokens) else []
+        kinds = [Kind.HEAD_BUDGETS] if own.compressor.reallocation_due(n_tokens) else []
         for kind in (*kinds, Kind.COMPRESSION):
             standing.append(self._queue.push(request.time_of(n_tokens), kind, number, layer))
 

@@ -166,7 +166,7 @@ class Request:
         budgets, binding = divide_over_layers(self.policy, replace(self._asked, views=views))
         self._layers_binding |= binding
         for layer, entries in zip(self.layers, budgets.tolist(), strict=True):
-            layer.resize(entries)
+            layer.compressor.resize(entries)
 
     def outcome(self) -> Outcome:
         """Collect what the layers measured, after completion."""

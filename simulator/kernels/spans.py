@@ -72,7 +72,7 @@ def span_mass(
     Parameters
     ----------
     keys : float32 (n_all_kv_heads, capacity, width)
-        ``simulator.kernels.entries.Rows.multiplied`` of a layer.
+        ``simulator.kernels.ledger.Ledger.multiplied`` of a layer.
     kv_heads : slice or list of int
         The ``n_kv_heads`` that are measured.
     slots : int64 (n_kv_heads, n_tokens)

@@ -17,7 +17,7 @@ import naive_rules
 import naive_scorers
 import numpy as np
 
-from simulator.engine.layer import LayerReplay
+from simulator.engine.compression import Compressor
 from simulator.engine.loop import Engine
 from simulator.engine.request import Outcome, Request
 from simulator.policies.language import parse_policy
@@ -47,11 +47,11 @@ def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outc
     policy = parse_policy(text)
     request = Request(trace, policy, entries, seed=seed, waves=waves, keep_retained=True)
     budgets = defaultdict(list)
-    reallocate, reallocate_layers = LayerReplay.reallocate, Request.reallocate_layers
+    reallocate, reallocate_layers = Compressor.reallocate, Request.reallocate_layers
 
-    def watched(layer_replay: LayerReplay) -> None:
-        reallocate(layer_replay)
-        budgets[request.layers.index(layer_replay)].append(layer_replay.compressor.budgets.tolist())
+    def watched(compressor: Compressor, *scored: object) -> None:
+        reallocate(compressor, *scored)
+        budgets[compressor.layer].append(compressor.budgets.tolist())
 
     def watched_layers(own: Request) -> None:
         reallocate_layers(own)
@@ -59,7 +59,7 @@ def replayed(trace, text, entries, *, demand=None, seed=0, jobs=1) -> tuple[Outc
         budgets[-1].append([layer.compressor.total // n_kv_heads for layer in own.layers])
 
     with (
-        patch.object(LayerReplay, "reallocate", watched),
+        patch.object(Compressor, "reallocate", watched),
         patch.object(Request, "reallocate_layers", watched_layers),
     ):
         (outcome,) = Engine([request], jobs).run()

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.engine.compression import lend_unused
-from simulator.engine.ledger import NEVER
 from simulator.engine.loop import Engine, memory_over_time
 from simulator.engine.request import Request
+from simulator.kernels.ledger import NEVER
 from simulator.policies.language import parse_policy
 from simulator.policies.parts import HeadAllocator, LayerAllocator, PolicyError
 from traces.errors import UserError

@@ -8,7 +8,7 @@ from cases import MODERATE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.engine.ledger import NEVER, Ledger
+from simulator.kernels.ledger import NEVER, Ledger
 from traces.numbers import STORAGE_DTYPES, round_to_storage, to_float32
 
 TOTAL = 400
