@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import IO
 
 from traces.atomic import write_file
 from traces.errors import UserError
@@ -101,9 +102,9 @@ def _fetch_part(package: str, member: str, part: Path) -> Path:
     return part
 
 
-def _copy(source: object, path: Path) -> None:
+def _copy(source: IO[bytes], path: Path) -> None:
     with path.open("wb") as target:
-        shutil.copyfileobj(source, target, 2**20)  # type: ignore[misc]
+        shutil.copyfileobj(source, target, 2**20)
 
 
 def _join(files: list[Path], whole: Path, known: Pretrained, name: str) -> None:

@@ -87,14 +87,14 @@ def convert_gguf(path: Path, folder: Path, origin: Mapping[str, object]) -> None
 def _convert(path: Path, folder: Path) -> None:
     import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from validate.models.whole import load_whole
 
     file = GGUFReader(path)
     _require_plain_rope(file, path)
-    source = {"gguf_file": path.name, "output_loading_info": True}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model, told = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
-    require_all_weights(told, f"model {path}")
+    model = load_whole(path.parent, f"model {path}", gguf_file=path.name, dtype=torch.float32)
     # What the library has no place for it leaves out without a word, such as biases of a variant.
     n_stored = sum(int(tensor.n_elements) for tensor in file.tensors)
     n_taken = sum(parameter.numel() for parameter in model.parameters())
@@ -103,7 +103,7 @@ def _convert(path: Path, folder: Path) -> None:
             f"model {path}: {n_stored} weights found; transformers takes {n_taken} of such a model"
         )
     # What is saved is not quantised any more.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
@@ -119,26 +119,4 @@ def _require_plain_rope(file: Any, path: Path) -> None:
         raise UserError(
             f"model {path}: scaled RoPE found ({scaled[0]}), which transformers does not read from GGUF; "
             "allowed: the model's original checkpoint"
-        )
-
-
-def require_all_weights(told: Mapping[str, Any], what: str) -> None:
-    """Refuse a model of which weights were not found, which the library then draws at random.
-
-    Parameters
-    ----------
-    told : mapping
-        The loading info that ``from_pretrained`` gives.
-    what : str
-        What messages call the model.
-
-    Raises
-    ------
-    UserError
-    """
-    missing = sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
-    if missing:
-        raise UserError(
-            f"{what}: {len(missing)} weights are missing or of another shape, such as {missing[0]}; allowed: "
-            "a whole model"
         )

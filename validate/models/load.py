@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from traces.shape import ModelShape
 from validate.models import gguf
 from validate.models.pretrained import is_here, models_folder, pretrained_models
 from validate.models.shapes import PREFIX, find_shape, random_revision
+from validate.models.whole import load_whole
 
 REFERENCE = "reference"
 REFERENCE_NAME = "kvbudget-reasoner-v2"
@@ -82,12 +82,12 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, told = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options
-        )
+        what, stored = f"model '{name_or_path}'", DTYPES.get(dtype, "auto")
+        model = load_whole(source, what, config=config, dtype=stored, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise _cannot_be_loaded(name_or_path, error) from error
-    gguf.require_all_weights(told, f"model '{name_or_path}'")
     dtype_name(model.dtype)
     placed = _place(model, target, name_or_path)
     return LoadedModel(placed, tokenizer, *_identity(name_or_path, folder, config))
