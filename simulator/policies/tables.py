@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -49,12 +48,11 @@ def wave_of(request: LayerRequest) -> Wave:
     return wave
 
 
-@dataclass(frozen=True)
 class FollowsHeadTable:
     """Base of allocators that follow a table of how much each head needs: their parameter ``head_table``."""
 
     files: ClassVar[tuple[str, ...]] = ("head_table",)
-    head_table: str = ""
+    head_table: str
 
     @property
     def needs(self) -> frozenset[str]:

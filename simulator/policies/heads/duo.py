@@ -45,6 +45,7 @@ class Duo(FollowsHeadTable, HeadAllocator):
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     delta: ClassVar[int] = ONCE
     searched: ClassVar[Ranges] = {"streaming_share": Range(0.1, 0.9), "stream_budget": Range(0.05, 0.9)}
+    head_table: str = ""
     streaming_share: float = 0.5
     stream_budget: float = 0.25
 

@@ -47,6 +47,7 @@ class HeadKV(FollowsHeadTable, HeadAllocator):
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258"
     delta: ClassVar[int] = ONCE
     searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
+    head_table: str = ""
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class TableLayers(FollowsHeadTable, LayerAllocator):
     name: ClassVar[str] = "table"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258, between layers"
     searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
+    head_table: str = ""
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:

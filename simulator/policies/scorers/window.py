@@ -17,32 +17,11 @@ from simulator.policies.view import CacheView, LayerView
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
 SLOT_ORDERS = ("chronological", "score")
 POOLS = ("max", "avg")
+_SEARCHED: Ranges = {"window": Range(1, 32, log=True), "kernel_size": Range(1, 15, step=2)}
 
 
 @dataclass(frozen=True)
-class WindowScorer(Scorer):
-    """Observe the last ``window`` queries, protect as many entries, and pool over neighbouring slots."""
-
-    searched: ClassVar[Ranges] = {
-        "window": Range(1, 32, log=True),
-        "kernel_size": Range(1, 15, step=2),
-    }
-    window: int = 8
-    kernel_size: int = 7
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.window >= 1, "window", self.window, "1 or more")
-        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        refuse_unless(odd, "kernel_size", self.kernel_size, "an odd number")
-
-    @property
-    def recent(self) -> int:
-        """Entries of the observation window, which are not scored."""
-        return self.window
-
-
-@dataclass(frozen=True)
-class EvictableWindow(WindowScorer):
+class EvictableWindow(Scorer):
     """Base of scorers whose softmax runs over the evictable entries only.
 
     Attributes
@@ -59,14 +38,21 @@ class EvictableWindow(WindowScorer):
         the second compression on.
     """
 
-    searched: ClassVar[Ranges] = {**WindowScorer.searched, "group_reduce": Choices(GROUP_REDUCTIONS)}
+    searched: ClassVar[Ranges] = {**_SEARCHED, "group_reduce": Choices(GROUP_REDUCTIONS)}
+    window: int = 8
+    kernel_size: int = 7
     group_reduce: str = "max_logits"
     slot_order: str = "chronological"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        refuse_bad_window(self.window, self.kernel_size)
         refuse_unknown("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
         refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+
+    @property
+    def recent(self) -> int:
+        """Entries of the observation window, which are not scored."""
+        return self.window
 
     @property
     def reuses_products(self) -> bool:
@@ -87,7 +73,7 @@ class EvictableWindow(WindowScorer):
 
 
 @dataclass(frozen=True)
-class HeldWindow(WindowScorer):
+class HeldWindow(Scorer):
     """Base of scorers whose softmax runs over all that is held, the window's own entries included.
 
     Attributes
@@ -104,15 +90,21 @@ class HeldWindow(WindowScorer):
         the second compression on.
     """
 
-    searched: ClassVar[Ranges] = {**WindowScorer.searched, "pool": Choices(POOLS)}
+    searched: ClassVar[Ranges] = {**_SEARCHED, "pool": Choices(POOLS)}
     window: int = 32
+    kernel_size: int = 7
     pool: str = "max"
     slot_order: str = "chronological"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        refuse_bad_window(self.window, self.kernel_size)
         refuse_unknown("pool", self.pool, POOLS)
         refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+
+    @property
+    def recent(self) -> int:
+        """Entries of the observation window, which are not scored."""
+        return self.window
 
     def importance(self, view: CacheView) -> np.ndarray:
         """Give the pooled attention to a KV head's entries, zero in the window; float32 (n_entries,)."""
@@ -126,6 +118,13 @@ class HeldWindow(WindowScorer):
             else:
                 pooled[:] = average_pool(weights, self.kernel_size)
         return scores
+
+
+def refuse_bad_window(window: int, kernel_size: int) -> None:
+    """Refuse a window without a query, or a pooling that has no middle; raises ValueError."""
+    refuse_unless(window >= 1, "window", window, "1 or more")
+    odd = kernel_size >= 1 and kernel_size % 2 == 1
+    refuse_unless(odd, "kernel_size", kernel_size, "an odd number")
 
 
 def average_pool(values: np.ndarray, kernel_size: int) -> np.ndarray:
