@@ -338,3 +338,8 @@ def refuse_unless(condition: bool, what: str, found: object, allowed: str) -> No
     """Raise a ValueError that names a parameter, the value found and what is allowed."""
     if not condition:
         raise ValueError(f"{what} is {found!r}; allowed: {allowed}")
+
+
+def refuse_unknown(what: str, found: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError, as ``refuse_unless``, if the value is none of those allowed."""
+    refuse_unless(found in allowed, what, found, ", ".join(allowed))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -46,6 +46,22 @@ def wave_of(request: LayerRequest) -> Wave:
             f"the wave of model '{request.model}' has {len(wave.demand)} layers, the trace {request.n_layers}"
         )
     return wave
+
+
+class FollowsHeadTable:
+    """Base of allocators that follow a table of how much each head needs: their parameter ``head_table``."""
+
+    files: ClassVar[tuple[str, ...]] = ("head_table",)
+    head_table: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Without a file, the model's wave."""
+        return frozenset() if self.head_table else frozenset({"wave"})
+
+    def numbers(self, request: LayerRequest) -> np.ndarray:
+        """Give the table, float64 (n_layers, n_kv_heads); raises as the function ``head_table``."""
+        return head_table(self.head_table, request)
 
 
 def head_table(path: str, request: LayerRequest) -> np.ndarray:

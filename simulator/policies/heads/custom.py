@@ -29,16 +29,12 @@ class CustomHeads(HeadAllocator):
     """
 
     name: ClassVar[str] = "custom"
+    delta: ClassVar[int] = ONCE
     files: ClassVar[tuple[str, ...]] = ("head_shares",)
     head_shares: str = ""
 
     def __post_init__(self) -> None:
         refuse_bad_shares("head_shares", self.head_shares)
-
-    @property
-    def delta(self) -> int:
-        """Divide once."""
-        return ONCE
 
     def table(self, request: LayerRequest) -> np.ndarray:
         """Give the proportions of every layer.

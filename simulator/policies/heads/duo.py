@@ -11,11 +11,11 @@ from simulator.policies.apportion import divide
 from simulator.policies.heads.shares import ONCE, equal_shares
 from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.tables import head_table
+from simulator.policies.tables import FollowsHeadTable
 
 
 @dataclass(frozen=True)
-class Duo(HeadAllocator):
+class Duo(FollowsHeadTable, HeadAllocator):
     """Two classes of heads: streaming ones get a small share, and retrieval ones what that frees.
 
     Attributes
@@ -43,7 +43,7 @@ class Duo(HeadAllocator):
 
     name: ClassVar[str] = "duo"
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
-    files: ClassVar[tuple[str, ...]] = ("head_table",)
+    delta: ClassVar[int] = ONCE
     searched: ClassVar[Ranges] = {"streaming_share": Range(0.1, 0.9), "stream_budget": Range(0.05, 0.9)}
     head_table: str = ""
     streaming_share: float = 0.5
@@ -53,16 +53,6 @@ class Duo(HeadAllocator):
         refuse_unless(0 <= self.streaming_share <= 1, "streaming_share", self.streaming_share, "0 to 1")
         refuse_unless(0 <= self.stream_budget <= 1, "stream_budget", self.stream_budget, "0 to 1")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Without a file, the model's wave."""
-        return frozenset() if self.head_table else frozenset({"wave"})
-
-    @property
-    def delta(self) -> int:
-        """Divide once."""
-        return ONCE
-
     def table(self, request: LayerRequest) -> np.ndarray:
         """Give 1 for retrieval heads and 0 for streaming ones.
 
@@ -71,7 +61,7 @@ class Duo(HeadAllocator):
         MissingDataError, UserError
             As ``tables.head_table``.
         """
-        values = head_table(self.head_table, request)
+        values = self.numbers(request)
         n_streaming = int(np.floor(self.streaming_share * values.size + 0.5))
         ranked = np.lexsort((-np.arange(values.size), values.ravel()))
         is_retrieval = np.ones(values.size)

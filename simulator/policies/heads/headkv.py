@@ -11,11 +11,11 @@ from simulator.policies.apportion import divide, pooled_shares
 from simulator.policies.heads.shares import ONCE
 from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.tables import head_table
+from simulator.policies.tables import FollowsHeadTable
 
 
 @dataclass(frozen=True)
-class HeadKV(HeadAllocator):
+class HeadKV(FollowsHeadTable, HeadAllocator):
     """Budgets that follow a static table of how much each head needs.
 
     Attributes
@@ -45,23 +45,13 @@ class HeadKV(HeadAllocator):
 
     name: ClassVar[str] = "headkv"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258"
-    files: ClassVar[tuple[str, ...]] = ("head_table",)
+    delta: ClassVar[int] = ONCE
     searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
     head_table: str = ""
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:
         refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Without a file, the model's wave."""
-        return frozenset() if self.head_table else frozenset({"wave"})
-
-    @property
-    def delta(self) -> int:
-        """Divide once."""
-        return ONCE
 
     def table(self, request: LayerRequest) -> np.ndarray:
         """Give the table.
@@ -71,7 +61,7 @@ class HeadKV(HeadAllocator):
         MissingDataError, UserError
             As ``tables.head_table``.
         """
-        return head_table(self.head_table, request)
+        return self.numbers(request)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import robustify
-from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unless
+from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unknown, refuse_unless
 from simulator.policies.ranges import Choices, Range, Ranges
 
 POOLINGS = ("none", "length")
@@ -48,7 +48,7 @@ class UtilityHeads(HeadAllocator):
         "beta": Range(0.1, 2.0),
         "mu": Range(0.0, 0.9),
         "head_cap": Range(1.1, 4.0),
-        "pooling": Choices(("none", "length")),
+        "pooling": Choices(POOLINGS),
     }
     delta: int = 128
     beta: float = 0.5
@@ -61,7 +61,7 @@ class UtilityHeads(HeadAllocator):
         refuse_unless(0 <= self.beta <= 4, "beta", self.beta, "0 to 4")
         refuse_unless(0 <= self.mu <= 1, "mu", self.mu, "0 to 1")
         refuse_unless(self.head_cap >= 1, "head_cap", self.head_cap, "1 or more")
-        refuse_unless(self.pooling in POOLINGS, "pooling", self.pooling, ", ".join(POOLINGS))
+        refuse_unknown("pooling", self.pooling, POOLINGS)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Count each head's winners and robustify the counts."""

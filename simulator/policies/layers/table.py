@@ -10,11 +10,11 @@ import numpy as np
 from simulator.policies.apportion import divide, pooled_shares
 from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.tables import head_table
+from simulator.policies.tables import FollowsHeadTable
 
 
 @dataclass(frozen=True)
-class TableLayers(LayerAllocator):
+class TableLayers(FollowsHeadTable, LayerAllocator):
     """Budgets that follow the sum of a head table over each layer: HeadKV's part between layers.
 
     Attributes
@@ -33,18 +33,12 @@ class TableLayers(LayerAllocator):
 
     name: ClassVar[str] = "table"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258, between layers"
-    files: ClassVar[tuple[str, ...]] = ("head_table",)
     searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
     head_table: str = ""
     head_beta: float = 1.01
 
     def __post_init__(self) -> None:
         refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Without a file, the model's wave."""
-        return frozenset() if self.head_table else frozenset({"wave"})
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool.
@@ -54,6 +48,6 @@ class TableLayers(LayerAllocator):
         MissingDataError, UserError
             As ``tables.head_table``.
         """
-        sums = head_table(self.head_table, request).sum(axis=1)
+        sums = self.numbers(request).sum(axis=1)
         evictable = request.n_layers * (request.entries - request.protected)
         return request.protected + divide(pooled_shares(sums, evictable, self.head_beta), evictable), False

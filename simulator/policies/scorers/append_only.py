@@ -10,13 +10,13 @@ import numpy as np
 
 from simulator.policies.parts import refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.scorers.h2o import preferred
-from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.scorers.accumulated import preferred
+from simulator.policies.scorers.window import EvictableWindow
 from simulator.policies.view import CacheView, LayerView
 
 
 @dataclass(frozen=True)
-class AppendOnly(SnapKV):
+class AppendOnly(EvictableWindow):
     """Admit arrivals by SnapKV's score while there is room, and never evict what was admitted.
 
     Attributes
@@ -43,11 +43,11 @@ class AppendOnly(SnapKV):
 
     name: ClassVar[str] = "append-only"
     source: ClassVar[str] = "control"
-    searched: ClassVar[Ranges] = {**SnapKV.searched, "rate": Range(0.05, 1.0)}
+    searched: ClassVar[Ranges] = {**EvictableWindow.searched, "rate": Range(0.05, 1.0)}
     rate: float = 0.25
 
     def __post_init__(self) -> None:
-        SnapKV.__post_init__(self)
+        super().__post_init__()
         refuse_unless(0 < self.rate <= 1, "rate", self.rate, "above 0, up to 1")
 
     def quota(self, budget: int, n_tokens: int) -> int:
@@ -60,6 +60,6 @@ class AppendOnly(SnapKV):
 
     def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        pairs = zip(SnapKV.score_layer(self, layer), layer.positions, strict=True)
+        pairs = zip(self.importance(layer), layer.positions, strict=True)
         first = layer.since - self.window
         return [preferred(scores, np.flatnonzero(positions < first)) for scores, positions in pairs]

@@ -9,14 +9,13 @@ import numpy as np
 
 from simulator.policies.parts import refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.scorers.h2o import preferred
-from simulator.policies.scorers.snapkv_paper import PaperSnapKV
-from simulator.policies.scorers.vatp import value_sizes
+from simulator.policies.scorers.accumulated import preferred, value_sizes
+from simulator.policies.scorers.window import HeldWindow
 from simulator.policies.view import CacheView
 
 
 @dataclass(frozen=True)
-class CriticalKV(PaperSnapKV):
+class CriticalKV(HeldWindow):
     """Choose in two stages over ``snapkv-paper``.
 
     Attributes
@@ -42,24 +41,20 @@ class CriticalKV(PaperSnapKV):
 
     name: ClassVar[str] = "criticalkv"
     source: ClassVar[str] = "Feng et al. 2025, arXiv 2502.03805"
-    searched: ClassVar[Ranges] = {**PaperSnapKV.searched, "first_stage_share": Range(0.1, 0.9)}
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
+    searched: ClassVar[Ranges] = {**HeldWindow.searched, "first_stage_share": Range(0.1, 0.9)}
     first_stage_share: float = 0.5
     epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
-        PaperSnapKV.__post_init__(self)
+        super().__post_init__()
         in_range = 0 <= self.first_stage_share <= 1
         refuse_unless(in_range, "first_stage_share", self.first_stage_share, "0 to 1")
         refuse_unless(0 <= self.epsilon < np.inf, "epsilon", self.epsilon, "0 or more")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Values."""
-        return frozenset({"values"})
-
     def score(self, view: CacheView) -> np.ndarray:
         """Score by attention times value norm, the first stage above all others."""
-        base = PaperSnapKV.score(self, view)
+        base = self.importance(view)
         ranked = np.where(view.positions < view.n_tokens - self.window, base, np.float32(np.inf))
         n_first = max(1, int(self.first_stage_share * view.budget))
         # Pooling makes plateaus: ties go to the later position, as everywhere.

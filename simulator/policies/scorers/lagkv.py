@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.parts import Scorer, refuse_unknown, refuse_unless
 from simulator.policies.ranges import Range, Ranges
 from simulator.policies.view import CacheView
 
@@ -58,8 +58,7 @@ class LagKV(Scorer):
     def __post_init__(self) -> None:
         refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
         refuse_unless(self.lag >= 2, "lag", self.lag, "2 or more: one entry has no rank")
-        known = self.score_source in SCORE_SOURCES
-        refuse_unless(known, "score_source", self.score_source, ", ".join(SCORE_SOURCES))
+        refuse_unknown("score_source", self.score_source, SCORE_SOURCES)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.scorers.streaming_llm import StreamingLLM
+import numpy as np
+
+from simulator.policies.parts import Scorer, refuse_unless
+from simulator.policies.ranges import Range, Ranges
+from simulator.policies.view import CacheView
 
 
 @dataclass(frozen=True)
-class Recency(StreamingLLM):
+class Recency(Scorer):
     """Keep the latest entries and, unless ``sinks`` are asked for, nothing else.
 
     Notes
@@ -19,4 +23,12 @@ class Recency(StreamingLLM):
 
     name: ClassVar[str] = "recency"
     source: ClassVar[str] = "control"
+    searched: ClassVar[Ranges] = {"sinks": Range(0, 16)}
     sinks: int = 0
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Score an entry by its position."""
+        return view.positions.astype(np.float32)

@@ -9,16 +9,16 @@ import numpy as np
 
 from simulator.kernels.attention import take_off
 from simulator.kernels.duplicates import Redundancy
-from simulator.policies.parts import refuse_unless
+from simulator.policies.parts import refuse_unknown, refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.scorers.snapkv import SnapKV
+from simulator.policies.scorers.window import EvictableWindow
 from simulator.policies.view import CacheView, LayerView
 
 NO_MATCH = ("skip", "column0")
 
 
 @dataclass(frozen=True)
-class RKV(SnapKV):
+class RKV(EvictableWindow):
     """Score ``alpha * importance - (1 - alpha) * redundancy``.
 
     Attributes
@@ -45,7 +45,7 @@ class RKV(SnapKV):
     name: ClassVar[str] = "rkv"
     source: ClassVar[str] = "Cai et al. 2025, arXiv 2505.24133"
     searched: ClassVar[Ranges] = {
-        **SnapKV.searched,
+        **EvictableWindow.searched,
         "alpha": Range(0.01, 1.0, log=True),
         "similarity_threshold": Range(0.2, 0.95),
     }
@@ -54,11 +54,11 @@ class RKV(SnapKV):
     no_match: str = "skip"
 
     def __post_init__(self) -> None:
-        SnapKV.__post_init__(self)
+        super().__post_init__()
         refuse_unless(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
         in_range = -1 <= self.similarity_threshold <= 1
         refuse_unless(in_range, "similarity_threshold", self.similarity_threshold, "-1 to 1")
-        refuse_unless(self.no_match in NO_MATCH, "no_match", self.no_match, ", ".join(NO_MATCH))
+        refuse_unknown("no_match", self.no_match, NO_MATCH)
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""
@@ -66,7 +66,7 @@ class RKV(SnapKV):
 
     def score_layer(self, layer: LayerView, memory: Redundancy | None = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
-        scores = SnapKV.score_layer(self, layer)
+        scores = self.importance(layer)
         repeated = (memory or self._redundancy()).shares(layer.keys, layer.positions)
         for own, shares in zip(scores, repeated, strict=True):
             n_candidates = max(0, len(own) - self.window)

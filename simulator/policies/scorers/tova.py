@@ -35,16 +35,12 @@ class TOVA(Scorer):
 
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
+    window: ClassVar[int] = 1  # only the last query
     searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
     recent: int = 0
 
     def __post_init__(self) -> None:
         refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
-
-    @property
-    def window(self) -> int:
-        """Only the last query."""
-        return 1
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score one head's entries as if it were alone in its layer."""

@@ -9,12 +9,12 @@ import numpy as np
 
 from simulator.policies.parts import refuse_unless
 from simulator.policies.ranges import Range, Ranges
-from simulator.policies.scorers.h2o import H2O, noted
+from simulator.policies.scorers.accumulated import AccumulatedAttention, noted, value_sizes
 from simulator.policies.view import CacheView
 
 
 @dataclass(frozen=True)
-class VATP(H2O):
+class VATP(AccumulatedAttention):
     """Score by accumulated attention times the L1 norm of the value.
 
     Attributes
@@ -37,24 +37,14 @@ class VATP(H2O):
 
     name: ClassVar[str] = "vatp"
     source: ClassVar[str] = "Guo et al. 2024, arXiv 2406.12335"
-    searched: ClassVar[Ranges] = {**H2O.searched, "sinks": Range(0, 16)}
+    needs: ClassVar[frozenset[str]] = frozenset({"values"})
+    searched: ClassVar[Ranges] = {**AccumulatedAttention.searched, "sinks": Range(0, 16)}
     sinks: int = 20
 
     def __post_init__(self) -> None:
-        H2O.__post_init__(self)
+        super().__post_init__()
         refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Values."""
-        return frozenset({"values"})
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by attention times value norm, the newest entries above all others."""
         return self.prefer_recent(view, noted(view) * value_sizes(view))
-
-
-def value_sizes(view: CacheView) -> np.ndarray:
-    """Give the L1 norm of every held value; float32 (n_entries,)."""
-    assert view.values is not None
-    return np.abs(view.values).sum(axis=-1)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Counts, Trigger, refuse_unless
+from simulator.policies.parts import Counts, Trigger, refuse_unknown, refuse_unless
 from simulator.policies.triggers.excess import PROMPT_MODES
 
 
@@ -31,7 +31,7 @@ class BufferFull(Trigger):
 
     def __post_init__(self) -> None:
         refuse_unless(self.buffer >= 1, "buffer", self.buffer, "1 or more")
-        refuse_unless(self.prompt in PROMPT_MODES, "prompt", self.prompt, ", ".join(PROMPT_MODES))
+        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
 
     def next_compression(self, n_tokens: Counts, n_entries: Counts, total: Counts, n_kv_heads: int) -> Counts:
         """Give the token count at which the buffer is full; an overfull layer waits for one more token."""

@@ -13,11 +13,7 @@ class Never(Trigger):
     """Never compress."""
 
     name: ClassVar[str] = "never"
-
-    @property
-    def prompt(self) -> str:
-        """Leave the prompt alone too."""
-        return "wait"
+    prompt: ClassVar[str] = "wait"  # the prompt is left alone too
 
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give None."""

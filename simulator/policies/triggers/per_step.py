@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.parts import Trigger, refuse_unless
+from simulator.policies.parts import Trigger, refuse_unknown
 from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
 
 
@@ -29,7 +29,7 @@ class PerStep(Trigger):
     prompt: str = "compress"
 
     def __post_init__(self) -> None:
-        refuse_unless(self.prompt in PROMPT_MODES, "prompt", self.prompt, ", ".join(PROMPT_MODES))
+        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
 
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give the token count at which the layer will hold more than its budget."""

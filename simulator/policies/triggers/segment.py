@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Trigger, refuse_unless
+from simulator.policies.parts import Trigger, refuse_unknown, refuse_unless
 from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
 from traces.errors import MissingDataError
 
@@ -46,7 +46,7 @@ class Segment(Trigger):
     def __post_init__(self) -> None:
         known = self.segment in ("", NEWLINE) or all(token.isdecimal() for token in self.segment.split("/"))
         refuse_unless(known, "segment", self.segment, "newline, or token ids joined by /")
-        refuse_unless(self.prompt in PROMPT_MODES, "prompt", self.prompt, ", ".join(PROMPT_MODES))
+        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
 
     @property
     def reads_text(self) -> bool:

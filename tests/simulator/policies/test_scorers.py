@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,15 +18,17 @@ from simulator.engine.request import Request
 from simulator.policies.contract import checked_scores
 from simulator.policies.language import parse_policy
 from simulator.policies.rope import read_rope
+from simulator.policies.scorers.accumulated import preferred
 from simulator.policies.scorers.append_only import AppendOnly
 from simulator.policies.scorers.criticalkv import CriticalKV
 from simulator.policies.scorers.expected_attention import ExpectedAttention
-from simulator.policies.scorers.h2o import H2O, preferred
+from simulator.policies.scorers.h2o import H2O
 from simulator.policies.scorers.keydiff import KeyDiff
 from simulator.policies.scorers.lagkv import LagKV
-from simulator.policies.scorers.snapkv_paper import PaperSnapKV, average_pool
+from simulator.policies.scorers.snapkv_paper import PaperSnapKV
 from simulator.policies.scorers.tova import TOVA
 from simulator.policies.scorers.vatp import VATP
+from simulator.policies.scorers.window import average_pool
 from simulator.policies.shipped import SCORERS
 from simulator.policies.view import CacheView, LayerView
 
@@ -37,7 +40,7 @@ SMALL = {"window": 5, "kernel_size": 3, "lag": 4, "n_future": 6, "sinks": 3, "re
 
 def small(name):
     """Spell a policy of the scorer with a small window and lag, and few sinks."""
-    known = SCORERS[name].__dataclass_fields__
+    known = {item.name for item in fields(SCORERS[name])}
     chosen = [f"{key}={value}" for key, value in SMALL.items() if key in known]
     return parse_policy(f"{name}:" + ",".join(["buffer=4", *chosen]))
 
@@ -270,12 +273,12 @@ def test_twin_notices_a_changed_rule(owner, name, broken, policy, make_trace, mo
     ("name", "broken", "policy"),
     [
         (
-            "simulator.policies.scorers.snapkv_paper.average_pool",
+            "simulator.policies.scorers.window.average_pool",
             _edge_divided_by_what_is_there,
             "snapkv-paper",
         ),
         (
-            "simulator.policies.scorers.snapkv_paper.average_pool",
+            "simulator.policies.scorers.window.average_pool",
             lambda values, kernel_size: values,
             "criticalkv",
         ),

@@ -1,0 +1,135 @@
+"""An observation window: what its last queries attend to, as R-KV and as SnapKV's paper compute it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from simulator.kernels.attention import max_pool
+from simulator.kernels.windows import window_importance
+from simulator.policies.attention import held_attention
+from simulator.policies.parts import Scorer, refuse_unknown, refuse_unless
+from simulator.policies.ranges import Choices, Range, Ranges
+from simulator.policies.view import CacheView, LayerView
+
+GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
+SLOT_ORDERS = ("chronological", "score")
+POOLS = ("max", "avg")
+_SEARCHED: Ranges = {"window": Range(1, 32, log=True), "kernel_size": Range(1, 15, step=2)}
+
+
+@dataclass(frozen=True)
+class EvictableWindow(Scorer):
+    """Base of scorers whose softmax runs over the evictable entries only.
+
+    Attributes
+    ----------
+    window : int
+        Observed queries; as many recent entries are protected.
+    kernel_size : int
+        Width of the max-pooling over neighbouring slots, odd.
+    group_reduce : str
+        How a GQA group becomes one: ``max_logits`` before the softmax, or ``mean_weights`` or
+        ``max_weights`` after it.
+    slot_order : str
+        ``score`` lays survivors out as the published code does, so that pooling meets other neighbours from
+        the second compression on.
+    """
+
+    searched: ClassVar[Ranges] = {**_SEARCHED, "group_reduce": Choices(GROUP_REDUCTIONS)}
+    window: int = 8
+    kernel_size: int = 7
+    group_reduce: str = "max_logits"
+    slot_order: str = "chronological"
+
+    def __post_init__(self) -> None:
+        refuse_bad_window(self.window, self.kernel_size)
+        refuse_unknown("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
+        refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+
+    @property
+    def recent(self) -> int:
+        """Entries of the observation window, which are not scored."""
+        return self.window
+
+    @property
+    def reuses_products(self) -> bool:
+        """Whether the window's products are of use: only where a group is one before its softmax."""
+        return self.group_reduce == "max_logits"
+
+    def importance(self, layer: LayerView) -> list[np.ndarray]:
+        """Give each KV head's pooled attention, zero in the window; float32 (n_entries,) each."""
+        return window_importance(
+            layer.keys,
+            layer.queries,
+            scale=layer.scale,
+            n_left_out=self.window,
+            kernel_size=self.kernel_size,
+            group_reduce=self.group_reduce,
+            products=layer.products,
+        )
+
+
+@dataclass(frozen=True)
+class HeldWindow(Scorer):
+    """Base of scorers whose softmax runs over all that is held, the window's own entries included.
+
+    Attributes
+    ----------
+    window : int
+        Observed queries; as many recent entries are protected.
+    kernel_size : int
+        Width of the pooling over neighbouring slots outside the window, odd.
+    pool : str
+        ``max``, cut at both ends, or ``avg``, which pads with zeros and always divides by ``kernel_size``,
+        so that the first and last candidates lose.
+    slot_order : str
+        ``score`` lays survivors out as the published code does, so that pooling meets other neighbours from
+        the second compression on.
+    """
+
+    searched: ClassVar[Ranges] = {**_SEARCHED, "pool": Choices(POOLS)}
+    window: int = 32
+    kernel_size: int = 7
+    pool: str = "max"
+    slot_order: str = "chronological"
+
+    def __post_init__(self) -> None:
+        refuse_bad_window(self.window, self.kernel_size)
+        refuse_unknown("pool", self.pool, POOLS)
+        refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+
+    @property
+    def recent(self) -> int:
+        """Entries of the observation window, which are not scored."""
+        return self.window
+
+    def importance(self, view: CacheView) -> np.ndarray:
+        """Give the pooled attention to a KV head's entries, zero in the window; float32 (n_entries,)."""
+        scores = np.zeros(view.n_entries, np.float32)
+        n_candidates = view.n_entries - self.window
+        if n_candidates > 0:
+            weights = held_attention(view)[..., :n_candidates].mean(axis=0).mean(axis=0)
+            pooled = scores[:n_candidates]
+            if self.pool == "max":
+                max_pool(weights, self.kernel_size, pooled)
+            else:
+                pooled[:] = average_pool(weights, self.kernel_size)
+        return scores
+
+
+def refuse_bad_window(window: int, kernel_size: int) -> None:
+    """Refuse a window without a query, or a pooling that has no middle; raises ValueError."""
+    refuse_unless(window >= 1, "window", window, "1 or more")
+    odd = kernel_size >= 1 and kernel_size % 2 == 1
+    refuse_unless(odd, "kernel_size", kernel_size, "an odd number")
+
+
+def average_pool(values: np.ndarray, kernel_size: int) -> np.ndarray:
+    """Average over ``kernel_size`` neighbours, zeros beyond both ends; float32 (n,)."""
+    padded = np.pad(values, kernel_size // 2)
+    neighbours = np.lib.stride_tricks.sliding_window_view(padded, kernel_size)  # (n, kernel_size)
+    # In double precision, so that neighbours in another order give the same average.
+    return (neighbours.sum(axis=-1, dtype=np.float64) / kernel_size).astype(np.float32)
