@@ -30,6 +30,7 @@ from validate.cli import models, reasoner
 from validate.cli.bench import bench as device_bench
 from validate.cli.forced import forced
 from validate.cli.live import live
+from validate.cli.masked import masked
 from validate.cli.protocol import protocol
 from validate.cli.record import record
 from validate.cli.report import report
@@ -95,6 +96,7 @@ validation = _group(
     "validate shadow --trace sample --policy rkv --budget 20% --buffer 32",
 )
 _add(validation, shadow, "validate shadow --trace sample --policy rkv --budget 20% --buffer 32")
+_add(validation, masked, "validate masked --trace sample --policy rkv,snapkv --budget 20% --buffer 32")
 _add(validation, forced, "validate forced --trace sample --policy rkv,snapkv --budget 20% --buffer 32")
 _add(validation, live, "validate live --prompts problems.jsonl --policy rkv --budget 20% --out runs/live")
 _add(

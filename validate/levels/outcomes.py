@@ -91,7 +91,7 @@ class Forced:
         return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(self.drift)}
 
     def steps(self) -> dict[str, np.ndarray]:
-        """Give columns of one row per layer and decode step, means over query heads."""
+        """Give columns of one row per layer and decode step: means over query heads, and the step's KL."""
         n_layers, _, n_steps = self.forced.shape
         measured = {
             "simulated_mass": self.simulated,
@@ -103,6 +103,7 @@ class Forced:
             "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
             "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
             **{name: values.mean(axis=1).reshape(-1) for name, values in measured.items()},
+            "kl": np.tile(self.divergence.kl, n_layers),
         }
 
 

@@ -42,6 +42,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
         "forced_mass",
         "simulated_lost_lookups",
         "forced_lost_lookups",
+        "kl",
     ]
     own = steps.filter(policy="rkv").select(list(forced.steps()))
     assert own.equals(pl.DataFrame(forced.steps()))

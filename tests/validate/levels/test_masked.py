@@ -13,6 +13,7 @@ from simulator.engine.request import Request
 from simulator.policies.language import parse_policy
 from validate.levels.divergence import FullPredictions
 from validate.levels.masked import masked_divergence, masks_of
+from validate.levels.runs import run_forced, run_masked
 from validate.record.decode import record_decode
 
 PROMPT = torch.randint(3, N_TOKEN_IDS, (20,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -97,3 +98,18 @@ def test_divergence_is_that_of_the_definition(model, trace):
     columns = cut.columns()
     assert columns["kl_worst"] == cut.kl.max()
     assert columns["perplexity_ratio"] == pytest.approx(float(torch.exp(-change.mean())), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["streamingllm", "random", "random-prompt", "recency"])
+def test_where_decisions_look_at_no_query_or_key_masked_is_forced(policy, model, trace):
+    policy = parse_policy(policy, buffer=6)
+    masked, forced = (run(model, trace, policy, 20, seed=4) for run in (run_masked, run_forced))
+    np.testing.assert_allclose(masked.divergence.kl, forced.divergence.kl, rtol=1e-3, atol=1e-5)
+    assert forced.divergence.kl.mean() > 0.01
+    np.testing.assert_array_equal(masked.divergence.top_changed, forced.divergence.top_changed)
+    np.testing.assert_array_equal(masked.simulated, forced.simulated)
+    np.testing.assert_array_equal(masked.simulated_lost, forced.simulated_lost)
+    row = forced.row()
+    same = [name for name in masked.row() if not name.startswith(("kl", "log", "perplexity"))]
+    assert {name: masked.row()[name] for name in same} == {name: row[name] for name in same}
