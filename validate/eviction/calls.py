@@ -182,6 +182,10 @@ class Calls:
             )
         self._require_same(ids, n_seen)
 
+    def in_prompts(self, n_seen: int) -> bool:
+        """Say whether a text of so many tokens still lacks some of its prompts."""
+        return self.prompt_tokens is None or n_seen < self.prompt_tokens
+
     def require_part_of_prompts(self, n_seen: int, n_new: int) -> int:
         """Give the length of the prompts; refuse a pass of them that may not be what it seems.
 

@@ -33,19 +33,27 @@ class Due:
         Their budgets in entries over all KV heads.
     divide : bool (n_due,)
         Whose heads are divided anew.
-    first_layer, stop_layer : int
+    at : tuple of int64 Tensor, shape (n_due,)
+        Layers and rows once more, as an index on the device.
     """
 
     layers: np.ndarray
     rows: np.ndarray
     totals: np.ndarray
     divide: np.ndarray
-    first_layer: int
-    stop_layer: int
+    at: tuple[torch.Tensor, torch.Tensor]
 
 
-def in_blocks(due: np.ndarray, totals: np.ndarray, divide: np.ndarray, pool: DevicePool) -> Iterator[Due]:
-    """Split what is due, bool (n_layers, n_rows), into blocks of layers small enough to score at once."""
+def in_blocks(due: np.ndarray, pool: DevicePool) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Split what is due, bool (n_layers, n_rows), into blocks of layers small enough to score at once.
+
+    Yields
+    ------
+    slots : slice
+        Those of a block's layers.
+    layers, rows : int64 (n_due,)
+        What is due of it, at least one.
+    """
     first = 0
     while first < len(due):
         stop = first + 1
@@ -54,8 +62,7 @@ def in_blocks(due: np.ndarray, totals: np.ndarray, divide: np.ndarray, pool: Dev
             stop += 1
         layers, rows = np.nonzero(due[first:stop])
         if len(layers):
-            layers += first
-            yield Due(layers, rows, totals[layers, rows], divide[layers, rows], first, stop)
+            yield pool.layers(first, stop), layers + first, rows
         first = stop
 
 
@@ -123,10 +130,9 @@ class DeviceCompressor:
         """
         starts, lengths = starts.reshape(-1), lengths.reshape(-1)
         scores = self._scores(keys, starts, lengths, queries, longest)
-        layers, rows = to_device(due.layers, self.device), to_device(due.rows, self.device)
         if due.divide.any():
-            self._divide(scores, starts, lengths, layers, rows, due, longest)
-        quotas = self.budgets[layers, rows].reshape(-1)
+            self._divide(scores, starts, lengths, due, longest)
+        quotas = self.budgets[due.at].reshape(-1)
         survivors = torch.empty(len(keys), dtype=torch.int32, device=self.device)
         kept = torch.empty_like(lengths)
         self.ops.select(scores, starts, lengths, quotas, survivors, kept, longest=longest)
@@ -171,8 +177,6 @@ class DeviceCompressor:
         scores: torch.Tensor,
         starts: torch.Tensor,
         lengths: torch.Tensor,
-        layers: torch.Tensor,
-        rows: torch.Tensor,
         due: Due,
         longest: int,
     ) -> None:
@@ -199,8 +203,8 @@ class DeviceCompressor:
         )
         if not due.divide.all():
             again = to_device(due.divide, self.device)
-            budgets = torch.where(again[:, None], budgets, self.budgets[layers, rows])
-        self.budgets[layers, rows] = budgets
+            budgets = torch.where(again[:, None], budgets, self.budgets[due.at])
+        self.budgets[due.at] = budgets
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
 from validate.eviction.host.attention import attend_ragged
 from validate.eviction.host.pool import LayerPool
-from validate.models.causal import causal_attention
+from validate.eviction.prompts import attend_prompts
 
 _NEVER = np.iinfo(np.int64).max
 # Memory is taken for at most so many tokens ahead, and all sequences' together: taking it copies the block.
@@ -105,11 +105,7 @@ class EvictingLayer:
             for row in range(n_rows)
         ]
         padding = length - self.n_tokens
-        output = torch.zeros_like(query)
-        for row, first in enumerate(padding.tolist()):
-            output[row, :, first:], _ = causal_attention(
-                query[row, :, first:], key[row, :, first:], value[row, :, first:], scale
-            )
+        output = attend_prompts(query, key, value, padding, scale)
         self._queries = self._recent_queries(query)
         self._newest = self._queries.shape[2] - 1
         self.held = self.n_tokens * n_kv_heads
