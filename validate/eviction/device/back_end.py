@@ -10,7 +10,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from traces.errors import UserError
 from validate.eviction.back_end import Heads
-from validate.eviction.device.compress import DeviceCompressor, Due, in_blocks, new_starts, to_device
+from validate.eviction.device.compress import (
+    DeviceCompressor,
+    Due,
+    Segments,
+    in_blocks,
+    new_starts,
+    to_device,
+)
 from validate.eviction.device.plan import buffer_of, memory_plan, unsupported_part
 from validate.eviction.device.pool import DevicePool
 from validate.eviction.device.schedule import Schedule
@@ -27,12 +34,10 @@ class DeviceBackEnd:
     Parameters
     ----------
     plan : Plan
-    device : torch.device
-    dtype : torch.dtype
-    ahead : int
-        Tokens to be decoded at most; a full cache takes their memory at once.
-    ops : Ops, optional
-        The kernels; those of the device by default.
+    device, dtype
+        The model's.
+    ahead, ops
+        As ``DeviceCache``.
 
     Raises
     ------
@@ -153,14 +158,8 @@ class DeviceBackEnd:
         stretches, self._longest = memory_plan(self.policy, entries, prompts, self._ahead, n_kv_heads)
         window = self.policy.scorer.window if self.policy.evicts else 0
         self.pool = DevicePool(stretches, n_kv_heads, self.shape.head_dim, self._dtype, self._device)
-        self.ring = torch.zeros(
-            *stretches.shape,
-            self.shape.n_query_heads,
-            window,
-            self.shape.head_dim,
-            dtype=self._dtype,
-            device=self._device,
-        )
+        size = (*stretches.shape, self.shape.n_query_heads, window, self.shape.head_dim)
+        self.ring = torch.zeros(size, dtype=self._dtype, device=self._device)
         self.schedule = Schedule(self.policy, entries, prompts, n_kv_heads)
         self.compressor = DeviceCompressor(self.policy, self.ops, entries, n_kv_heads, scale, self._device)
         self.n_tokens = to_device(prompts.astype(np.int32), self._device)
@@ -179,54 +178,25 @@ class DeviceBackEnd:
         n_kv_heads, length = key.shape[1:3]
         segments = (rows[:, None] * n_kv_heads + np.arange(n_kv_heads)) * length + padding[rows, None]
         lengths = np.repeat(self.plan.prompts[rows, None], n_kv_heads, 1).astype(np.int32)
-        source = to_device(segments, self._device)
+        source = to_device(segments.reshape(-1), self._device)
         keys, values = (tensor.view(-1, tensor.shape[3]) for tensor in (key, value))
         due = self._due(np.full(len(rows), layer), rows)
         survivors, kept, longest = None, to_device(lengths, self._device), int(lengths.max())
         if is_compressed:
-            survivors, kept = self.compressor.decide(keys, source, kept, self.ring[due.at], due, longest)
-        starts = self._lay_out(due, kept, is_compressed)
-        self.ops.fill(
-            keys,
-            values,
-            source.reshape(-1),
-            survivors,
-            source.reshape(-1),
-            kept.reshape(-1),
-            self.pool.keys,
-            self.pool.values,
-            self.pool.positions,
-            starts.reshape(-1),
-            longest=longest,
-        )
+            held = Segments(source, kept.reshape(-1))
+            survivors, kept = self.compressor.decide(keys, held, self.ring[due.at], due, longest)
+        starts = self._lay_out(due, kept, is_compressed).reshape(-1)
+        chosen = survivors, source, kept.reshape(-1)
+        self.ops.fill(keys, values, source, *chosen, *self.pool.entries, starts, longest=longest)
 
     def _append_and_attend(self, layer: int, heads: Heads) -> torch.Tensor:
         query, key, value = (tensor[:, :, 0] for tensor in heads)
         pool, query = self.pool, query.contiguous()
-        starts, lengths = pool.starts[layer].view(-1), pool.lengths[layer].view(-1)
-        self.ops.append(
-            key,
-            value,
-            query,
-            pool.keys,
-            pool.values,
-            pool.positions,
-            starts,
-            lengths,
-            self.n_tokens,
-            self.ring[layer] if self.ring.shape[3] else None,
-        )
-        output = torch.empty_like(query)
-        self.ops.attend(
-            query,
-            pool.keys,
-            pool.values,
-            starts,
-            lengths,
-            output,
-            scale=self._scale,
-            longest=int(self._longest[layer]),
-        )
+        held = Segments(pool.starts[layer].view(-1), pool.lengths[layer].view(-1))
+        ring = self.ring[layer] if self.ring.shape[3] else None
+        self.ops.append(key, value, query, *pool.entries, *held, self.n_tokens, ring)
+        output, longest = torch.empty_like(query), int(self._longest[layer])
+        self.ops.attend(query, pool.keys, pool.values, *held, output, scale=self._scale, longest=longest)
         return output[:, :, None]
 
     def compress(self, due: np.ndarray) -> None:
@@ -234,24 +204,14 @@ class DeviceBackEnd:
         pool = self.pool
         self.n_compressions += 1
         for slots, layers, rows in in_blocks(due, pool):
-            block = self._due(layers, rows)
-            starts, lengths = pool.starts[block.at] - slots.start, pool.lengths[block.at]
-            longest = int(self._longest[layers].max())
-            keys, values = pool.keys[slots], pool.values[slots]
-            survivors, kept = self.compressor.decide(
-                keys, starts, lengths, self.ring[block.at], block, longest
-            )
-            moved = self._lay_out(block, kept, True) - slots.start
-            self.ops.compact(
-                keys,
-                values,
-                pool.positions[slots],
-                survivors,
-                starts.reshape(-1),
-                kept.reshape(-1),
-                moved.reshape(-1),
-                n_kv_heads=self.shape.n_kv_heads,
-            )
+            block, longest = self._due(layers, rows), int(self._longest[layers].max())
+            keys, values, positions = (own[slots] for own in pool.entries)
+            starts = (pool.starts[block.at] - slots.start).reshape(-1)
+            held = Segments(starts, pool.lengths[block.at].reshape(-1))
+            survivors, kept = self.compressor.decide(keys, held, self.ring[block.at], block, longest)
+            moved = (self._lay_out(block, kept, True) - slots.start).reshape(-1)
+            chosen = survivors, starts, kept.reshape(-1), moved
+            self.ops.compact(keys, values, positions, *chosen, n_kv_heads=self.shape.n_kv_heads)
 
     def _due(self, layers: np.ndarray, rows: np.ndarray) -> Due:
         schedule, at = self.schedule, (to_device(layers, self._device), to_device(rows, self._device))
