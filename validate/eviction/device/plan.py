@@ -41,9 +41,8 @@ def unsupported_part(policy: Policy) -> str | None:
 def serves(model: PreTrainedModel, policy: Policy) -> bool:
     """Say whether a device's cache can take this policy and this model."""
     shape = model_shape(model.config, model.dtype)
-    return takes_heads(shape.head_dim, shape.n_query_heads // shape.n_kv_heads) and not unsupported_part(
-        policy
-    )
+    group_size = shape.n_query_heads // shape.n_kv_heads
+    return takes_heads(shape.head_dim, group_size) and unsupported_part(policy) is None
 
 
 def buffer_of(policy: Policy) -> int:
