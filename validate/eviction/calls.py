@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from traces.errors import UserError
+from validate.eviction.plan import whole_number
 
 
 class Calls:
@@ -48,6 +49,8 @@ class Calls:
 
     def forget(self, prompt_tokens: int | None = None) -> None:
         """Begin another text, with prompts of so many tokens if that is known."""
+        if prompt_tokens is not None:
+            prompt_tokens = whole_number(prompt_tokens, "prompt_tokens", 1)
         self._told = self.prompt_tokens = prompt_tokens
         self._is_guessed = False
         self.tokens: torch.Tensor | None = None

@@ -21,7 +21,7 @@ from traces.shape import ModelShape
 from validate.eviction.back_end import BackEnd, Heads
 from validate.eviction.cache_layer import EvictingCacheLayer
 from validate.eviction.calls import Calls
-from validate.eviction.plan import Plan, whole_number
+from validate.eviction.plan import Plan
 from validate.eviction.prompts import attend_prompts, padding_of, prompt_lengths
 from validate.models.load import model_shape, rope_parameters
 
@@ -51,7 +51,6 @@ class PolicyCache(Cache):
         self.policy, self.shape = plan.policy, plan.shape
         self.own_layers = [EvictingCacheLayer() for _ in range(plan.shape.n_layers)]
         super().__init__(layers=[*self.own_layers])
-        prompt_tokens = _checked_prompt_tokens(prompt_tokens)
         self.calls = Calls(plan.shape.n_layers, prompt_tokens, not back_end.on_device)
         self.owner: weakref.ref[PreTrainedModel] | None = None
 
@@ -79,9 +78,8 @@ class PolicyCache(Cache):
 
     def reset(self, prompt_tokens: int | None = None) -> None:
         """Forget the text; the next prompts have ``prompt_tokens`` tokens, if that is known."""
-        prompt_tokens = _checked_prompt_tokens(prompt_tokens)
-        super().reset()
         self.calls.forget(prompt_tokens)
+        super().reset()
         self.plan.forget()
         self.back_end.reset()
 
@@ -163,7 +161,3 @@ def new_plan(model: PreTrainedModel, policy: Policy, entries: int | Sequence[int
 def model_kind(model: PreTrainedModel) -> tuple[ModelShape, dict[str, object]]:
     """Give what a plan hangs on: a model's shape and its RoPE parameters."""
     return model_shape(model.config, model.dtype), rope_parameters(model.config)
-
-
-def _checked_prompt_tokens(given: int | None) -> int | None:
-    return None if given is None else whole_number(given, "prompt_tokens", 1)
