@@ -127,7 +127,7 @@ class Calls:
                 "a new cache, or cache.reset()"
             )
         n_seen = cache.get_seq_length()
-        in_prompts = n_seen < (self.prompt_tokens or 1)
+        in_prompts = self.in_prompts(n_seen)
         if in_prompts or self._reads_values:
             self._require_continuation(in_prompts, n_seen, new.shape, given)
         self._n_rows = new.shape[0]

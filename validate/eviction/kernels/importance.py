@@ -90,6 +90,14 @@ def tile_sizes(keys: torch.Tensor) -> dict[str, int]:
 
 
 @triton.jit
+def part_of(lengths, n_parts, part_size):
+    """Give a program's segment, the first entry of its part of it, and the segment's length."""
+    program = tl.program_id(0)
+    segment = program // n_parts
+    return segment, (program % n_parts) * part_size, tl.load(lengths + segment)
+
+
+@triton.jit
 def _merged_logits(
     queries,
     keys,
@@ -150,10 +158,8 @@ def _sum_exponentials(
     WIDEN: tl.constexpr,
 ):
     """Write each query's largest logit in one part of a segment, and its sum of exponentials above that."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    n_candidates = tl.load(lengths + segment) - window
+    segment, first, length = part_of(lengths, n_splits, split)
+    n_candidates = length - window
     if first >= n_candidates:
         return
     start = tl.load(starts + segment)
@@ -182,7 +188,7 @@ def _sum_exponentials(
         largest = raised
         first += BLOCK
     columns = tl.arange(0, BLOCK_QUERIES)
-    at = program.to(tl.int64) * N_QUERIES + columns
+    at = tl.program_id(0).to(tl.int64) * N_QUERIES + columns
     tl.store(maxima + at, largest, mask=columns < N_QUERIES)
     tl.store(sums + at, total, mask=columns < N_QUERIES)
 
@@ -209,10 +215,8 @@ def _write_means(
     WIDEN: tl.constexpr,
 ):
     """Write the mean weights of one part of a segment, normalised by what all its parts summed up."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    n_candidates = tl.load(lengths + segment) - window
+    segment, first, length = part_of(lengths, n_splits, split)
+    n_candidates = length - window
     if first >= n_candidates:
         return
     start = tl.load(starts + segment)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from validate.eviction.kernels.importance import tile_sizes
+from validate.eviction.kernels.importance import part_of, tile_sizes
 
 _MOST_SPLITS = 32
 _BLOCK = 64
@@ -95,10 +95,7 @@ def _sum_directions(
     BLOCK: tl.constexpr,
 ):
     """Write inverse norms of one part of a segment, and the sum of its unit keys."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_splits, split)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -117,7 +114,7 @@ def _sum_directions(
         tl.store(inverse + slots, scales, mask=held)
         direction += tl.sum(tile * scales[:, None], axis=0)
         first += BLOCK
-    tl.store(directions + program.to(tl.int64) * HEAD_DIM + dims, direction)
+    tl.store(directions + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, direction)
 
 
 @triton.jit
@@ -144,10 +141,7 @@ def _find_newest(
     WIDEN: tl.constexpr,
 ):
     """Write the newest duplicate of each of a block of entries, -1 for none."""
-    program = tl.program_id(0)
-    segment = program // n_tiles
-    first = (program % n_tiles) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_tiles, BLOCK)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -194,10 +188,7 @@ def _compare_newest(
     BLOCK: tl.constexpr,
 ):
     """Write the cosine of each of a block of entries to its newest duplicate, 0 for none."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     slots = tl.load(starts + segment) + first + tl.arange(0, BLOCK)
@@ -231,10 +222,7 @@ def _write_exponentials(
     BLOCK: tl.constexpr,
 ):
     """Write the exponentials of the mean cosines of a block of entries, and their sum."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -266,16 +254,13 @@ def _write_exponentials(
     # Means are cosines at most, so that their exponentials need no shift.
     weights = tl.exp((similar - spared) / length)
     tl.store(redundancy + start + entries, weights, mask=held)
-    tl.store(totals + program, tl.sum(tl.where(held, weights, 0.0), axis=0))
+    tl.store(totals + tl.program_id(0), tl.sum(tl.where(held, weights, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
 def _normalise(starts, lengths, redundancy, totals, n_blocks, BLOCK: tl.constexpr):
     """Divide a block of exponentials by the sum over their segment."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     n_written = tl.cdiv(length, BLOCK)
