@@ -226,6 +226,6 @@ def stand_at(cache: DeviceCache, n_tokens: int, ahead: int = 0) -> np.ndarray:
     pool.lengths.copy_(torch.from_numpy(per_head[:, :, None].astype(np.int32)).expand(pool.lengths.shape))
     cache.n_tokens.fill_(n_tokens)
     prompts = np.full(n_rows, n_tokens)
-    cache.schedule = Schedule(policy, entries, prompts, n_kv_heads, held=per_head * n_kv_heads)
+    cache.back_end.schedule = Schedule(policy, entries, prompts, n_kv_heads, held=per_head * n_kv_heads)
     synchronize(cache.n_tokens.device)
     return entries[:, :1]

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from traces.errors import UserError
-from validate.eviction.host.layer import EvictingLayer
+from validate.eviction.back_end import Heads
 
 
 class EvictingCacheLayer(CacheLayerMixin):
@@ -14,20 +14,15 @@ class EvictingCacheLayer(CacheLayerMixin):
 
     Attributes
     ----------
-    entries : EvictingLayer or None
-        What is held, once the prompts are whole.
-    passes : list of tuples of Tensor
-        Queries, keys and values of the prompts until then, one tuple for each pass.
+    passes : list of Heads
+        Those of prompts that are not whole yet, one for each pass.
     """
 
     is_sliding = False
 
-    def __init__(self, index: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.index = index
-        self.entries: EvictingLayer | None = None
-        self.passes: list[tuple[torch.Tensor, ...]] = []
-        self._n_seen = 0
+        self.reset()
 
     def lazy_initialization(self, *states: torch.Tensor) -> None:
         """Nothing is set up before attention has seen the prompt."""
@@ -62,14 +57,13 @@ class EvictingCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.entries, self._n_seen, self.passes = None, 0, []
+        self.passes: list[Heads] = []
+        self._n_seen = 0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only some rows and free the others."""
+        """Refuse to leave out rows whose prompts are not whole; what is held is not here."""
         if self.passes:
             raise UserError("rows cannot be left out before their prompts are whole; allowed: after them")
-        if self.entries is not None:
-            self.entries.keep_rows(indices.cpu().numpy())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Refuse: beams would have to share entries."""

@@ -17,10 +17,13 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from traces.errors import UserError
+from validate.eviction.plan import whole_number
 
 
 class Calls:
     """What is known of the text in a cache, and whose turn it is.
+
+    What is not meant for the cache, or does not continue the text, is refused by a UserError.
 
     Parameters
     ----------
@@ -46,6 +49,8 @@ class Calls:
 
     def forget(self, prompt_tokens: int | None = None) -> None:
         """Begin another text, with prompts of so many tokens if that is known."""
+        if prompt_tokens is not None:
+            prompt_tokens = whole_number(prompt_tokens, "prompt_tokens", 1)
         self._told = self.prompt_tokens = prompt_tokens
         self._is_guessed = False
         self.tokens: torch.Tensor | None = None
@@ -72,10 +77,7 @@ class Calls:
     def hand_on(self, layer: int, n_new: int) -> None:
         """Note that a layer's new tokens are on their way to its attention.
 
-        Raises
-        ------
-        UserError
-            If no model attends through this cache, or not all layers of an earlier call did.
+        Refused unless a model attends through this cache, and all layers of an earlier call did.
         """
         if not self.is_open:
             raise UserError("an evicting cache is given to a model outside of evicting(model, cache)")
@@ -87,13 +89,7 @@ class Calls:
         self._handed_on = n_new
 
     def attend(self, layer: int, n_new: int, n_keys: int) -> None:
-        """Note that attention has come to a layer.
-
-        Raises
-        ------
-        UserError
-            If it does not have just the tokens that this cache handed on.
-        """
+        """Note that attention has come to a layer, which has to have just the tokens that were handed on."""
         if self._handed_on is None or layer != self._turn:
             raise UserError(
                 f"layer {layer} attends without the cache of evicting(model, cache); "
@@ -110,13 +106,7 @@ class Calls:
         self._handed_on, self._turn = None, (layer + 1) % self._n_layers
 
     def begin(self, cache: Cache, given: Mapping[str, Any]) -> None:
-        """Look at what a model is called with, by the names of its parameters.
-
-        Raises
-        ------
-        UserError
-            If it is called with another cache or none, or what it is given does not continue the text.
-        """
+        """Look at what a model is called with, by parameter: this cache, and tokens that go on."""
         if given.get("past_key_values") is not cache:
             found = "none" if given.get("past_key_values") is None else "another"
             raise UserError(
@@ -137,7 +127,7 @@ class Calls:
                 "a new cache, or cache.reset()"
             )
         n_seen = cache.get_seq_length()
-        in_prompts = n_seen < (self.prompt_tokens or 1)
+        in_prompts = self.in_prompts(n_seen)
         if in_prompts or self._reads_values:
             self._require_continuation(in_prompts, n_seen, new.shape, given)
         self._n_rows = new.shape[0]
@@ -148,13 +138,7 @@ class Calls:
             self._read.append(ids.detach().clone())
 
     def begin_text(self, cache: Cache, given: Mapping[str, Any]) -> None:
-        """Look at what ``generate`` is called with: the whole prompts, or a text that goes on.
-
-        Raises
-        ------
-        UserError
-            If it is called with another cache or none, or with a text that does not continue the cached one.
-        """
+        """Look at what ``generate`` is called with: this cache, and whole prompts or a text that goes on."""
         if given.get("past_key_values") is not cache:
             raise UserError("generate is called without past_key_values=cache within evicting(model, cache)")
         ids = next((given[name] for name in ("inputs", "input_ids") if given.get(name) is not None), None)
@@ -182,14 +166,15 @@ class Calls:
             )
         self._require_same(ids, n_seen)
 
-    def require_part_of_prompts(self, n_seen: int, n_new: int) -> int:
-        """Give the length of the prompts; refuse a pass of them that may not be what it seems.
+    def in_prompts(self, n_seen: int) -> bool:
+        """Say whether a text of so many tokens still lacks some of its prompts."""
+        return self.prompt_tokens is None or n_seen < self.prompt_tokens
 
-        Raises
-        ------
-        UserError
-            If their length is not known and the pass has but one token, the first perhaps of many; or if they
-            would end within the pass.
+    def require_part_of_prompts(self, n_seen: int, n_new: int) -> int:
+        """Give the length of the prompts, of which a pass is a part.
+
+        Refused if they would end within the pass, or if their length is not known and the pass has but one
+        token, perhaps the first of many.
         """
         if self.prompt_tokens is None:
             if n_new == 1:
@@ -206,7 +191,7 @@ class Calls:
         return self.prompt_tokens
 
     def require_certain_prompts(self, n_new: int) -> None:
-        """Refuse several tokens where they may be more of the prompts; raises UserError."""
+        """Refuse several tokens where they may be more of the prompts."""
         if n_new > 1 and self._is_guessed:
             raise UserError(
                 f"{n_new} tokens at once follow a first pass of {self.prompt_tokens}, and may be more of the "

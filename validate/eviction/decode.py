@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.device.cache import DeviceCache
 from validate.eviction.device.plan import serves
 from validate.eviction.device.steps import Steps
+from validate.eviction.face import PolicyCache
 from validate.models.load import model_shape
 from validate.models.next_token import Sampling, choose_tokens, forward_settings
 
@@ -84,7 +84,7 @@ def decode(
     revision: str = "",
     waves: dict[str, Wave] | None = None,
     seeds: Sequence[int] | None = None,
-    on_step: Callable[[EvictingCache], None] = lambda cache: None,
+    on_step: Callable[[PolicyCache], None] = lambda cache: None,
     on_device: bool | None = None,
 ) -> list[Completion]:
     """Decode under eviction; every sequence has its own budget, limit, sampling and end.
@@ -141,11 +141,11 @@ def decode(
         seeds=seeds,
     )
     with evicting(model, cache):
-        run = _Run(model, cache, prompts)
-        running = list(range(n))
+        logits = _read(model, cache, prompts)
+        steps, running = Steps(model, cache), list(range(n))
         while True:
             tokens = choose_tokens(
-                run.logits,
+                logits,
                 [rows[row].sampling for row in running],
                 [rows[row].generator for row in running],
             )
@@ -158,8 +158,8 @@ def decode(
                 break
             if len(alive) <= (1 - _DROP_AT) * len(running):
                 running = [running[at] for at in alive]
-                run.keep_rows(np.array(alive))
-            run.step([(rows[row].token_ids or [0])[-1] for row in running])
+                steps.keep_rows(torch.tensor(alive))
+            logits = steps.step(torch.tensor([(rows[row].token_ids or [0])[-1] for row in running]))
             for row, held in zip(running, cache.held.tolist(), strict=True):
                 if rows[row].is_running:
                     rows[row].hold(held)
@@ -172,42 +172,16 @@ def decode(
     ]
 
 
-class _Run:
-    """The model's side of a decode: what it is fed, and the logits it gives."""
-
-    def __init__(
-        self, model: PreTrainedModel, cache: EvictingCache, prompts: Sequence[Sequence[int]]
-    ) -> None:
-        self._model, self._cache = model, cache
-        self._steps: Steps | None = None
-        self._settings = forward_settings(model) | {"past_key_values": cache}
-        self._lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(self._lengths.max())
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        column = torch.arange(longest)[None] - (longest - self._lengths)[:, None]
-        self._forward(ids, column.clamp(min=0), attention_mask=(column >= 0).to(model.device))
-        if isinstance(cache, DeviceCache):
-            self._steps = Steps(model, cache)
-
-    def step(self, tokens: Sequence[int]) -> None:
-        """Feed one token per row."""
-        if self._steps is not None:
-            self.logits = self._steps.step(torch.tensor(tokens))
-            return
-        self._forward(torch.tensor(tokens)[:, None], self._lengths[:, None])
-        self._lengths = self._lengths + 1
-
-    def keep_rows(self, rows: np.ndarray) -> None:
-        """Drop all other rows."""
-        index = torch.from_numpy(rows)
-        self._lengths = self._lengths[index]
-        (self._cache.batch_select_indices if self._steps is None else self._steps.keep_rows)(index)
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, **mask: torch.Tensor) -> None:
-        device = self._model.device
-        given = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
-        output = self._model(**given, **mask, **self._settings)
-        # On their device; a copy, since a view would keep those of whole prompts alive.
-        self.logits = output.logits[:, -1].clone()
+def _read(model: PreTrainedModel, cache: PolicyCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Feed all prompts, padded on the left; give the logits after each, (n_rows, n_token_ids)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+    column = torch.arange(longest)[None] - (longest - lengths)[:, None]
+    given = {"input_ids": ids, "position_ids": column.clamp(min=0), "attention_mask": column >= 0}
+    on_device = {name: tensor.to(model.device) for name, tensor in given.items()}
+    output = model(**on_device, **forward_settings(model), past_key_values=cache)
+    # A copy, since a view would keep the logits of whole prompts alive.
+    return output.logits[:, -1].clone()

@@ -10,7 +10,7 @@ from validate.models.causal import causal_attention
 
 
 def prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
-    """Count each row's tokens, which have to stand at the end."""
+    """Count each row's tokens, which have to stand at the end; int64 (n_rows,)."""
     if mask is None:
         return np.full(n_rows, length)
     seen = mask[:, -length:].bool().cpu().numpy()
@@ -20,17 +20,24 @@ def prompt_lengths(mask: torch.Tensor | None, n_rows: int, length: int) -> np.nd
     return prompts
 
 
-def attend_pass(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+def padding_of(mask: torch.Tensor | None, n_rows: int, length: int) -> np.ndarray:
+    """Count what stands before the tokens of each row, of which there may be none yet; int64 (n_rows,)."""
+    if mask is None:
+        return np.zeros(n_rows, np.int64)
+    return length - mask[:, -length:].bool().sum(1).cpu().numpy()
+
+
+def attend_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: np.ndarray, scale: float
 ) -> torch.Tensor:
-    """Attend from the latest tokens of prompts that are not whole yet to all that have come.
+    """Attend causally within each prompt, from its latest tokens to all that have come.
 
     Parameters
     ----------
     query : Tensor, shape (n_rows, n_query_heads, n_new, head_dim)
     key, value : Tensor, shape (n_rows, n_kv_heads, length, head_dim)
-    mask : Tensor, shape (n_rows, length), optional
-        Zero for padding, which stands before the prompts.
+    padding : int64 (n_rows,)
+        Columns before each prompt.
     scale : float
 
     Returns
@@ -39,8 +46,7 @@ def attend_pass(
     """
     length, n_new = key.shape[2], query.shape[2]
     output = torch.zeros_like(query)
-    for row in range(len(query)):
-        first = 0 if mask is None else length - int(mask[row, -length:].sum())
+    for row, first in enumerate(padding.tolist()):
         if (n := min(n_new, length - first)) > 0:
             heads = query[row, :, -n:], key[row, :, first:], value[row, :, first:]
             output[row, :, -n:], _ = causal_attention(*heads, scale)

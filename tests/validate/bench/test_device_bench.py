@@ -20,6 +20,7 @@ from validate.bench.check import check_kernels
 from validate.bench.decode import mean_over_text
 from validate.bench.kernels import Setting, kernel_cases
 from validate.bench.run import BenchPlan, aims, round_down, run_bench
+from validate.eviction.device.back_end import DeviceBackEnd
 from validate.eviction.kernels.ops import torch_ops
 
 PLAN = BenchPlan(
@@ -141,10 +142,11 @@ def test_a_batch_that_does_not_fit_is_told_and_let_go_of(model, monkeypatch, err
             super().__init__(*given, **named)
             caches.append(weakref.ref(self))
 
-        def _compress(self, due):
-            raise type(error)(*error.args)
+    def fail(self, due):
+        raise type(error)(*error.args)
 
     monkeypatch.setattr(decode, "DeviceCache", Full)
+    monkeypatch.setattr(DeviceBackEnd, "compress", fail)
     bench = run._Bench(model, "tiny", PLAN, lambda line: None, lambda result: None)
     monkeypatch.setattr(bench, "_free", lambda: alive.append(caches[-1]() is not None))
     assert not bench._decode("rkv", 2, 128)

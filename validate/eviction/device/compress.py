@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,19 +33,40 @@ class Due:
         Their budgets in entries over all KV heads.
     divide : bool (n_due,)
         Whose heads are divided anew.
-    first_layer, stop_layer : int
+    at : tuple of int64 Tensor, shape (n_due,)
+        Layers and rows once more, as an index on the device.
     """
 
     layers: np.ndarray
     rows: np.ndarray
     totals: np.ndarray
     divide: np.ndarray
-    first_layer: int
-    stop_layer: int
+    at: tuple[torch.Tensor, torch.Tensor]
 
 
-def in_blocks(due: np.ndarray, totals: np.ndarray, divide: np.ndarray, pool: DevicePool) -> Iterator[Due]:
-    """Split what is due, bool (n_layers, n_rows), into blocks of layers small enough to score at once."""
+class Segments(NamedTuple):
+    """What KV heads hold, each in slots that stand side by side.
+
+    Attributes
+    ----------
+    starts : int64 Tensor, shape (n_segments,)
+    lengths : int32 Tensor, shape (n_segments,)
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+
+
+def in_blocks(due: np.ndarray, pool: DevicePool) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Split what is due, bool (n_layers, n_rows), into blocks of layers small enough to score at once.
+
+    Yields
+    ------
+    slots : slice
+        Those of a block's layers.
+    layers, rows : int64 (n_due,)
+        What is due of it, at least one.
+    """
     first = 0
     while first < len(due):
         stop = first + 1
@@ -54,8 +75,7 @@ def in_blocks(due: np.ndarray, totals: np.ndarray, divide: np.ndarray, pool: Dev
             stop += 1
         layers, rows = np.nonzero(due[first:stop])
         if len(layers):
-            layers += first
-            yield Due(layers, rows, totals[layers, rows], divide[layers, rows], first, stop)
+            yield pool.layers(first, stop), layers + first, rows
         first = stop
 
 
@@ -94,21 +114,15 @@ class DeviceCompressor:
         self.budgets = self.budgets[:, index].contiguous()
 
     def decide(
-        self,
-        keys: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        queries: torch.Tensor,
-        due: Due,
-        longest: int,
+        self, keys: torch.Tensor, held: Segments, queries: torch.Tensor, due: Due, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose who stays of what is due.
 
         Parameters
         ----------
         keys : Tensor, shape (n_slots, head_dim)
-        starts : int64 Tensor, shape (n_due, n_kv_heads)
-        lengths : int32 Tensor, shape (n_due, n_kv_heads)
+        held : Segments
+            What every KV head of what is due holds.
         queries : Tensor, shape (n_due, n_query_heads, window, head_dim)
             The last queries, in any order.
         due : Due
@@ -121,74 +135,39 @@ class DeviceCompressor:
             From each segment's start on, its surviving entries by number.
         kept : int32 Tensor, shape (n_due, n_kv_heads)
         """
-        starts, lengths = starts.reshape(-1), lengths.reshape(-1)
-        scores = self._scores(keys, starts, lengths, queries, longest)
-        layers, rows = to_device(due.layers, self.device), to_device(due.rows, self.device)
+        scores = self._scores(keys, held, queries, longest)
         if due.divide.any():
-            self._divide(scores, starts, lengths, layers, rows, due, longest)
-        quotas = self.budgets[layers, rows].reshape(-1)
+            self._divide(scores, held, due, longest)
+        quotas = self.budgets[due.at].reshape(-1)
         survivors = torch.empty(len(keys), dtype=torch.int32, device=self.device)
-        kept = torch.empty_like(lengths)
-        self.ops.select(scores, starts, lengths, quotas, survivors, kept, longest=longest)
+        kept = torch.empty_like(held.lengths)
+        self.ops.select(scores, *held, quotas, survivors, kept, longest=longest)
         return survivors, kept.view(-1, self.n_kv_heads)
 
     def _scores(
-        self,
-        keys: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        queries: torch.Tensor,
-        longest: int,
+        self, keys: torch.Tensor, held: Segments, queries: torch.Tensor, longest: int
     ) -> torch.Tensor:
         scorer = self.policy.scorer
         assert isinstance(scorer, SnapKV | RKV)
-        window, alpha = scorer.window, 1.0
-        grouped = queries.reshape(len(starts), -1, *queries.shape[2:])
+        sizes: dict[str, Any] = {"window": scorer.window, "longest": longest}
+        grouped = queries.reshape(len(held.starts), -1, *queries.shape[2:])
         importance, scores = (torch.empty(len(keys), device=self.device) for _ in range(2))
-        self.ops.window_importance(
-            grouped, keys, starts, lengths, importance, scale=self.scale, window=window, longest=longest
-        )
-        repeated = None
+        self.ops.window_importance(grouped, keys, *held, importance, scale=self.scale, **sizes)
+        repeated, alpha = None, 1.0
         if isinstance(scorer, RKV):
             repeated = torch.empty(len(keys), device=self.device)
             threshold, alpha = scorer.similarity_threshold, scorer.alpha
-            self.ops.redundancy(keys, starts, lengths, repeated, threshold=threshold, longest=longest)
-        self.ops.combine_scores(
-            importance,
-            repeated,
-            starts,
-            lengths,
-            scores,
-            alpha=alpha,
-            kernel_size=scorer.kernel_size,
-            window=window,
-            longest=longest,
-        )
+            self.ops.redundancy(keys, *held, repeated, threshold=threshold, longest=longest)
+        sizes |= {"alpha": alpha, "kernel_size": scorer.kernel_size}
+        self.ops.combine_scores(importance, repeated, *held, scores, **sizes)
         return scores
 
-    def _divide(
-        self,
-        scores: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        layers: torch.Tensor,
-        rows: torch.Tensor,
-        due: Due,
-        longest: int,
-    ) -> None:
+    def _divide(self, scores: torch.Tensor, held: Segments, due: Due, longest: int) -> None:
         heads = self.policy.heads
         assert isinstance(heads, UtilityHeads)
-        totals = to_device(due.totals, self.device)
-        counts = torch.empty_like(lengths)
-        self.ops.demand(
-            scores,
-            starts,
-            lengths,
-            totals.to(torch.int32),
-            counts,
-            n_kv_heads=self.n_kv_heads,
-            longest=longest,
-        )
+        totals, counts = to_device(due.totals, self.device), torch.empty_like(held.lengths)
+        sizes = {"n_kv_heads": self.n_kv_heads, "longest": longest}
+        self.ops.demand(scores, *held, totals.to(torch.int32), counts, **sizes)
         budgets = divide_heads(
             counts.view(-1, self.n_kv_heads),
             totals,
@@ -199,8 +178,8 @@ class DeviceCompressor:
         )
         if not due.divide.all():
             again = to_device(due.divide, self.device)
-            budgets = torch.where(again[:, None], budgets, self.budgets[layers, rows])
-        self.budgets[layers, rows] = budgets
+            budgets = torch.where(again[:, None], budgets, self.budgets[due.at])
+        self.budgets[due.at] = budgets
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -230,14 +209,7 @@ def new_starts(
     n_kv_heads = kept.shape[1]
     wide = kept.to(torch.int64)
     held = wide.sum(1)
-    room = rounds_up(totals + n_kv_heads * buffer - held, n_kv_heads)
+    # Rounded up to whole tokens, of which each brings every head an entry.
+    room = -((held - totals - n_kv_heads * buffer) // n_kv_heads)
     sizes = wide + room[:, None]
     return bases[:, None] + sizes.cumsum(1) - sizes, held
-
-
-Counts = TypeVar("Counts", np.ndarray, torch.Tensor)
-
-
-def rounds_up(missing: Counts, n_kv_heads: int) -> Counts:
-    """Give the tokens until so many entries are missing no more, at one entry a head and token."""
-    return -(-missing // n_kv_heads)

@@ -11,7 +11,7 @@ from simulator.policies.language import Policy
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.triggers.buffer_full import BufferFull
-from validate.eviction.kernels.ops import HEAD_DIMS, MAX_GROUP_SIZE
+from validate.eviction.kernels.ops import takes_heads
 from validate.models.load import model_shape
 
 
@@ -41,8 +41,8 @@ def unsupported_part(policy: Policy) -> str | None:
 def serves(model: PreTrainedModel, policy: Policy) -> bool:
     """Say whether a device's cache can take this policy and this model."""
     shape = model_shape(model.config, model.dtype)
-    fits = shape.head_dim in HEAD_DIMS and shape.n_query_heads // shape.n_kv_heads <= MAX_GROUP_SIZE
-    return fits and unsupported_part(policy) is None
+    group_size = shape.n_query_heads // shape.n_kv_heads
+    return takes_heads(shape.head_dim, group_size) and unsupported_part(policy) is None
 
 
 def buffer_of(policy: Policy) -> int:

@@ -61,6 +61,11 @@ class DevicePool:
         self.lengths = torch.zeros(heads, dtype=torch.int32, device=device)
 
     @property
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and positions."""
+        return self.keys, self.values, self.positions
+
+    @property
     def bytes_allocated(self) -> int:
         """Bytes of the block: keys and values."""
         return self.keys.nbytes + self.values.nbytes

@@ -1,11 +1,14 @@
-"""Decode steps of a model with a device's cache, replayed from a CUDA graph where there is one."""
+"""Decode steps of a model with an evicting cache, replayed from a CUDA graph where there is one."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
-from validate.eviction.device.cache import DeviceCache
+from validate.eviction.device.back_end import DeviceBackEnd
+from validate.eviction.face import PolicyCache
 from validate.models.load import rope_parameters
 from validate.models.next_token import forward_settings
 
@@ -14,18 +17,18 @@ _ROPES_OF_THE_HOST = ("dynamic", "longrope")
 
 
 class Steps:
-    """One token per row at a time, through memory of fixed places.
+    """One token per row at a time.
 
-    The first step runs as any forward pass, which also compiles what has to be; the second is captured, and
-    from then on the host launches one graph a step. What a compression changes stands in the same memory
-    afterwards, so that the graph stays valid; dropping rows calls for a new one. On a CPU every step is a
-    forward pass, as on a GPU where the model's steps cannot be captured.
+    With a device's cache on a GPU the first step runs as any forward pass, which also compiles what has to
+    be; the second is captured, and from then on the host launches one graph a step. What a compression
+    changes stands in the same memory afterwards, so that the graph stays valid; dropping rows calls for a new
+    one. Elsewhere, and where the model's steps cannot be captured, every step is a forward pass.
 
     Parameters
     ----------
     model : PreTrainedModel
         Within ``evicting(model, cache)``, with the prompts read.
-    cache : DeviceCache
+    cache : PolicyCache
     graph : bool
         Whether to capture one, on a GPU.
 
@@ -35,10 +38,12 @@ class Steps:
         Why there is no graph though one was wanted.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: DeviceCache, *, graph: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, cache: PolicyCache, *, graph: bool = True) -> None:
         self._model, self._cache = model, cache
+        # Only a device's is asked for what a graph needs.
+        self._back_end = cast(DeviceBackEnd, cache.back_end)
         self._settings = forward_settings(model) | {"past_key_values": cache}
-        self._wants_graph = graph and model.device.type == "cuda"
+        self._wants_graph = graph and model.device.type == "cuda" and cache.back_end.on_device
         self.not_captured: str | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._n_plain = 0
@@ -70,11 +75,11 @@ class Steps:
             self._n_plain += 1
             self.logits = self._forward()
             return self.logits
-        self._cache.require_room()
+        self._back_end.require_room()
         self._graph.replay()
         for layer in self._cache.own_layers:
             layer.count(1)
-        self._cache.advance()
+        self._back_end.advance()
         return self.logits
 
     def keep_rows(self, rows: torch.Tensor) -> None:
@@ -85,7 +90,7 @@ class Steps:
         self._graph, self._n_plain = None, 0
 
     def _forward(self) -> torch.Tensor:
-        positions = self._cache.n_tokens[:, None].long()
+        positions = self._cache.n_tokens[:, None].long().to(self._ids.device)
         output = self._model(input_ids=self._ids, position_ids=positions, **self._settings)
         return output.logits[:, -1]
 
@@ -95,10 +100,10 @@ class Steps:
             self._give_up(f"RoPE of type '{rope}' asks the device for positions")
             return
         # A token without room is refused before anything is captured.
-        cache.require_room()
+        self._back_end.require_room()
         n_seen = cache.get_seq_length()
         graph = torch.cuda.CUDAGraph()
-        cache.keeps_time = False
+        self._back_end.keeps_time = False
         try:
             # Each has a pool of its own: that of a graph that is gone may not be given to another. And where
             # a capture fails at its end, its stream would stay the current one.
@@ -110,7 +115,7 @@ class Steps:
             self._give_up(" ".join(str(error).split())[:200])
             return
         finally:
-            cache.keeps_time = True
+            self._back_end.keeps_time = True
             # Nothing has been computed yet: the replay is the step.
             cache.calls.begin_again()
             for layer in cache.own_layers:

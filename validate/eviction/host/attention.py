@@ -9,7 +9,7 @@ import torch
 
 from simulator.kernels.attention import VECTORISE, exp
 from simulator.kernels.compiled import compiled
-from validate.eviction.kernels.ops import HEAD_DIMS, MAX_GROUP_SIZE, Ops, ops_for
+from validate.eviction.kernels.ops import Ops, ops_for, takes_heads
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -48,7 +48,7 @@ def attend_ragged(
 def has_kernels(queries: torch.Tensor, n_segments: int) -> bool:
     """Say whether the GPU kernels know such heads."""
     n_rows, n_query_heads, head_dim = queries.shape
-    return head_dim in HEAD_DIMS and n_rows * n_query_heads // n_segments <= MAX_GROUP_SIZE
+    return takes_heads(head_dim, n_rows * n_query_heads // n_segments)
 
 
 def attend_by(

@@ -14,7 +14,7 @@ from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
 from validate.eviction.host.attention import attend_ragged
 from validate.eviction.host.pool import LayerPool
-from validate.models.causal import causal_attention
+from validate.eviction.prompts import attend_prompts
 
 _NEVER = np.iinfo(np.int64).max
 # Memory is taken for at most so many tokens ahead, and all sequences' together: taking it copies the block.
@@ -105,13 +105,9 @@ class EvictingLayer:
             for row in range(n_rows)
         ]
         padding = length - self.n_tokens
-        output = torch.zeros_like(query)
-        for row, first in enumerate(padding.tolist()):
-            output[row, :, first:], _ = causal_attention(
-                query[row, :, first:], key[row, :, first:], value[row, :, first:], scale
-            )
-        self._queries = self._recent_queries(query)
-        self._newest = self._queries.shape[2] - 1
+        output = attend_prompts(query, key, value, padding, scale)
+        self._queries, self._newest = query, length - 1
+        self._resize_ring(self._most_wanted(length))
         self.held = self.n_tokens * n_kv_heads
         held = [
             self._prompt_survivors(row, key[row, :, first:], value[row, :, first:])
@@ -231,17 +227,13 @@ class EvictingLayer:
         queries = self._last_queries(row, compressor.n_queries(n_tokens))
         return compressor.decide(held, queries, n_tokens)
 
-    def _recent_queries(self, query: torch.Tensor) -> torch.Tensor:
-        """Start a ring of every row's last queries, as many as the policy may ask for after the prompts."""
+    def _most_wanted(self, prompt_tokens: int) -> int:
+        """Give how many of the last queries the policy may ask for after the prompts."""
         policy = self.policy
-        n = max(policy.scorer.window, policy.layers.window) if policy.evicts else 0
-        if policy.evicts and policy.scorer.sees_span:
-            n = max(n, query.shape[2])
-        ring = query.new_zeros(query.shape[0], query.shape[1], n, query.shape[3])
-        if n:
-            seen = query[:, :, -n:]
-            ring[:, :, n - seen.shape[2] :] = seen
-        return ring
+        if not policy.evicts:
+            return 0
+        least = prompt_tokens if policy.scorer.sees_span else 0
+        return max(policy.scorer.window, policy.layers.window, least)
 
     def _remember(self, query: torch.Tensor) -> None:
         """Put each row's newest query, (n_rows, n_query_heads, head_dim), into the ring."""
@@ -262,7 +254,7 @@ class EvictingLayer:
     def _resize_ring(self, capacity: int) -> None:
         """Make room for so many queries, and keep the newest of those that are there."""
         ring = self._queries
-        kept = ring.roll(-1 - self._newest, 2)[:, :, -min(capacity, ring.shape[2]) :]
+        kept = ring.roll(-1 - self._newest, 2)[:, :, max(0, ring.shape[2] - capacity) :]
         self._queries = ring.new_zeros(*ring.shape[:2], capacity, ring.shape[3])
         self._queries[:, :, capacity - kept.shape[2] :] = kept
         self._newest = capacity - 1

@@ -31,7 +31,6 @@ def attend(
     *,
     scale: float,
     longest: int,
-    scratch: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Attend from one token per sequence to the entries its KV heads hold; a head without any gives zeros.
 
@@ -48,8 +47,6 @@ def attend(
     scale : float
     longest : int
         About the largest of ``lengths``, by which the work is divided; the result is right whatever it is.
-    scratch : tuple of Tensors, optional
-        What ``attention_scratch`` gives, to be used again.
 
     References
     ----------
@@ -57,9 +54,7 @@ def attend(
     results are merged by their log-sum-exp.
     """
     n_segments, head_dim = len(starts), keys.shape[1]
-    if scratch is None:
-        scratch = attention_scratch(queries, n_segments, longest)
-    partials, lse = scratch
+    partials, lse = attention_scratch(queries, n_segments, longest)
     n_splits = lse.shape[1]
     group_size = queries.shape[0] * queries.shape[1] // n_segments
     block = _block_entries(keys)

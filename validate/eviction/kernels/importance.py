@@ -54,50 +54,47 @@ def window_importance(
     ----------
     Li et al. 2024, SnapKV (arXiv 2404.14469); the decode-time form of R-KV (arXiv 2505.24133).
     """
-    n_segments, group_size, n_queries, head_dim = queries.shape
-    refuse_head_dim(head_dim)
+    n_segments, group_size, n_queries, _ = queries.shape
+    sizes = tile_sizes(keys)
     refuse_unless(queries.dtype == keys.dtype, "the queries' type", queries.dtype, f"{keys.dtype}, as keys")
     n_candidates = longest - window
     if n_segments == 0 or n_candidates <= 0:
         return
-    sizes = _tiles(n_queries, keys)
     split = sizes["BLOCK"] * triton.cdiv(n_candidates, sizes["BLOCK"] * _MOST_SPLITS)
     n_splits = triton.cdiv(n_candidates, split)
     maxima = torch.empty((n_segments, n_splits, n_queries), dtype=torch.float32, device=keys.device)
     sums = torch.empty_like(maxima)
     given = (queries, keys, starts, lengths, maxima, sums)
     numbers = (float(scale), window, split, n_splits)
-    sizes |= {"N_QUERIES": n_queries, "GROUP_SIZE": group_size, "HEAD_DIM": head_dim}
+    block_queries = max(16, triton.next_power_of_2(n_queries))
+    sizes |= {"N_QUERIES": n_queries, "GROUP_SIZE": group_size, "BLOCK_QUERIES": block_queries}
+    sizes["num_warps"] = 4 if block_queries < 64 else 8
     grid = (n_segments * n_splits,)
     _sum_exponentials[grid](*given, *numbers, **sizes)
     _write_means[grid](*given, importance, *numbers, **sizes)
 
 
-def _tiles(n_queries: int, keys: torch.Tensor) -> dict[str, int]:
-    """Give the sizes of tiles that fit the registers."""
-    block_queries = max(16, triton.next_power_of_2(n_queries))
+def tile_sizes(keys: torch.Tensor) -> dict[str, int]:
+    """Give the sizes of tiles that fit the registers; a ValueError for a width of keys that has none."""
+    head_dim = keys.shape[1]
+    refuse_unless(head_dim in HEAD_DIMS, "head_dim", head_dim, ", ".join(map(str, HEAD_DIMS)))
     # Without tensor cores, operands of all dimensions at once do not fit the registers.
     is_exact = keys.dtype == torch.float32
     return {
-        "BLOCK_QUERIES": block_queries,
+        "HEAD_DIM": head_dim,
         "BLOCK": 64 if is_exact else 128,
-        "CHUNK": 16 if is_exact else keys.shape[1],
-        "WIDEN": widens(keys),
-        "num_warps": 4 if block_queries < 64 else 8,
+        "CHUNK": 16 if is_exact else head_dim,
+        # Interpreted kernels would multiply the bits of bfloat16, whose products are exact in float32.
+        "WIDEN": keys.dtype == torch.bfloat16 and keys.device.type == "cpu",
     }
 
 
-def refuse_head_dim(head_dim: int) -> None:
-    """Raise a ValueError if the kernels know no tiles for a width of keys."""
-    refuse_unless(head_dim in HEAD_DIMS, "head_dim", head_dim, ", ".join(map(str, HEAD_DIMS)))
-
-
-def widens(keys: torch.Tensor) -> bool:
-    """Say whether keys have to become float32 before they are multiplied.
-
-    Interpreted kernels would multiply the bits of bfloat16. Products of bfloat16 are exact in float32.
-    """
-    return keys.dtype == torch.bfloat16 and keys.device.type == "cpu"
+@triton.jit
+def part_of(lengths, n_parts, part_size):
+    """Give a program's segment, the first entry of its part of it, and the segment's length."""
+    program = tl.program_id(0)
+    segment = program // n_parts
+    return segment, (program % n_parts) * part_size, tl.load(lengths + segment)
 
 
 @triton.jit
@@ -161,10 +158,8 @@ def _sum_exponentials(
     WIDEN: tl.constexpr,
 ):
     """Write each query's largest logit in one part of a segment, and its sum of exponentials above that."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    n_candidates = tl.load(lengths + segment) - window
+    segment, first, length = part_of(lengths, n_splits, split)
+    n_candidates = length - window
     if first >= n_candidates:
         return
     start = tl.load(starts + segment)
@@ -193,7 +188,7 @@ def _sum_exponentials(
         largest = raised
         first += BLOCK
     columns = tl.arange(0, BLOCK_QUERIES)
-    at = program.to(tl.int64) * N_QUERIES + columns
+    at = tl.program_id(0).to(tl.int64) * N_QUERIES + columns
     tl.store(maxima + at, largest, mask=columns < N_QUERIES)
     tl.store(sums + at, total, mask=columns < N_QUERIES)
 
@@ -220,10 +215,8 @@ def _write_means(
     WIDEN: tl.constexpr,
 ):
     """Write the mean weights of one part of a segment, normalised by what all its parts summed up."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    n_candidates = tl.load(lengths + segment) - window
+    segment, first, length = part_of(lengths, n_splits, split)
+    n_candidates = length - window
     if first >= n_candidates:
         return
     start = tl.load(starts + segment)

@@ -94,6 +94,11 @@ def ops_for(device: torch.device) -> Ops:
     return triton_ops() if device.type == "cuda" else torch_ops()
 
 
+def takes_heads(head_dim: int, group_size: int) -> bool:
+    """Say whether the GPU kernels are made for heads of a width, so many query heads to a KV head."""
+    return head_dim in HEAD_DIMS and group_size <= MAX_GROUP_SIZE
+
+
 def require_shape(head_dim: int, group_size: int) -> None:
     """Refuse a model whose heads the kernels are not made for.
 

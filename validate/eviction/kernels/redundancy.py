@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from validate.eviction.kernels.importance import refuse_head_dim, widens
+from validate.eviction.kernels.importance import part_of, tile_sizes
 
 _MOST_SPLITS = 32
 _BLOCK = 64
@@ -52,9 +52,8 @@ def redundancy(
     ----------
     Cai et al. 2025, R-KV (arXiv 2505.24133).
     """
-    head_dim = keys.shape[1]
-    refuse_head_dim(head_dim)
-    n_segments = len(starts)
+    tiles = tile_sizes(keys)
+    head_dim, n_segments = keys.shape[1], len(starts)
     if n_segments == 0 or longest <= 0:
         return
     split = _BLOCK * triton.cdiv(longest, _BLOCK * _MOST_SPLITS)
@@ -68,39 +67,19 @@ def redundancy(
     segments = (starts, lengths)
     sizes = {"HEAD_DIM": head_dim, "BLOCK": _BLOCK, "num_warps": 4}
     _sum_directions[(n_segments * n_splits,)](keys, *segments, inverse, directions, split, n_splits, **sizes)
-    _search(keys, starts, lengths, inverse, newest, threshold, longest)
+    is_exact, n_tiles = keys.dtype == torch.float32, triton.cdiv(longest, tiles["BLOCK"])
+    _find_newest[(n_segments * n_tiles,)](
+        *(keys, *segments, inverse, newest, float(threshold), n_tiles),
+        **tiles,
+        num_warps=4 if is_exact else 8,
+        # Two programs to a multiprocessor, so that one multiplies while the other waits for keys.
+        maxnreg=None if is_exact else 128,
+    )
     grid = (n_segments * n_blocks,)
     _compare_newest[grid](keys, *segments, inverse, newest, similarity, n_blocks, **sizes)
     found = (inverse, newest, similarity, directions)
     _write_exponentials[grid](keys, *segments, *found, redundancy, totals, split, n_splits, n_blocks, **sizes)
     _normalise[grid](*segments, redundancy, totals, n_blocks, BLOCK=_BLOCK, num_warps=2)
-
-
-def _search(
-    keys: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    inverse: torch.Tensor,
-    newest: torch.Tensor,
-    threshold: float,
-    longest: int,
-) -> None:
-    """Write every entry's newest duplicate; see ``_find_newest``."""
-    head_dim = keys.shape[1]
-    # Without tensor cores, operands of all dimensions at once do not fit the registers.
-    is_exact = keys.dtype == torch.float32
-    block = 64 if is_exact else 128
-    n_tiles = triton.cdiv(longest, block)
-    _find_newest[(len(starts) * n_tiles,)](
-        *(keys, starts, lengths, inverse, newest, float(threshold), n_tiles),
-        HEAD_DIM=head_dim,
-        BLOCK=block,
-        CHUNK=16 if is_exact else head_dim,
-        WIDEN=widens(keys),
-        num_warps=4 if is_exact else 8,
-        # Two programs to a multiprocessor, so that one multiplies while the other waits for keys.
-        maxnreg=None if is_exact else 128,
-    )
 
 
 @triton.jit(do_not_specialize=["split", "n_splits"])
@@ -116,10 +95,7 @@ def _sum_directions(
     BLOCK: tl.constexpr,
 ):
     """Write inverse norms of one part of a segment, and the sum of its unit keys."""
-    program = tl.program_id(0)
-    segment = program // n_splits
-    first = (program % n_splits) * split
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_splits, split)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -138,7 +114,7 @@ def _sum_directions(
         tl.store(inverse + slots, scales, mask=held)
         direction += tl.sum(tile * scales[:, None], axis=0)
         first += BLOCK
-    tl.store(directions + program.to(tl.int64) * HEAD_DIM + dims, direction)
+    tl.store(directions + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, direction)
 
 
 @triton.jit
@@ -165,10 +141,7 @@ def _find_newest(
     WIDEN: tl.constexpr,
 ):
     """Write the newest duplicate of each of a block of entries, -1 for none."""
-    program = tl.program_id(0)
-    segment = program // n_tiles
-    first = (program % n_tiles) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_tiles, BLOCK)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -215,10 +188,7 @@ def _compare_newest(
     BLOCK: tl.constexpr,
 ):
     """Write the cosine of each of a block of entries to its newest duplicate, 0 for none."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     slots = tl.load(starts + segment) + first + tl.arange(0, BLOCK)
@@ -252,10 +222,7 @@ def _write_exponentials(
     BLOCK: tl.constexpr,
 ):
     """Write the exponentials of the mean cosines of a block of entries, and their sum."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     start = tl.load(starts + segment)
@@ -287,16 +254,13 @@ def _write_exponentials(
     # Means are cosines at most, so that their exponentials need no shift.
     weights = tl.exp((similar - spared) / length)
     tl.store(redundancy + start + entries, weights, mask=held)
-    tl.store(totals + program, tl.sum(tl.where(held, weights, 0.0), axis=0))
+    tl.store(totals + tl.program_id(0), tl.sum(tl.where(held, weights, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
 def _normalise(starts, lengths, redundancy, totals, n_blocks, BLOCK: tl.constexpr):
     """Divide a block of exponentials by the sum over their segment."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     n_written = tl.cdiv(length, BLOCK)

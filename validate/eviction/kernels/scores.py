@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from simulator.policies.parts import refuse_unless
+from validate.eviction.kernels.importance import part_of
 
 _BLOCK = 512
 
@@ -86,10 +87,7 @@ def _combine(
     BLOCK: tl.constexpr,
 ):
     """Write the scores of a block of entries."""
-    program = tl.program_id(0)
-    segment = program // n_blocks
-    first = (program % n_blocks) * BLOCK
-    length = tl.load(lengths + segment)
+    segment, first, length = part_of(lengths, n_blocks, BLOCK)
     if first >= length:
         return
     start = tl.load(starts + segment)

@@ -46,9 +46,9 @@ def cuda(monkeypatch):
             def replay(self):
                 steps = self.steps
                 cache, n_seen = steps._cache, steps._cache.get_seq_length()
-                cache.keeps_time = False
+                cache.back_end.keeps_time = False
                 steps.logits.copy_(steps._forward())
-                cache.keeps_time = True
+                cache.back_end.keeps_time = True
                 for layer in cache.layers:
                     layer.count(n_seen - layer.get_seq_length())
 
@@ -59,7 +59,7 @@ def cuda(monkeypatch):
 
             def __enter__(self):
                 cache = cuda.steps._cache
-                self._state = cache.n_tokens, cache.pool.lengths, cache.ring
+                self._state = cache.n_tokens, cache.pool.lengths, cache.back_end.ring
                 self._before = [tensor.clone() for tensor in self._state]
                 if cuda.error:
                     raise cuda.error

@@ -148,20 +148,22 @@ def test_one_logit_far_above_the_others_takes_all(rng, attend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("longest", [100, 700, 5000])
-def test_scratch_is_written_before_it_is_read(rng, longest):
+def test_scratch_is_written_before_it_is_read(rng, longest, monkeypatch):
     heads = make_heads(rng, (0, 300, 700, 1), 2, 64)
+    expected = attended(attention.attend, heads, longest)
     scratch = attention.attention_scratch(heads.queries, len(heads.starts), longest)
     for part in scratch:
         part.fill_(torch.nan)
-    expected = attended(attention.attend, heads, longest)
+    monkeypatch.setattr(attention, "attention_scratch", lambda *_: scratch)
     for _ in range(2):
-        assert_equal(attended(attention.attend, heads, longest, scratch=scratch), expected)
+        assert_equal(attended(attention.attend, heads, longest), expected)
 
 
-def test_long_segments_are_divided_and_short_ones_are_not(rng):
+def test_long_segments_are_divided_and_short_ones_are_not(rng, monkeypatch):
     heads = make_heads(rng, (700, 10), 1, 64)
     scratch = attention.attention_scratch(heads.queries, 2, 700)
-    attended(attention.attend, heads, scratch=scratch)
+    monkeypatch.setattr(attention, "attention_scratch", lambda *_: scratch)
+    attended(attention.attend, heads)
     held = (scratch[1] > -torch.inf).squeeze(2).cpu()
     assert held.tolist() == [[True, True, True], [True, False, False]]
 
