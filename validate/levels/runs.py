@@ -101,25 +101,31 @@ class _ShadowLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         n_tokens = int(self.n_tokens[0])
         output, _ = causal_attention(
-            query[0, :, None], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
+            query[0], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
         )
-        return output[None, :, 0]
+        return output[None]
 
 
 class _ForcedLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        n_tokens, n_kv_heads = int(self.n_tokens[0]), len(self.all_keys)
-        grouped = query[0].reshape(n_kv_heads, -1, query.shape[-1]).float()
-        logits = (grouped * self.scale) @ self.all_keys[:, :n_tokens].float().transpose(1, 2)
-        weights = logits.softmax(-1)
-        retained = torch.zeros(weights.shape[::2], dtype=weights.dtype, device=weights.device)
+        n_tokens, n_kv_heads, n_new = int(self.n_tokens[0]), len(self.all_keys), query.shape[2]
+        grouped = query[0].unflatten(0, (n_kv_heads, -1)).float()  # (n_kv_heads, group_size, n_new, head_dim)
+        keys = self.all_keys[:, None, :n_tokens].float().transpose(2, 3)
+        logits = (grouped * self.scale) @ keys
+        # Later ones of the new tokens are unseen, hence without weight.
+        unseen = torch.ones(n_new, n_tokens, dtype=torch.bool, device=query.device).triu_(
+            n_tokens - n_new + 1
+        )
+        weights = logits.masked_fill_(unseen, -torch.inf).softmax(-1)
+        retained = weights.new_zeros(n_kv_heads, 1, n_tokens, 1)
         for kv_head in range(n_kv_heads):
-            retained[kv_head, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
+            retained[kv_head, 0, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
         # Attention that lies on one key by more than half lies there uniquely.
         largest, where = weights.max(-1)
-        lost = (largest > LOOKUP) & (retained.gather(1, where) == 0)
-        self.mass.append(to_array((weights @ retained[..., None]).reshape(-1)))
-        self.lost.append(lost.reshape(-1).cpu().numpy())
+        is_retained = retained[..., 0].expand(*weights.shape[:2], -1).gather(2, where) == 1
+        lost = (largest > LOOKUP) & ~is_retained
+        self.mass.append(to_array((weights @ retained).flatten(0, 1)[..., 0]))
+        self.lost.append(lost.flatten(0, 1).cpu().numpy())
         return super().attend(query)
 
 
@@ -178,14 +184,12 @@ def run_forced(
     """
     run = _TraceRun(model, trace, policy, entries, seed, waves)
     simulated = run.replay()
-    # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
-    n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
     baseline = baseline or baseline_of(model, trace)
-    layers, divergence = run.feed(_ForcedLayer, n_together, baseline.predictions.compare)
+    layers, divergence = run.feed(_ForcedLayer, _FORCED_TOKENS, baseline.predictions.compare)
     return Forced(
-        forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
+        forced=np.stack([np.concatenate(layer.mass, axis=1) for layer in layers]),
         simulated=simulated.mass,
-        forced_lost=np.stack([np.stack(layer.lost, axis=1) for layer in layers]),
+        forced_lost=np.stack([np.concatenate(layer.lost, axis=1) for layer in layers]),
         simulated_lost=lost_lookups(trace, simulated, baseline.attention),
         divergence=divergence,
     )
@@ -258,15 +262,16 @@ class _TraceRun:
 
     @torch.inference_mode()
     def feed(
-        self, layer_type: type[Layer], n_together: int, watch: Callable[[Iterator[torch.Tensor]], Seen]
+        self, layer_type: type[Layer], most: int, watch: Callable[[Iterator[torch.Tensor]], Seen]
     ) -> tuple[list[Layer], Seen]:
-        """Feed the tokens to the model, those after the prompt ``n_together`` at a time.
+        """Feed the tokens to the model, those after the prompt up to ``most`` at a time.
 
         Parameters
         ----------
         layer_type : type of Layer
             Of the cache.
-        n_together : int
+        most : int
+            Fewer where layers wait for each other; see ``BackEnd.most_together``.
         watch : callable
             Is handed the logits of the decode steps as they come, (n_tokens, n_vocabulary) each, and takes
             them all.
@@ -292,9 +297,11 @@ class _TraceRun:
         ids = token_ids(self.model, trace)
 
         def logits() -> Iterator[torch.Tensor]:
-            for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
-                new = ids[:, first : first + n_together]
+            first = trace.prompt_tokens
+            while first < trace.total_tokens:
+                new = ids[:, first : first + min(most, cache.back_end.most_together)]
                 yield self.model(input_ids=new, past_key_values=cache).logits[0]
+                first += new.shape[1]
 
         with evicting(self.model, cache):
             self.model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)

@@ -317,6 +317,7 @@ def test_steps_hold_the_mean_of_every_layer_and_step(model, trace, waves):
                     "forced_mass": np.mean([float(x) for x in forced.forced[layer, :, step]]),
                     "simulated_lost_lookups": forced.simulated_lost[layer, :, step].sum() / 4,
                     "forced_lost_lookups": forced.forced_lost[layer, :, step].sum() / 4,
+                    "kl": forced.divergence.kl[step],
                 },
                 abs=1e-6,
             )
