@@ -14,8 +14,8 @@ from validate.levels.runs import _ForcedLayer, _TraceRun, baseline_of
 from validate.record.decode import record_decode
 
 # Every kind of decision: spans and windows, draws, values, running sums; layers divided beforehand and anew;
-# heads alike, by share and by table; triggers by room, by count, at every token, and at tokens of the text. Not
-# knorm: below the first layer a key's norm is its token's wherever that stands, and rounding settles the ties.
+# heads alike, by share and by table; triggers by room, by count, at every token, and at tokens of the text.
+# Not knorm: in the first layer a key's norm is its token's wherever that stands, and rounding settles ties.
 POLICIES = [
     "streamingllm",
     "random",
