@@ -186,7 +186,7 @@ def _needs(part: Any) -> list[str]:
         "values": "values (a trace recorded with --values)",
         "wave": "a wave of the model (sim calibrate)",
     }
-    return [words[need] for need in sorted(getattr(part, "needs", ()))]
+    return [words[need] for need in sorted(part.needs)]
 
 
 def _summary(part: type) -> str:
@@ -212,6 +212,8 @@ def _meaning(part: type, parameter: str) -> str:
             head, _, told = entry.partition("\n")
             if parameter in re.split(r"[,\s]+", head.partition(":")[0].strip()) and told:
                 return _plain(inspect.cleandoc(told))
+        if isinstance(base.__dict__.get(parameter), property):
+            return _plain(inspect.getdoc(base.__dict__[parameter]) or "")
     return ""
 
 

@@ -18,7 +18,6 @@ from simulator.policies.shipped import (
     TRIGGERS,
     BufferFull,
     Full,
-    Never,
     UniformHeads,
     UniformLayers,
 )
@@ -71,7 +70,7 @@ class Policy:
     @property
     def evicts(self) -> bool:
         """Whether anything can ever be evicted."""
-        return not isinstance(self.trigger, Never)
+        return self.trigger.evicts
 
     @property
     def divides_layers_again(self) -> bool:

@@ -70,14 +70,14 @@ def is_users(part: object) -> bool:
     return (part if isinstance(part, type) else type(part)).__module__.partition(".")[0] != "simulator"
 
 
-def sources(parts: Iterable[object]) -> str | None:
+def sources(parts: Iterable[Any]) -> str | None:
     """Say which files of the user's made the parts: name and digest of each; None if there is none.
 
     These are the files of their classes, not what those import, and the files that parameters name.
     """
     parts = list(parts)
     found = [_source(type(part)) for part in parts if is_users(part)]
-    named = [getattr(part, name) for part in parts for name in getattr(part, "files", ())]
+    named = [getattr(part, name) for part in parts for name in part.files]
     found += [_file_digest(Path(path)) for path in named if os.path.isfile(path)]
     return ", ".join(dict.fromkeys(source for source in found if source)) or None
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import LayerRequest, refuse_unless
+from simulator.policies.parts import LayerRequest
+from simulator.policies.ranges import Limit
 from traces.documents import read_json
 from traces.errors import MissingDataError, UserError
 
@@ -154,11 +155,11 @@ def listed_numbers(text: str) -> list[float] | None:
         return None
 
 
-def refuse_bad_shares(name: str, text: str) -> None:
-    """Refuse a list that holds what no share can be; raises ValueError."""
-    numbers = listed_numbers(text) or []
-    fits = bool(np.isfinite(numbers).all()) and all(number > 0 for number in numbers)
-    refuse_unless(fits, name, text, "numbers above 0 joined by /, or a JSON file")
+def _is_path_or_shares(text: str) -> bool:
+    return all(0 < number < np.inf for number in listed_numbers(text) or [])
+
+
+SHARES = Limit(_is_path_or_shares, "numbers above 0 joined by /, or a JSON file")
 
 
 def _require_named(text: str, name: str, example: str) -> None:

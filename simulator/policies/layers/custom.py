@@ -9,7 +9,8 @@ import numpy as np
 
 from simulator.policies.apportion import in_proportion
 from simulator.policies.parts import LayerAllocator, LayerRequest
-from simulator.policies.tables import layer_shares, refuse_bad_shares
+from simulator.policies.ranges import parameter
+from simulator.policies.tables import SHARES, layer_shares
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,7 @@ class CustomLayers(LayerAllocator):
 
     name: ClassVar[str] = "custom"
     files: ClassVar[tuple[str, ...]] = ("layer_shares",)
-    layer_shares: str = ""
-
-    def __post_init__(self) -> None:
-        refuse_bad_shares("layer_shares", self.layer_shares)
+    layer_shares: str = parameter("", SHARES)
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Divide in proportion.
