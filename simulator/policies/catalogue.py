@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from simulator.policies.language import TABLES, parse_policy, split_name
@@ -130,11 +129,6 @@ def show_text(text: str, width: int) -> str:
                 shown += [f"  {title}"] if number == 0 else [""]
                 shown += _wrapped(paragraph, width, "    ")
     return "\n".join(shown)
-
-
-def described(cards_: Iterable[Card]) -> list[dict[str, Any]]:
-    """Give cards as plain data, for JSON."""
-    return [asdict(card) for card in cards_]
 
 
 def _of_policy(text: str) -> list[Card]:

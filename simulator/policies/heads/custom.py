@@ -35,15 +35,7 @@ class CustomHeads(HeadAllocator):
     head_shares: str = parameter("", SHARES)
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give the proportions of every layer.
-
-        Raises
-        ------
-        MissingDataError
-            If the file is missing, or there is not one number per KV head.
-        UserError
-            If no numbers are given, or the file holds something else.
-        """
+        """Give the proportions of every layer; raises as ``tables.head_shares``."""
         return head_shares(self.head_shares, request)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:

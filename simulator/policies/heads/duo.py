@@ -49,14 +49,8 @@ class Duo(FollowsHeadTable, HeadAllocator):
     stream_budget: float = parameter(0.25, between(0, 1), Range(0.05, 0.9))
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give 1 for retrieval heads and 0 for streaming ones.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        values = self.numbers(request)
+        """Give 1 for retrieval heads and 0 for streaming ones; raises as ``head_numbers``."""
+        values = self.head_numbers(request)
         n_streaming = int(np.floor(self.streaming_share * values.size + 0.5))
         ranked = np.lexsort((-np.arange(values.size), values.ravel()))
         is_retrieval = np.ones(values.size)

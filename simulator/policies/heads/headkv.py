@@ -50,14 +50,8 @@ class HeadKV(FollowsHeadTable, HeadAllocator):
     head_beta: float = parameter(1.01, at_least(1, finite=True), Range(0.2, 3.0))
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give the table.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        return self.numbers(request)
+        """Give the table; raises as ``head_numbers``."""
+        return self.head_numbers(request)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool."""

@@ -34,14 +34,6 @@ class CustomLayers(LayerAllocator):
     layer_shares: str = parameter("", SHARES)
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Divide in proportion.
-
-        Raises
-        ------
-        MissingDataError
-            If the file is missing, or there is not one number per layer.
-        UserError
-            If no numbers are given, or the file holds something else.
-        """
+        """Divide in proportion; raises as ``tables.layer_shares``."""
         shares = layer_shares(self.layer_shares, request)
         return in_proportion(shares, request.n_layers * request.entries, request.protected)

@@ -42,13 +42,7 @@ class Squeeze(LayerAllocator):
     squeeze_share: float = parameter(0.4, between(0, 1), Range(0.1, 0.9))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Divide by the two classes.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``wave_of``.
-        """
+        """Divide by the two classes; raises as ``tables.wave_of``."""
         is_low = low_cluster(np.array(wave_of(request).demand, np.float64))
         total, n_low = request.n_layers * request.entries, int(is_low.sum())
         wanted = self.squeeze_share * request.entries

@@ -37,13 +37,7 @@ class TableLayers(FollowsHeadTable, LayerAllocator):
     head_beta: float = parameter(1.01, at_least(1, finite=True), Range(0.2, 3.0))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Give the protected entries, the minimum and a share of the pool.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        sums = self.numbers(request).sum(axis=1)
+        """Give the protected entries, the minimum and a share of the pool; raises as ``head_numbers``."""
+        sums = self.head_numbers(request).sum(axis=1)
         evictable = request.n_layers * (request.entries - request.protected)
         return request.protected + divide(pooled_shares(sums, evictable, self.head_beta), evictable), False

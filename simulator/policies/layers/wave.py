@@ -37,15 +37,7 @@ class WaveLayers(LayerAllocator):
     layer_cap: float = parameter(2.0, at_least(1), Range(1.1, 4.0))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Robustify the model's demand.
-
-        Raises
-        ------
-        MissingDataError
-            If no wave is known for the model, or it is of another shape or revision.
-        UserError
-            If the wave was measured on the very trace it is to be judged on.
-        """
+        """Robustify the model's demand; raises as ``tables.wave_of``."""
         demand = np.asarray(wave_of(request).demand, np.float64)
         return robustify(
             demand,
