@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from simulator.policies.language import TABLES, parse_policy, split_name
@@ -162,16 +162,12 @@ def _card(role: str, part: Any, name: str) -> Card:
         code=sources([part]),
         needs=_needs(part),
         parameters=[
-            Parameter(item.name, getattr(part, item.name), _default(item), _meaning(type(part), item.name))
+            Parameter(item.name, getattr(part, item.name), item.default, _meaning(type(part), item.name))
             for item in fields(part)
         ],
         notes=_plain(sections.get("Notes", "")),
         references=_plain(sections.get("References", "")),
     )
-
-
-def _default(item: Any) -> Any:
-    return None if item.default is MISSING else item.default
 
 
 def _needs(part: Any) -> list[str]:

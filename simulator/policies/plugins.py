@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from simulator.policies.parts import HeadAllocator, LayerAllocator, PolicyError, Scorer, Trigger
+from simulator.policies.ranges import Limit, one_of
 from traces.errors import UserError
 
 ENTRY_POINTS = "kvbudget.policies"
@@ -30,8 +31,6 @@ ROLES: dict[str, tuple[str, type]] = {
 _BASES = ", ".join(base.__name__ for _, base in ROLES.values())
 # What rows call other things: a parameter of such a name would hide it.
 _RESERVED = ("name", "source", "trigger", "redistribute")
-# Whether a value is allowed, and the words for what is.
-_Check = tuple[Callable[[Any], bool], str]
 _PARAMETER_TYPES = (bool, int, float, str)
 # The code of every file loaded, by the name of its module.
 _LOADED: dict[str, bytes] = {}
@@ -89,13 +88,13 @@ def require_sound_part(text: str, role: str, part: Any) -> None:
     ------
     UserError
     """
-    for name, (is_allowed, allowed) in _attributes(role).items():
+    for name, limit in _attributes(role).items():
         try:
             value = getattr(part, name)
         except Exception as error:
             raise UserError(f"policy '{text}': {name} raised {_told(error)}") from error
-        if not is_allowed(value):
-            raise UserError(f"policy '{text}': {name} is {value!r}; allowed: {allowed}")
+        if not limit.allows(value):
+            raise UserError(f"policy '{text}': {name} is {value!r}; allowed: {limit.words}")
 
 
 def failure(parts: Iterable[object], error: BaseException) -> PolicyError | None:
@@ -110,26 +109,22 @@ def failure(parts: Iterable[object], error: BaseException) -> PolicyError | None
     return PolicyError(f"{names} failed: {_told(error)} ({Path(frame.filename).name}, line {frame.lineno})")
 
 
-def _attributes(role: str) -> dict[str, _Check]:
-    count: _Check = (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
-    truth: _Check = (lambda value: type(value) is bool, "true or false")
+def _attributes(role: str) -> dict[str, Limit]:
+    count = Limit(lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+    truth = Limit(lambda value: type(value) is bool, "true or false")
     if role == "scorer":
         return {
             **dict.fromkeys(("window", "sinks", "recent"), count),
             **dict.fromkeys(("sees_span", "stateful"), truth),
-            "slot_order": _one_of("chronological", "score"),
-            "needs": (
+            "slot_order": one_of(("chronological", "score")),
+            "needs": Limit(
                 lambda value: isinstance(value, frozenset) and value <= {"values", "rope"},
                 "a frozenset of 'values', 'rope'",
             ),
         }
     if role == "layers":
         return dict.fromkeys(("layer_delta", "window"), count) | dict.fromkeys(("dynamic", "exact"), truth)
-    return {"delta": count} if role == "heads" else {"prompt": _one_of("compress", "wait", "keep")}
-
-
-def _one_of(*allowed: str) -> _Check:
-    return lambda value: value in allowed, ", ".join(allowed)
+    return {"delta": count} if role == "heads" else {"prompt": one_of(("compress", "wait", "keep"))}
 
 
 def _module(text: str, path: Path) -> ModuleType:
