@@ -1,6 +1,7 @@
 """What every part of a policy must give back; checked once, so that no part can break the replay silently.
 
-Every function here raises a ``PolicyError`` if the part raises, or gives anything but what is told.
+Every function here raises a ``PolicyError`` if a part gives anything but what is told, or raises; only
+``checked_table`` lets through what a part raises.
 """
 
 from __future__ import annotations
