@@ -16,7 +16,9 @@ from traces.errors import UserError
 if TYPE_CHECKING:
     from simulator.policies.wave import Wave
 
-
+# How survivors are laid out, and what becomes of a prompt; see ``Scorer.slot_order`` and ``Trigger.prompt``.
+SLOT_ORDERS = ("chronological", "score")
+PROMPT_MODES = ("compress", "wait", "keep")
 # One layer's count, or those of many layers, of any shape.
 Counts = TypeVar("Counts", int, np.ndarray)
 

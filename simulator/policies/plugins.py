@@ -16,7 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from simulator.policies.parts import HeadAllocator, LayerAllocator, PolicyError, Scorer, Trigger
+from simulator.policies.parts import (
+    PROMPT_MODES,
+    SLOT_ORDERS,
+    HeadAllocator,
+    LayerAllocator,
+    PolicyError,
+    Scorer,
+    Trigger,
+)
 from simulator.policies.ranges import Limit, one_of
 from traces.errors import UserError
 
@@ -116,7 +124,7 @@ def _attributes(role: str) -> dict[str, Limit]:
         return {
             **dict.fromkeys(("window", "sinks", "recent"), count),
             **dict.fromkeys(("sees_span", "stateful"), truth),
-            "slot_order": one_of(("chronological", "score")),
+            "slot_order": one_of(SLOT_ORDERS),
             "needs": Limit(
                 lambda value: isinstance(value, frozenset) and value <= {"values", "rope"},
                 "a frozenset of 'values', 'rope'",
@@ -124,7 +132,7 @@ def _attributes(role: str) -> dict[str, Limit]:
         }
     if role == "layers":
         return dict.fromkeys(("layer_delta", "window"), count) | dict.fromkeys(("dynamic", "exact"), truth)
-    return {"delta": count} if role == "heads" else {"prompt": one_of(("compress", "wait", "keep"))}
+    return {"delta": count} if role == "heads" else {"prompt": one_of(PROMPT_MODES)}
 
 
 def _module(text: str, path: Path) -> ModuleType:

@@ -9,12 +9,11 @@ import numpy as np
 from simulator.kernels.attention import max_pool
 from simulator.kernels.windows import window_importance
 from simulator.policies.attention import held_attention
-from simulator.policies.parts import Scorer
+from simulator.policies.parts import SLOT_ORDERS, Scorer
 from simulator.policies.ranges import Choices, Limit, Range, at_least, one_of, parameter
 from simulator.policies.view import CacheView, LayerView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
-SLOT_ORDERS = ("chronological", "score")
 POOLS = ("max", "avg")
 _ODD = Limit(lambda size: size >= 1 and size % 2 == 1, "an odd number")
 _OBSERVED, _POOLED = Range(1, 32, log=True), Range(1, 15, step=2)

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Counts, Trigger
+from simulator.policies.parts import PROMPT_MODES, Counts, Trigger
 from simulator.policies.ranges import at_least, one_of, parameter
-from simulator.policies.triggers.excess import PROMPT_MODES
 
 
 @dataclass(frozen=True)

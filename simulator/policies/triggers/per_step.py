@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.parts import Trigger
+from simulator.policies.parts import PROMPT_MODES, Trigger
 from simulator.policies.ranges import one_of, parameter
-from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
+from simulator.policies.triggers.excess import first_excess
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Trigger
+from simulator.policies.parts import PROMPT_MODES, Trigger
 from simulator.policies.ranges import Limit, one_of, parameter
-from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
+from simulator.policies.triggers.excess import first_excess
 from traces.errors import MissingDataError
 
 NEWLINE = "newline"
