@@ -27,9 +27,11 @@ def show_policy(
 
     Parameters come with defaults and meanings, the source with known deviations.
     """
-    from simulator.policies.catalogue import cards, described, show_text
+    from dataclasses import asdict
 
-    _print(format, lambda: show_text(name, _width()), lambda: described(cards(name)))
+    from simulator.policies.catalogue import cards, show_text
+
+    _print(format, lambda: show_text(name, _width()), lambda: [asdict(card) for card in cards(name)])
 
 
 def _print(format: str, text: Callable[[], str], data: Callable[[], Any]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from simulator.policies.language import TABLES, parse_policy, split_name
@@ -132,11 +131,6 @@ def show_text(text: str, width: int) -> str:
     return "\n".join(shown)
 
 
-def described(cards_: Iterable[Card]) -> list[dict[str, Any]]:
-    """Give cards as plain data, for JSON."""
-    return [asdict(card) for card in cards_]
-
-
 def _of_policy(text: str) -> list[Card]:
     policy = parse_policy(text)
     names = dict.fromkeys(ROLES, "")
@@ -168,16 +162,12 @@ def _card(role: str, part: Any, name: str) -> Card:
         code=sources([part]),
         needs=_needs(part),
         parameters=[
-            Parameter(item.name, getattr(part, item.name), _default(item), _meaning(type(part), item.name))
+            Parameter(item.name, getattr(part, item.name), item.default, _meaning(type(part), item.name))
             for item in fields(part)
         ],
         notes=_plain(sections.get("Notes", "")),
         references=_plain(sections.get("References", "")),
     )
-
-
-def _default(item: Any) -> Any:
-    return None if item.default is MISSING else item.default
 
 
 def _needs(part: Any) -> list[str]:
@@ -186,7 +176,7 @@ def _needs(part: Any) -> list[str]:
         "values": "values (a trace recorded with --values)",
         "wave": "a wave of the model (sim calibrate)",
     }
-    return [words[need] for need in sorted(getattr(part, "needs", ()))]
+    return [words[need] for need in sorted(part.needs)]
 
 
 def _summary(part: type) -> str:
@@ -212,6 +202,8 @@ def _meaning(part: type, parameter: str) -> str:
             head, _, told = entry.partition("\n")
             if parameter in re.split(r"[,\s]+", head.partition(":")[0].strip()) and told:
                 return _plain(inspect.cleandoc(told))
+        if isinstance(base.__dict__.get(parameter), property):
+            return _plain(inspect.getdoc(base.__dict__[parameter]) or "")
     return ""
 
 

@@ -1,4 +1,8 @@
-"""What every part of a policy must give back; checked once, so that no part can break the replay silently."""
+"""What every part of a policy must give back; checked once, so that no part can break the replay silently.
+
+Every function here raises a ``PolicyError`` if a part gives anything but what is told, or raises; only
+``checked_table`` lets through what a part raises.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +43,7 @@ def checked_scores(
 
     Returns
     -------
-    list of float32 (n_entries,); protected entries are plus infinity.
-
-    Raises
-    ------
-    PolicyError
-        If the scorer raises, returns other shapes, or a score that is not finite.
+    list of float32 (n_entries,), finite but for protected entries, which are plus infinity.
     """
     with _guarded("scorer", scorer.name):
         found = list(scorer.score_layer(layer, memory))
@@ -65,13 +64,7 @@ def checked_scores(
 
 
 def checked_notes(scorer: Scorer, layer: LayerView) -> list[np.ndarray]:
-    """Let a stateful scorer note something of every entry; float32 (n_entries,) per KV head.
-
-    Raises
-    ------
-    PolicyError
-        As for scores.
-    """
+    """Let a stateful scorer note something of every entry; finite float32 (n_entries,) per KV head."""
     with _guarded("scorer", scorer.name):
         found = [scorer.observe(view) for view in layer.heads]
     notes = []
@@ -83,27 +76,25 @@ def checked_notes(scorer: Scorer, layer: LayerView) -> list[np.ndarray]:
 
 
 def asked_memory(scorer: Scorer) -> Any:
-    """Ask for what a scorer remembers a layer by; a ``PolicyError`` if it raises."""
+    """Ask for what a scorer remembers a layer by."""
     with _guarded("scorer", scorer.name):
         return scorer.new_memory()
 
 
 def asked_quota(scorer: Scorer, budget: int, n_tokens: int) -> int:
-    """Ask how much of its budget a head may fill.
-
-    Raises
-    ------
-    PolicyError
-        If the scorer raises, or gives anything but a whole number from 0 to the budget.
-    """
+    """Ask how much of its budget a head may fill: a whole number from 0 to the budget."""
     with _guarded("scorer", scorer.name):
         found = scorer.quota(budget, n_tokens)
-    if not isinstance(found, Integral) or isinstance(found, bool) or not 0 <= found <= budget:
+    if not _is_whole(found) or not 0 <= found <= budget:
         raise PolicyError(
             f"scorer '{scorer.name}' gave a quota of {found!r} at {n_tokens} tokens; allowed: a whole number "
             f"from 0 to the budget, {budget}"
         )
     return int(found)
+
+
+def _is_whole(found: object) -> bool:
+    return isinstance(found, Integral) and not isinstance(found, bool)
 
 
 @contextmanager
@@ -152,32 +143,22 @@ def _refuse_infinite(scorer: Scorer, what: str, found: np.ndarray, place: tuple[
 def asked_allocator(
     allocator: LayerAllocator | HeadAllocator, request: LayerRequest | HeadRequest
 ) -> tuple[np.ndarray, bool]:
-    """Let an allocator divide; whatever a user's one raises is a line of words.
-
-    Raises
-    ------
-    PolicyError
-        If it raises, or does not return budgets and a truth value.
-    """
+    """Let an allocator divide; its budgets, which may be wrong yet, and whether protection was binding."""
     with _guarded("allocator", allocator.name):
         budgets, binding = allocator.allocate(request)  # type: ignore[arg-type]
         return _as_numbers(budgets, f"allocator '{allocator.name}' gave budgets"), bool(binding)
 
 
 def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
-    """Ask when a layer compresses next; parameters as of ``Trigger.next_compression``.
+    """Ask when a layer compresses next: a later token count, or None; a past one would stop the clock.
 
-    Raises
-    ------
-    PolicyError
-        If the trigger raises, or gives anything but a later token count or None: a past one would have the
-        clock stand still.
+    Parameters are those of ``Trigger.next_compression``.
     """
     with _guarded("trigger", trigger.name):
         found = trigger.next_compression(n_tokens, n_entries, total, n_kv_heads)
     if found is None:
         return None
-    if not isinstance(found, Integral) or isinstance(found, bool) or found <= n_tokens:
+    if not _is_whole(found) or found <= n_tokens:
         raise PolicyError(
             f"trigger '{trigger.name}' gave {found!r} as the next compression after {n_tokens} tokens; "
             "allowed: a larger whole number, or None for never"
@@ -186,13 +167,7 @@ def asked_trigger(trigger: Trigger, n_tokens: int, n_entries: int, total: int, n
 
 
 def asked_to_fire(trigger: Trigger, token_ids: np.ndarray) -> np.ndarray:
-    """Ask at which newest tokens a due compression happens; bool, as ``token_ids``.
-
-    Raises
-    ------
-    PolicyError
-        If the trigger raises or gives anything else.
-    """
+    """Ask at which newest tokens a due compression happens; bool, as ``token_ids``."""
     with _guarded("trigger", trigger.name):
         found = np.asarray(trigger.fires_on(token_ids))
     if found.dtype != bool or found.shape != token_ids.shape:
@@ -204,13 +179,7 @@ def asked_to_fire(trigger: Trigger, token_ids: np.ndarray) -> np.ndarray:
 
 
 def checked_table(heads: HeadAllocator, request: LayerRequest) -> np.ndarray | None:
-    """Ask a head allocator what it knows beforehand; float64 (n_layers, n_kv_heads) or None.
-
-    Raises
-    ------
-    PolicyError
-        If it is of another shape.
-    """
+    """Ask a head allocator what it knows beforehand; float64 (n_layers, n_kv_heads) or None."""
     table = heads.table(request)
     if table is None:
         return None
@@ -230,14 +199,8 @@ def checked_budgets(
 
     Returns
     -------
-    int64 (n,), the budgets.
-
-    Raises
-    ------
-    PolicyError
-        If they are not ``n`` whole numbers of at least ``protected`` that sum to ``total``.
+    int64 (n,), each at least ``protected``, that sum to ``total``.
     """
-    budgets = np.asarray(budgets)
     if budgets.shape != (n,) or not np.issubdtype(budgets.dtype, np.integer):
         raise PolicyError(
             f"allocator '{allocator}' gave {budgets.dtype} budgets of shape {budgets.shape}; "
@@ -254,12 +217,7 @@ def checked_budgets(
 
 
 def require_an_entry_in_every_layer(allocator: str, budgets: np.ndarray) -> None:
-    """Refuse a budget so small that rounding leaves a layer nothing at all.
-
-    Raises
-    ------
-    InfeasibleBudgetError
-    """
+    """Raise an ``InfeasibleBudgetError`` where rounding leaves a layer nothing at all of a small budget."""
     if budgets.min() < 1:
         raise InfeasibleBudgetError(
             f"allocator '{allocator}' leaves layer {int(budgets.argmin())} no entry of a mean budget of "

@@ -18,7 +18,6 @@ from simulator.policies.shipped import (
     TRIGGERS,
     BufferFull,
     Full,
-    Never,
     UniformHeads,
     UniformLayers,
 )
@@ -71,7 +70,7 @@ class Policy:
     @property
     def evicts(self) -> bool:
         """Whether anything can ever be evicted."""
-        return not isinstance(self.trigger, Never)
+        return self.trigger.evicts
 
     @property
     def divides_layers_again(self) -> bool:
@@ -81,13 +80,14 @@ class Policy:
     @property
     def protected(self) -> int:
         """Entries a KV head's budget has to hold whatever their scores; none if nothing is ever evicted."""
-        return self.scorer.sinks + self.scorer.recent if self.evicts else 0
+        return self.protected_of(prompt_tokens=0)
 
     def protected_of(self, prompt_tokens: int) -> int:
         """Count the entries that cannot be evicted, with the prompt where that is kept."""
-        if self.evicts and self.trigger.prompt == "keep":
-            return max(self.scorer.sinks, prompt_tokens) + self.scorer.recent
-        return self.protected
+        if not self.evicts:
+            return 0
+        kept = prompt_tokens if self.trigger.prompt == "keep" else 0
+        return max(self.scorer.sinks, kept) + self.scorer.recent
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -97,7 +97,8 @@ class Policy:
         """
         found: dict[str, Any] = {}
         for role, part in self.parts.items():
-            for name, value in part_parameters(part).items():
+            for name in (item.name for item in fields(part)):
+                value = getattr(part, name)
                 found[name if found.get(name, value) == value else f"{role}.{name}"] = value
         found["trigger"] = self.trigger_name or self.trigger.name
         source = sources(self.parts.values())
@@ -136,11 +137,6 @@ class Policy:
             If it has to know the text of tokens and ``vocabulary`` lacks it.
         """
         return replace(self, trigger=self.trigger.resolved(vocabulary))
-
-
-def part_parameters(part: Any) -> dict[str, Any]:
-    """List one part's parameters and their values."""
-    return {item.name: getattr(part, item.name) for item in fields(part)}
 
 
 def split_list(text: str) -> list[str]:

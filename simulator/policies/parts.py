@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from simulator.policies.ranges import Ranges
+from simulator.policies.ranges import Limit, Ranges, declared
 from simulator.policies.view import CacheView, LayerView
 from traces.errors import UserError
 
 if TYPE_CHECKING:
     from simulator.policies.wave import Wave
 
-
+# How survivors are laid out, and what becomes of a prompt; see ``Scorer.slot_order`` and ``Trigger.prompt``.
+SLOT_ORDERS = ("chronological", "score")
+PROMPT_MODES = ("compress", "wait", "keep")
 # One layer's count, or those of many layers, of any shape.
 Counts = TypeVar("Counts", int, np.ndarray)
 
@@ -27,37 +29,60 @@ class PolicyError(UserError):
     exit_code = 1
 
 
-class Scorer(ABC):
-    """Says how much each entry of one KV head is worth keeping. Subclass as a frozen dataclass.
+class Part(ABC):
+    """Base of the four parts. Subclass one of them as a frozen dataclass, whose fields are its parameters.
 
     Attributes
     ----------
-    searched : mapping of str to Range or Choices
-        How far a search may turn a parameter; the others stay at their defaults.
     name : str
         What it is called on the command line.
     source : str
         Paper and, where there is one, code.
-    window : int
-        How many of the last queries the view has to show.
-    sinks, recent : int
-        First positions and last entries that are never evicted.
-    slot_order : str
-        How survivors are laid out: ``chronological``, or ``score`` (best first, then the recent entries),
-        which matters to scorers that look at neighbouring slots.
-    sees_span : bool
-        Whether the view has to show every query since the last compression instead.
-    needs : frozenset of str
-        What else the view has to hold: ``values``, ``rope``.
-    stateful : bool
-        Whether the scorer notes something of each entry, by ``observe``.
-    reuses_products : bool
-        Whether ``LayerView.products`` are of use to ``score_layer``.
+    searched : mapping of str to Range or Choices
+        How far a search may turn a parameter; the others stay at their defaults.
+    files : tuple of str
+        Parameters that may be the path of a file, so that results can tell its content.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     searched: ClassVar[Ranges] = {}
+    files: ClassVar[tuple[str, ...]] = ()
+    _limits: ClassVar[Mapping[str, Limit]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        limits, searched = declared(cls)
+        # Kept apart from the fields: a subclass that changes a default changes neither limit nor range.
+        cls._limits = {**cls._limits, **limits}
+        if searched:
+            cls.searched = {**cls.searched, **searched}
+
+    def __post_init__(self) -> None:
+        for name, limit in self._limits.items():
+            value = getattr(self, name)
+            refuse_unless(limit.allows(value), name, value, limit.words)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Data beyond queries and keys: ``values`` or ``rope`` for scorers, a ``wave`` for allocators."""
+        return frozenset()
+
+
+class Scorer(Part):
+    """Says how much each entry of one KV head is worth keeping.
+
+    Attributes
+    ----------
+    sinks, recent : int
+        First positions and last entries that are never evicted.
+    slot_order : str
+        How survivors are laid out: ``chronological``, or ``score`` (best first, then the recent entries),
+        which matters to scorers that look at neighbouring slots.
+    stateful : bool
+        Whether the scorer notes something of each entry, by ``observe``.
+    """
+
     stateful: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -67,18 +92,13 @@ class Scorer(ABC):
 
     @property
     def window(self) -> int:
-        """Queries observed."""
+        """How many of the last queries the view has to show."""
         return 0
 
     @property
     def sees_span(self) -> bool:
-        """Whether all queries since the last compression are observed."""
+        """Whether the view has to show every query since the last compression instead."""
         return False
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Data beyond queries and keys."""
-        return frozenset()
 
     @property
     def sinks(self) -> int:
@@ -97,7 +117,7 @@ class Scorer(ABC):
 
     @property
     def reuses_products(self) -> bool:
-        """Whether ``LayerView.products`` are of use."""
+        """Whether ``LayerView.products`` are of use to ``score_layer``."""
         return False
 
     @abstractmethod
@@ -188,37 +208,22 @@ class HeadRequest:
         return len(self.scores)
 
 
-class LayerAllocator(ABC):
+class LayerAllocator(Part):
     """Divides the budget over layers, when a request arrives.
 
     Attributes
     ----------
-    searched : mapping of str to Range or Choices
-        As for scorers.
     dynamic : bool
         Whether it looks at what the layers hold: it then divides after the prompt was read, and again every
         ``layer_delta`` decode steps.
     layer_delta : int
         0 never divides again.
-    window : int
-        How many of the last queries the views have to show.
     exact : bool
         Whether the budgets sum to the total; published code may not.
-    files : tuple of str
-        Parameters that may be the path of a file, so that results can tell its content.
     """
 
-    name: ClassVar[str]
-    source: ClassVar[str] = ""
-    searched: ClassVar[Ranges] = {}
     dynamic: ClassVar[bool] = False
     exact: ClassVar[bool] = True
-    files: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What has to be known of the model beforehand: ``wave``, or nothing."""
-        return frozenset()
 
     @property
     def layer_delta(self) -> int:
@@ -227,7 +232,7 @@ class LayerAllocator(ABC):
 
     @property
     def window(self) -> int:
-        """Queries observed."""
+        """How many of the last queries the views have to show."""
         return 0
 
     @abstractmethod
@@ -238,32 +243,12 @@ class LayerAllocator(ABC):
         """
 
 
-class HeadAllocator(ABC):
-    """Divides one layer's budget over its KV heads.
-
-    Attributes
-    ----------
-    searched : mapping of str to Range or Choices
-        As for scorers.
-    delta : int
-        Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share.
-    files : tuple of str
-        As for layers.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str] = ""
-    searched: ClassVar[Ranges] = {}
-    files: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """As for layers."""
-        return frozenset()
+class HeadAllocator(Part):
+    """Divides one layer's budget over its KV heads."""
 
     @property
     def delta(self) -> int:
-        """Decode steps between reallocations."""
+        """Decode steps between reallocations; 0 never reallocates, so every head keeps its equal share."""
         return 0
 
     def table(self, request: LayerRequest) -> np.ndarray | None:
@@ -278,11 +263,16 @@ class HeadAllocator(ABC):
         """
 
 
-class Trigger(ABC):
-    """Says when a layer compresses."""
+class Trigger(Part):
+    """Says when a layer compresses.
 
-    name: ClassVar[str]
-    source: ClassVar[str] = ""
+    Attributes
+    ----------
+    evicts : bool
+        Whether it ever fires.
+    """
+
+    evicts: ClassVar[bool] = True
 
     @property
     def reads_tokens(self) -> bool:
@@ -338,8 +328,3 @@ def refuse_unless(condition: bool, what: str, found: object, allowed: str) -> No
     """Raise a ValueError that names a parameter, the value found and what is allowed."""
     if not condition:
         raise ValueError(f"{what} is {found!r}; allowed: {allowed}")
-
-
-def refuse_unknown(what: str, found: str, allowed: Sequence[str]) -> None:
-    """Raise a ValueError, as ``refuse_unless``, if the value is none of those allowed."""
-    refuse_unless(found in allowed, what, found, ", ".join(allowed))

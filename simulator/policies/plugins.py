@@ -16,7 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from simulator.policies.parts import HeadAllocator, LayerAllocator, PolicyError, Scorer, Trigger
+from simulator.policies.parts import (
+    PROMPT_MODES,
+    SLOT_ORDERS,
+    HeadAllocator,
+    LayerAllocator,
+    PolicyError,
+    Scorer,
+    Trigger,
+)
+from simulator.policies.ranges import Limit, one_of
 from traces.errors import UserError
 
 ENTRY_POINTS = "kvbudget.policies"
@@ -30,8 +39,6 @@ ROLES: dict[str, tuple[str, type]] = {
 _BASES = ", ".join(base.__name__ for _, base in ROLES.values())
 # What rows call other things: a parameter of such a name would hide it.
 _RESERVED = ("name", "source", "trigger", "redistribute")
-# Whether a value is allowed, and the words for what is.
-_Check = tuple[Callable[[Any], bool], str]
 _PARAMETER_TYPES = (bool, int, float, str)
 # The code of every file loaded, by the name of its module.
 _LOADED: dict[str, bytes] = {}
@@ -70,14 +77,14 @@ def is_users(part: object) -> bool:
     return (part if isinstance(part, type) else type(part)).__module__.partition(".")[0] != "simulator"
 
 
-def sources(parts: Iterable[object]) -> str | None:
+def sources(parts: Iterable[Any]) -> str | None:
     """Say which files of the user's made the parts: name and digest of each; None if there is none.
 
     These are the files of their classes, not what those import, and the files that parameters name.
     """
     parts = list(parts)
     found = [_source(type(part)) for part in parts if is_users(part)]
-    named = [getattr(part, name) for part in parts for name in getattr(part, "files", ())]
+    named = [getattr(part, name) for part in parts for name in part.files]
     found += [_file_digest(Path(path)) for path in named if os.path.isfile(path)]
     return ", ".join(dict.fromkeys(source for source in found if source)) or None
 
@@ -89,13 +96,13 @@ def require_sound_part(text: str, role: str, part: Any) -> None:
     ------
     UserError
     """
-    for name, (is_allowed, allowed) in _attributes(role).items():
+    for name, limit in _attributes(role).items():
         try:
             value = getattr(part, name)
         except Exception as error:
             raise UserError(f"policy '{text}': {name} raised {_told(error)}") from error
-        if not is_allowed(value):
-            raise UserError(f"policy '{text}': {name} is {value!r}; allowed: {allowed}")
+        if not limit.allows(value):
+            raise UserError(f"policy '{text}': {name} is {value!r}; allowed: {limit.words}")
 
 
 def failure(parts: Iterable[object], error: BaseException) -> PolicyError | None:
@@ -110,26 +117,22 @@ def failure(parts: Iterable[object], error: BaseException) -> PolicyError | None
     return PolicyError(f"{names} failed: {_told(error)} ({Path(frame.filename).name}, line {frame.lineno})")
 
 
-def _attributes(role: str) -> dict[str, _Check]:
-    count: _Check = (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
-    truth: _Check = (lambda value: type(value) is bool, "true or false")
+def _attributes(role: str) -> dict[str, Limit]:
+    count = Limit(lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
+    truth = Limit(lambda value: type(value) is bool, "true or false")
     if role == "scorer":
         return {
             **dict.fromkeys(("window", "sinks", "recent"), count),
             **dict.fromkeys(("sees_span", "stateful"), truth),
-            "slot_order": _one_of("chronological", "score"),
-            "needs": (
+            "slot_order": one_of(SLOT_ORDERS),
+            "needs": Limit(
                 lambda value: isinstance(value, frozenset) and value <= {"values", "rope"},
                 "a frozenset of 'values', 'rope'",
             ),
         }
     if role == "layers":
         return dict.fromkeys(("layer_delta", "window"), count) | dict.fromkeys(("dynamic", "exact"), truth)
-    return {"delta": count} if role == "heads" else {"prompt": _one_of("compress", "wait", "keep")}
-
-
-def _one_of(*allowed: str) -> _Check:
-    return lambda value: value in allowed, ", ".join(allowed)
+    return {"delta": count} if role == "heads" else {"prompt": one_of(PROMPT_MODES)}
 
 
 def _module(text: str, path: Path) -> ModuleType:

@@ -3,6 +3,8 @@
 To add one, write a class in a new file of its role's folder and name it in one of these tables.
 """
 
+from typing import TypeVar
+
 from simulator.policies.heads.adakv import AdaKV
 from simulator.policies.heads.custom import CustomHeads
 from simulator.policies.heads.duo import Duo
@@ -17,7 +19,7 @@ from simulator.policies.layers.table import TableLayers
 from simulator.policies.layers.uniform import UniformLayers
 from simulator.policies.layers.wave import WaveLayers
 from simulator.policies.layers.wave_dynamic import WaveDynamic
-from simulator.policies.parts import HeadAllocator, LayerAllocator, Scorer, Trigger
+from simulator.policies.parts import HeadAllocator, LayerAllocator, Part, Scorer, Trigger
 from simulator.policies.scorers.append_only import AppendOnly
 from simulator.policies.scorers.criticalkv import CriticalKV
 from simulator.policies.scorers.expected_attention import ExpectedAttention
@@ -40,48 +42,47 @@ from simulator.policies.triggers.never import Never
 from simulator.policies.triggers.per_step import PerStep
 from simulator.policies.triggers.segment import Segment
 
-SCORERS: dict[str, type[Scorer]] = {
-    scorer.name: scorer
-    for scorer in (
-        Full,
-        StreamingLLM,
-        SnapKV,
-        RKV,
-        Random,
-        RandomPrompt,
-        H2O,
-        TOVA,
-        PaperSnapKV,
-        KeyDiff,
-        KeyNorm,
-        LagKV,
-        ExpectedAttention,
-        VATP,
-        CriticalKV,
-        Recency,
-        AppendOnly,
-    )
-}
-LAYER_ALLOCATORS: dict[str, type[LayerAllocator]] = {
-    allocator.name: allocator
-    for allocator in (
-        UniformLayers,
-        PyramidLayers,
-        WaveLayers,
-        PyramidCode,
-        WaveDynamic,
-        Cake,
-        Squeeze,
-        TableLayers,
-        CustomLayers,
-    )
-}
-HEAD_ALLOCATORS: dict[str, type[HeadAllocator]] = {
-    allocator.name: allocator for allocator in (UniformHeads, UtilityHeads, AdaKV, HeadKV, Duo, CustomHeads)
-}
-TRIGGERS: dict[str, type[Trigger]] = {
-    trigger.name: trigger for trigger in (BufferFull, EveryN, PerStep, Segment, Never)
-}
+Kind = TypeVar("Kind", bound=Part)
+
+
+def _by_name(*parts: type[Kind]) -> dict[str, type[Kind]]:
+    return {part.name: part for part in parts}
+
+
+SCORERS: dict[str, type[Scorer]] = _by_name(
+    Full,
+    StreamingLLM,
+    SnapKV,
+    RKV,
+    Random,
+    RandomPrompt,
+    H2O,
+    TOVA,
+    PaperSnapKV,
+    KeyDiff,
+    KeyNorm,
+    LagKV,
+    ExpectedAttention,
+    VATP,
+    CriticalKV,
+    Recency,
+    AppendOnly,
+)
+LAYER_ALLOCATORS: dict[str, type[LayerAllocator]] = _by_name(
+    UniformLayers,
+    PyramidLayers,
+    WaveLayers,
+    PyramidCode,
+    WaveDynamic,
+    Cake,
+    Squeeze,
+    TableLayers,
+    CustomLayers,
+)
+HEAD_ALLOCATORS: dict[str, type[HeadAllocator]] = _by_name(
+    UniformHeads, UtilityHeads, AdaKV, HeadKV, Duo, CustomHeads
+)
+TRIGGERS: dict[str, type[Trigger]] = _by_name(BufferFull, EveryN, PerStep, Segment, Never)
 
 # Names from papers for products of the parts above, and from code for parameters; the user's own win.
 ALIASES: dict[str, str] = {

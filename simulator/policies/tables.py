@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import LayerRequest, refuse_unless
+from simulator.policies.parts import LayerRequest
+from simulator.policies.ranges import Limit
 from traces.documents import read_json
 from traces.errors import MissingDataError, UserError
 
@@ -59,39 +60,29 @@ class FollowsHeadTable:
         """Without a file, the model's wave."""
         return frozenset() if self.head_table else frozenset({"wave"})
 
-    def numbers(self, request: LayerRequest) -> np.ndarray:
-        """Give the table, float64 (n_layers, n_kv_heads); raises as the function ``head_table``."""
-        return head_table(self.head_table, request)
+    def head_numbers(self, request: LayerRequest) -> np.ndarray:
+        """Give a number per KV head that says how much it needs.
 
+        Without a file it is the entries each head needs, from the model's wave. HeadKV's own files hold
+        scores of query heads, which are averaged and then summed over each GQA group.
 
-def head_table(path: str, request: LayerRequest) -> np.ndarray:
-    """Give a number per KV head that says how much it needs.
+        Returns
+        -------
+        float64 (n_layers, n_kv_heads), finite and not negative.
 
-    Parameters
-    ----------
-    path : str
-        Empty: the entries each head needs, from the model's wave. Else a JSON file: a list of numbers per
-        layer, one per KV head; or HeadKV's own ``{"layer-head": [score, ...], ...}`` of query heads, whose
-        scores are averaged and then summed over each GQA group.
-    request : LayerRequest
-
-    Returns
-    -------
-    float64 (n_layers, n_kv_heads), finite and not negative.
-
-    Raises
-    ------
-    MissingDataError
-        If the file or the wave is missing, or of another shape than the model.
-    UserError
-        If the file holds something else.
-    """
-    if not path:
-        return _shaped(wave_of(request).head_demand, request, f"the wave of model '{request.model}'")
-    where = f"head table {path}"
-    found = read_json(path, where, error=MissingDataError)
-    rows = _group_sums(found, request, where) if isinstance(found, dict) else found
-    return _shaped(rows, request, where)
+        Raises
+        ------
+        MissingDataError
+            If the file or the wave is missing, or of another shape than the model.
+        UserError
+            If the file holds something else.
+        """
+        if not self.head_table:
+            return _shaped(wave_of(request).head_demand, request, f"the wave of model '{request.model}'")
+        where = f"head table {self.head_table}"
+        found = read_json(self.head_table, where, error=MissingDataError)
+        rows = _group_sums(found, request, where) if isinstance(found, dict) else found
+        return _shaped(rows, request, where)
 
 
 def layer_shares(text: str, request: LayerRequest) -> np.ndarray:
@@ -106,7 +97,7 @@ def layer_shares(text: str, request: LayerRequest) -> np.ndarray:
     MissingDataError
         If the file is missing, or there is not one number per layer.
     UserError
-        If the file holds something else.
+        If no numbers are given, or the file holds something else.
     """
     shares = listed_numbers(text)
     where = f"layer_shares {text}"
@@ -125,16 +116,11 @@ def layer_shares(text: str, request: LayerRequest) -> np.ndarray:
 def head_shares(text: str, request: LayerRequest) -> np.ndarray:
     """Give the positive number of every KV head that ``text`` lists, alike in all layers, or that a file has.
 
+    Raises as ``layer_shares``, where there is not one number per KV head.
+
     Returns
     -------
     float64 (n_layers, n_kv_heads)
-
-    Raises
-    ------
-    MissingDataError
-        If the file is missing, or there is not one number per KV head.
-    UserError
-        If the file holds something else.
     """
     shares = listed_numbers(text)
     where = f"head_shares {text}"
@@ -154,11 +140,11 @@ def listed_numbers(text: str) -> list[float] | None:
         return None
 
 
-def refuse_bad_shares(name: str, text: str) -> None:
-    """Refuse a list that holds what no share can be; raises ValueError."""
-    numbers = listed_numbers(text) or []
-    fits = bool(np.isfinite(numbers).all()) and all(number > 0 for number in numbers)
-    refuse_unless(fits, name, text, "numbers above 0 joined by /, or a JSON file")
+def _is_path_or_shares(text: str) -> bool:
+    return all(0 < number < np.inf for number in listed_numbers(text) or [])
+
+
+SHARES = Limit(_is_path_or_shares, "numbers above 0 joined by /, or a JSON file")
 
 
 def _require_named(text: str, name: str, example: str) -> None:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,17 +110,8 @@ def require_fitting(waves: Mapping[str, Wave], model: str, shape: ModelShape) ->
 
 def known_waves(paths: Sequence[str | Path] = ()) -> dict[str, Wave]:
     """Collect the waves that ship with the package and those given, which win; by model name."""
-    shipped = resources.files("simulator") / "waves"
-    waves = {}
-    for entry in sorted(shipped.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".json"):
-            with resources.as_file(entry) as path:
-                wave = read_wave(path)
-            waves[wave.model] = wave
-    for given in paths:
-        wave = read_wave(given)
-        waves[wave.model] = wave
-    return waves
+    shipped = sorted((Path(__file__).parents[1] / "waves").glob("*.json"))
+    return {wave.model: wave for wave in map(read_wave, [*shipped, *paths])}
 
 
 def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:

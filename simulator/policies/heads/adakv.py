@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import divide
-from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unknown, refuse_unless
-from simulator.policies.ranges import Choices, Range, Ranges
+from simulator.policies.parts import HeadAllocator, HeadRequest
+from simulator.policies.ranges import Choices, Range, between, one_of, parameter
 
 FORMS = ("blend", "floor")
 
@@ -46,13 +46,8 @@ class AdaKV(HeadAllocator):
     name: ClassVar[str] = "adakv"
     source: ClassVar[str] = "Feng et al. 2024, arXiv 2407.11550"
     delta: ClassVar[int] = 1  # at every compression
-    searched: ClassVar[Ranges] = {"form": Choices(FORMS), "uniform_share": Range(0.05, 0.95)}
-    form: str = "blend"
-    uniform_share: float = 0.2
-
-    def __post_init__(self) -> None:
-        refuse_unknown("form", self.form, FORMS)
-        refuse_unless(0 <= self.uniform_share <= 1, "uniform_share", self.uniform_share, "0 to 1")
+    form: str = parameter("blend", one_of(FORMS), Choices(FORMS))
+    uniform_share: float = parameter(0.2, between(0, 1), Range(0.05, 0.95))
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Let the heads compete for the evictable entries."""

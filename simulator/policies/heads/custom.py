@@ -10,7 +10,8 @@ import numpy as np
 from simulator.policies.apportion import in_proportion
 from simulator.policies.heads.shares import ONCE
 from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest
-from simulator.policies.tables import head_shares, refuse_bad_shares
+from simulator.policies.ranges import parameter
+from simulator.policies.tables import SHARES, head_shares
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,10 @@ class CustomHeads(HeadAllocator):
     name: ClassVar[str] = "custom"
     delta: ClassVar[int] = ONCE
     files: ClassVar[tuple[str, ...]] = ("head_shares",)
-    head_shares: str = ""
-
-    def __post_init__(self) -> None:
-        refuse_bad_shares("head_shares", self.head_shares)
+    head_shares: str = parameter("", SHARES)
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give the proportions of every layer.
-
-        Raises
-        ------
-        MissingDataError
-            If the file is missing, or there is not one number per KV head.
-        UserError
-            If no numbers are given, or the file holds something else.
-        """
+        """Give the proportions of every layer; raises as ``tables.head_shares``."""
         return head_shares(self.head_shares, request)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from simulator.policies.apportion import divide
 from simulator.policies.heads.shares import ONCE, equal_shares
-from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest
+from simulator.policies.ranges import Range, between, parameter
 from simulator.policies.tables import FollowsHeadTable
 
 
@@ -44,24 +44,13 @@ class Duo(FollowsHeadTable, HeadAllocator):
     name: ClassVar[str] = "duo"
     source: ClassVar[str] = "Xiao et al. 2024, arXiv 2410.10819"
     delta: ClassVar[int] = ONCE
-    searched: ClassVar[Ranges] = {"streaming_share": Range(0.1, 0.9), "stream_budget": Range(0.05, 0.9)}
     head_table: str = ""
-    streaming_share: float = 0.5
-    stream_budget: float = 0.25
-
-    def __post_init__(self) -> None:
-        refuse_unless(0 <= self.streaming_share <= 1, "streaming_share", self.streaming_share, "0 to 1")
-        refuse_unless(0 <= self.stream_budget <= 1, "stream_budget", self.stream_budget, "0 to 1")
+    streaming_share: float = parameter(0.5, between(0, 1), Range(0.1, 0.9))
+    stream_budget: float = parameter(0.25, between(0, 1), Range(0.05, 0.9))
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give 1 for retrieval heads and 0 for streaming ones.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        values = self.numbers(request)
+        """Give 1 for retrieval heads and 0 for streaming ones; raises as ``head_numbers``."""
+        values = self.head_numbers(request)
         n_streaming = int(np.floor(self.streaming_share * values.size + 0.5))
         ranked = np.lexsort((-np.arange(values.size), values.ravel()))
         is_retrieval = np.ones(values.size)

@@ -9,8 +9,8 @@ import numpy as np
 
 from simulator.policies.apportion import divide, pooled_shares
 from simulator.policies.heads.shares import ONCE
-from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import HeadAllocator, HeadRequest, LayerRequest
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.tables import FollowsHeadTable
 
 
@@ -46,22 +46,12 @@ class HeadKV(FollowsHeadTable, HeadAllocator):
     name: ClassVar[str] = "headkv"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258"
     delta: ClassVar[int] = ONCE
-    searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
     head_table: str = ""
-    head_beta: float = 1.01
-
-    def __post_init__(self) -> None:
-        refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
+    head_beta: float = parameter(1.01, at_least(1, finite=True), Range(0.2, 3.0))
 
     def table(self, request: LayerRequest) -> np.ndarray:
-        """Give the table.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        return self.numbers(request)
+        """Give the table; raises as ``head_numbers``."""
+        return self.head_numbers(request)
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries, the minimum and a share of the pool."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import robustify
-from simulator.policies.parts import HeadAllocator, HeadRequest, refuse_unknown, refuse_unless
-from simulator.policies.ranges import Choices, Range, Ranges
+from simulator.policies.parts import HeadAllocator, HeadRequest
+from simulator.policies.ranges import Choices, Range, at_least, between, one_of, parameter
 
 POOLINGS = ("none", "length")
 
@@ -43,25 +43,11 @@ class UtilityHeads(HeadAllocator):
 
     name: ClassVar[str] = "utility"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level II"
-    searched: ClassVar[Ranges] = {
-        "delta": Range(32, 512, log=True),
-        "beta": Range(0.1, 2.0),
-        "mu": Range(0.0, 0.9),
-        "head_cap": Range(1.1, 4.0),
-        "pooling": Choices(POOLINGS),
-    }
-    delta: int = 128
-    beta: float = 0.5
-    mu: float = 0.25
-    head_cap: float = 2.0
-    pooling: str = "none"
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.delta >= 1, "delta", self.delta, "1 or more")
-        refuse_unless(0 <= self.beta <= 4, "beta", self.beta, "0 to 4")
-        refuse_unless(0 <= self.mu <= 1, "mu", self.mu, "0 to 1")
-        refuse_unless(self.head_cap >= 1, "head_cap", self.head_cap, "1 or more")
-        refuse_unknown("pooling", self.pooling, POOLINGS)
+    delta: int = parameter(128, at_least(1), Range(32, 512, log=True))
+    beta: float = parameter(0.5, between(0, 4), Range(0.1, 2.0))
+    mu: float = parameter(0.25, between(0, 1), Range(0.0, 0.9))
+    head_cap: float = parameter(2.0, at_least(1), Range(1.1, 4.0))
+    pooling: str = parameter("none", one_of(POOLINGS), Choices(POOLINGS))
 
     def allocate(self, request: HeadRequest) -> tuple[np.ndarray, bool]:
         """Count each head's winners and robustify the counts."""

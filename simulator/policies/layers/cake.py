@@ -10,8 +10,8 @@ import numpy as np
 
 from simulator.policies.apportion import divide, fractions
 from simulator.policies.attention import held_attention
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Range, at_least, between, parameter
 from simulator.policies.view import CacheView
 
 
@@ -49,19 +49,9 @@ class Cake(LayerAllocator):
     name: ClassVar[str] = "cake"
     source: ClassVar[str] = "Qin et al. 2025, arXiv 2503.12491"
     dynamic: ClassVar[bool] = True
-    searched: ClassVar[Ranges] = {
-        "cake_window": Range(4, 32, log=True),
-        "tau1": Range(0.2, 3.0),
-        "tau2": Range(0.2, 3.0),
-    }
-    cake_window: int = 32
-    tau1: float = 1.0
-    tau2: float = 1.0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.cake_window >= 1, "cake_window", self.cake_window, "1 or more")
-        refuse_unless(0.1 <= self.tau1 <= 10, "tau1", self.tau1, "0.1 to 10")
-        refuse_unless(0.1 <= self.tau2 <= 10, "tau2", self.tau2, "0.1 to 10")
+    cake_window: int = parameter(32, at_least(1), Range(4, 32, log=True))
+    tau1: float = parameter(1.0, between(0.1, 10), Range(0.2, 3.0))
+    tau2: float = parameter(1.0, between(0.1, 10), Range(0.2, 3.0))
 
     @property
     def window(self) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 
 from simulator.policies.apportion import in_proportion
 from simulator.policies.parts import LayerAllocator, LayerRequest
-from simulator.policies.tables import layer_shares, refuse_bad_shares
+from simulator.policies.ranges import parameter
+from simulator.policies.tables import SHARES, layer_shares
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,9 @@ class CustomLayers(LayerAllocator):
 
     name: ClassVar[str] = "custom"
     files: ClassVar[tuple[str, ...]] = ("layer_shares",)
-    layer_shares: str = ""
-
-    def __post_init__(self) -> None:
-        refuse_bad_shares("layer_shares", self.layer_shares)
+    layer_shares: str = parameter("", SHARES)
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Divide in proportion.
-
-        Raises
-        ------
-        MissingDataError
-            If the file is missing, or there is not one number per layer.
-        UserError
-            If no numbers are given, or the file holds something else.
-        """
+        """Divide in proportion; raises as ``tables.layer_shares``."""
         shares = layer_shares(self.layer_shares, request)
         return in_proportion(shares, request.n_layers * request.entries, request.protected)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import apportion
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Range, at_least, parameter
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,7 @@ class PyramidLayers(LayerAllocator):
 
     name: ClassVar[str] = "pyramid"
     source: ClassVar[str] = "Cai et al. 2024, arXiv 2406.02069"
-    searched: ClassVar[Ranges] = {"pyramid_beta": Range(2.0, 100.0, log=True)}
-    pyramid_beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.pyramid_beta >= 1, "pyramid_beta", self.pyramid_beta, "1 or more")
+    pyramid_beta: float = parameter(20.0, at_least(1), Range(2.0, 100.0, log=True))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries plus a linear share of the rest."""
@@ -76,10 +72,7 @@ class PyramidCode(LayerAllocator):
     name: ClassVar[str] = "pyramid-code"
     source: ClassVar[str] = "Cai et al. 2024, arXiv 2406.02069, as coded in KVCache-Factory"
     exact: ClassVar[bool] = False
-    code_beta: int = 20
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.code_beta >= 1, "code_beta", self.code_beta, "1 or more")
+    code_beta: int = parameter(20, at_least(1))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
         """Give the protected entries plus what the code's integer arithmetic gives."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import divide
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Range, between, parameter
 from simulator.policies.tables import wave_of
 
 
@@ -39,20 +39,10 @@ class Squeeze(LayerAllocator):
     name: ClassVar[str] = "squeeze"
     source: ClassVar[str] = "Wang et al. 2024, arXiv 2404.04793"
     needs: ClassVar[frozenset[str]] = frozenset({"wave"})
-    searched: ClassVar[Ranges] = {"squeeze_share": Range(0.1, 0.9)}
-    squeeze_share: float = 0.4
-
-    def __post_init__(self) -> None:
-        refuse_unless(0 <= self.squeeze_share <= 1, "squeeze_share", self.squeeze_share, "0 to 1")
+    squeeze_share: float = parameter(0.4, between(0, 1), Range(0.1, 0.9))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Divide by the two classes.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``wave_of``.
-        """
+        """Divide by the two classes; raises as ``tables.wave_of``."""
         is_low = low_cluster(np.array(wave_of(request).demand, np.float64))
         total, n_low = request.n_layers * request.entries, int(is_low.sum())
         wanted = self.squeeze_share * request.entries

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import divide, pooled_shares
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.tables import FollowsHeadTable
 
 
@@ -33,21 +33,11 @@ class TableLayers(FollowsHeadTable, LayerAllocator):
 
     name: ClassVar[str] = "table"
     source: ClassVar[str] = "Fu et al. 2024, arXiv 2410.19258, between layers"
-    searched: ClassVar[Ranges] = {"head_beta": Range(0.2, 3.0)}
     head_table: str = ""
-    head_beta: float = 1.01
-
-    def __post_init__(self) -> None:
-        refuse_unless(1 <= self.head_beta < np.inf, "head_beta", self.head_beta, "1 or more")
+    head_beta: float = parameter(1.01, at_least(1, finite=True), Range(0.2, 3.0))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Give the protected entries, the minimum and a share of the pool.
-
-        Raises
-        ------
-        MissingDataError, UserError
-            As ``tables.head_table``.
-        """
-        sums = self.numbers(request).sum(axis=1)
+        """Give the protected entries, the minimum and a share of the pool; raises as ``head_numbers``."""
+        sums = self.head_numbers(request).sum(axis=1)
         evictable = request.n_layers * (request.entries - request.protected)
         return request.protected + divide(pooled_shares(sums, evictable, self.head_beta), evictable), False

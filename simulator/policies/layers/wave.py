@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.apportion import robustify
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Range, at_least, between, parameter
 from simulator.policies.tables import wave_of
 
 
@@ -32,30 +32,12 @@ class WaveLayers(LayerAllocator):
     name: ClassVar[str] = "wave"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, level I"
     needs: ClassVar[frozenset[str]] = frozenset({"wave"})
-    searched: ClassVar[Ranges] = {
-        "gamma": Range(0.1, 2.0),
-        "layer_floor": Range(0.05, 0.9),
-        "layer_cap": Range(1.1, 4.0),
-    }
-    gamma: float = 0.5
-    layer_floor: float = 0.25
-    layer_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        refuse_unless(0 <= self.gamma <= 4, "gamma", self.gamma, "0 to 4")
-        refuse_unless(0 <= self.layer_floor <= 1, "layer_floor", self.layer_floor, "0 to 1")
-        refuse_unless(self.layer_cap >= 1, "layer_cap", self.layer_cap, "1 or more")
+    gamma: float = parameter(0.5, between(0, 4), Range(0.1, 2.0))
+    layer_floor: float = parameter(0.25, between(0, 1), Range(0.05, 0.9))
+    layer_cap: float = parameter(2.0, at_least(1), Range(1.1, 4.0))
 
     def allocate(self, request: LayerRequest) -> tuple[np.ndarray, bool]:
-        """Robustify the model's demand.
-
-        Raises
-        ------
-        MissingDataError
-            If no wave is known for the model, or it is of another shape or revision.
-        UserError
-            If the wave was measured on the very trace it is to be judged on.
-        """
+        """Robustify the model's demand; raises as ``tables.wave_of``."""
         demand = np.asarray(wave_of(request).demand, np.float64)
         return robustify(
             demand,

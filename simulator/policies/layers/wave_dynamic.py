@@ -10,8 +10,8 @@ import numpy as np
 
 from simulator.policies.apportion import robustify
 from simulator.policies.attention import held_attention
-from simulator.policies.parts import LayerAllocator, LayerRequest, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import LayerAllocator, LayerRequest
+from simulator.policies.ranges import Limit, Range, at_least, between, parameter
 from simulator.policies.view import CacheView
 from simulator.policies.wave import entries_to_hold
 
@@ -46,27 +46,12 @@ class WaveDynamic(LayerAllocator):
     name: ClassVar[str] = "wave-dynamic"
     source: ClassVar[str] = "ReasonAlloc, arXiv 2606.11164, appendix C"
     dynamic: ClassVar[bool] = True
-    searched: ClassVar[Ranges] = {
-        "layer_delta": Range(32, 512, log=True),
-        "rho": Range(0.7, 0.99),
-        "gamma": Range(0.1, 2.0),
-        "layer_floor": Range(0.05, 0.9),
-        "layer_cap": Range(1.1, 4.0),
-    }
-    layer_delta: int = 128
-    demand_window: int = 8
-    rho: float = 0.93
-    gamma: float = 0.5
-    layer_floor: float = 0.25
-    layer_cap: float = 2.0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.layer_delta >= 0, "layer_delta", self.layer_delta, "0 or more")
-        refuse_unless(self.demand_window >= 1, "demand_window", self.demand_window, "1 or more")
-        refuse_unless(0 < self.rho < 1, "rho", self.rho, "between 0 and 1")
-        refuse_unless(0 <= self.gamma <= 4, "gamma", self.gamma, "0 to 4")
-        refuse_unless(0 <= self.layer_floor <= 1, "layer_floor", self.layer_floor, "0 to 1")
-        refuse_unless(self.layer_cap >= 1, "layer_cap", self.layer_cap, "1 or more")
+    layer_delta: int = parameter(128, at_least(0), Range(32, 512, log=True))
+    demand_window: int = parameter(8, at_least(1))
+    rho: float = parameter(0.93, Limit(lambda rho: 0 < rho < 1, "between 0 and 1"), Range(0.7, 0.99))
+    gamma: float = parameter(0.5, between(0, 4), Range(0.1, 2.0))
+    layer_floor: float = parameter(0.25, between(0, 1), Range(0.05, 0.9))
+    layer_cap: float = parameter(2.0, at_least(1), Range(1.1, 4.0))
 
     @property
     def window(self) -> int:

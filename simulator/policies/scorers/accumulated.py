@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from simulator.policies.attention import attention_blocks
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, between, parameter
 from simulator.policies.view import CacheView
 
 
@@ -26,11 +26,7 @@ class AccumulatedAttention(Scorer):
 
     stateful: ClassVar[bool] = True
     sees_span: ClassVar[bool] = True  # every query counts once
-    searched: ClassVar[Ranges] = {"recent_share": Range(0.05, 0.95)}
-    recent_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        refuse_unless(0 <= self.recent_share <= 1, "recent_share", self.recent_share, "0 to 1")
+    recent_share: float = parameter(0.5, between(0, 1), Range(0.05, 0.95))
 
     def observe(self, view: CacheView) -> np.ndarray:
         """Add what the queries since the last compression paid to each entry."""

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.ranges import Limit, Range, parameter
 from simulator.policies.scorers.accumulated import preferred
 from simulator.policies.scorers.window import EvictableWindow
 from simulator.policies.view import CacheView, LayerView
@@ -43,12 +42,7 @@ class AppendOnly(EvictableWindow):
 
     name: ClassVar[str] = "append-only"
     source: ClassVar[str] = "control"
-    searched: ClassVar[Ranges] = {**EvictableWindow.searched, "rate": Range(0.05, 1.0)}
-    rate: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unless(0 < self.rate <= 1, "rate", self.rate, "above 0, up to 1")
+    rate: float = parameter(0.25, Limit(lambda rate: 0 < rate <= 1, "above 0, up to 1"), Range(0.05, 1.0))
 
     def quota(self, budget: int, n_tokens: int) -> int:
         """Let a head hold the window and a share of all tokens, within its budget."""

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.ranges import Range, at_least, between, parameter
 from simulator.policies.scorers.accumulated import preferred, value_sizes
 from simulator.policies.scorers.window import HeldWindow
 from simulator.policies.view import CacheView
@@ -42,15 +41,8 @@ class CriticalKV(HeldWindow):
     name: ClassVar[str] = "criticalkv"
     source: ClassVar[str] = "Feng et al. 2025, arXiv 2502.03805"
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
-    searched: ClassVar[Ranges] = {**HeldWindow.searched, "first_stage_share": Range(0.1, 0.9)}
-    first_stage_share: float = 0.5
-    epsilon: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range = 0 <= self.first_stage_share <= 1
-        refuse_unless(in_range, "first_stage_share", self.first_stage_share, "0 to 1")
-        refuse_unless(0 <= self.epsilon < np.inf, "epsilon", self.epsilon, "0 or more")
+    first_stage_share: float = parameter(0.5, between(0, 1), Range(0.1, 0.9))
+    epsilon: float = parameter(1e-4, at_least(0, finite=True))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by attention times value norm, the first stage above all others."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView
 
 
@@ -48,19 +48,12 @@ class ExpectedAttention(Scorer):
 
     name: ClassVar[str] = "expected-attention"
     source: ClassVar[str] = "Devoto et al. 2025, arXiv 2510.00636"
-    searched: ClassVar[Ranges] = {"window": Range(1, 32, log=True), "sinks": Range(0, 16)}
-    window: int = 256
-    sinks: int = 4
-    n_future: int = 512
+    window: int = parameter(256, at_least(1), Range(1, 32, log=True))
+    sinks: int = parameter(4, at_least(0), Range(0, 16))
+    n_future: int = parameter(512, at_least(1))
     use_covariance: bool = True
     use_values: bool = True
-    epsilon: float = 0.0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.window >= 1, "window", self.window, "1 or more")
-        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
-        refuse_unless(self.n_future >= 1, "n_future", self.n_future, "1 or more")
-        refuse_unless(0 <= self.epsilon < np.inf, "epsilon", self.epsilon, "0 or more")
+    epsilon: float = parameter(0.0, at_least(0, finite=True))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView
 
 
@@ -34,11 +34,7 @@ class KeyNorm(Scorer):
 
     name: ClassVar[str] = "knorm"
     source: ClassVar[str] = "Devoto et al. 2024, arXiv 2406.11430"
-    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
-    recent: int = 0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
+    recent: int = parameter(0, at_least(0), Range(0, 32))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by minus the norm."""

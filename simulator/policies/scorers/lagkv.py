@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unknown, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Limit, Range, at_least, one_of, parameter
 from simulator.policies.view import CacheView
 
 SCORE_SOURCES = ("both", "keys")
+_RANKED = Limit(lambda lag: lag >= 2, "2 or more: one entry has no rank")
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,9 @@ class LagKV(Scorer):
 
     name: ClassVar[str] = "lagkv"
     source: ClassVar[str] = "Liang et al. 2025, arXiv 2504.04704"
-    searched: ClassVar[Ranges] = {"sinks": Range(0, 16), "lag": Range(8, 128, log=True)}
-    sinks: int = 4
-    lag: int = 128
-    score_source: str = "both"
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
-        refuse_unless(self.lag >= 2, "lag", self.lag, "2 or more: one entry has no rank")
-        refuse_unknown("score_source", self.score_source, SCORE_SOURCES)
+    sinks: int = parameter(4, at_least(0), Range(0, 16))
+    lag: int = parameter(128, _RANKED, Range(8, 128, log=True))
+    score_source: str = parameter("both", one_of(SCORE_SOURCES))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView
 
 
@@ -24,11 +24,7 @@ class Random(Scorer):
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"
-    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
-    recent: int = 8
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
+    recent: int = parameter(8, at_least(0), Range(0, 32))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Draw a score per entry, fixed by seed, layer, head and token count."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView
 
 
@@ -23,11 +23,7 @@ class Recency(Scorer):
 
     name: ClassVar[str] = "recency"
     source: ClassVar[str] = "control"
-    searched: ClassVar[Ranges] = {"sinks": Range(0, 16)}
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
+    sinks: int = parameter(0, at_least(0), Range(0, 16))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score an entry by its position."""

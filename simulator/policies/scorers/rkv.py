@@ -9,8 +9,7 @@ import numpy as np
 
 from simulator.kernels.attention import take_off
 from simulator.kernels.duplicates import Redundancy
-from simulator.policies.parts import refuse_unknown, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.ranges import Range, between, one_of, parameter
 from simulator.policies.scorers.window import EvictableWindow
 from simulator.policies.view import CacheView, LayerView
 
@@ -44,21 +43,9 @@ class RKV(EvictableWindow):
 
     name: ClassVar[str] = "rkv"
     source: ClassVar[str] = "Cai et al. 2025, arXiv 2505.24133"
-    searched: ClassVar[Ranges] = {
-        **EvictableWindow.searched,
-        "alpha": Range(0.01, 1.0, log=True),
-        "similarity_threshold": Range(0.2, 0.95),
-    }
-    alpha: float = 0.1
-    similarity_threshold: float = 0.5
-    no_match: str = "skip"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unless(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
-        in_range = -1 <= self.similarity_threshold <= 1
-        refuse_unless(in_range, "similarity_threshold", self.similarity_threshold, "-1 to 1")
-        refuse_unknown("no_match", self.no_match, NO_MATCH)
+    alpha: float = parameter(0.1, between(0, 1), Range(0.01, 1.0, log=True))
+    similarity_threshold: float = parameter(0.5, between(-1, 1), Range(0.2, 0.95))
+    no_match: str = parameter("skip", one_of(NO_MATCH))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score the evictable entries; zero in the window."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView
 
 
@@ -27,11 +27,7 @@ class StreamingLLM(Scorer):
 
     name: ClassVar[str] = "streamingllm"
     source: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
-    searched: ClassVar[Ranges] = {"sinks": Range(0, 16)}
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
+    sinks: int = parameter(4, at_least(0), Range(0, 16))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score an entry by its position."""

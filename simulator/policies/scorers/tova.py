@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simulator.policies.attention import held_attention
-from simulator.policies.parts import Scorer, refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.parts import Scorer
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.view import CacheView, LayerView
 
 
@@ -36,11 +36,7 @@ class TOVA(Scorer):
     name: ClassVar[str] = "tova"
     source: ClassVar[str] = "Oren et al. 2024, arXiv 2401.06104"
     window: ClassVar[int] = 1  # only the last query
-    searched: ClassVar[Ranges] = {"recent": Range(0, 32)}
-    recent: int = 0
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.recent >= 0, "recent", self.recent, "0 or more")
+    recent: int = parameter(0, at_least(0), Range(0, 32))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score one head's entries as if it were alone in its layer."""

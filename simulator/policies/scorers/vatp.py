@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import refuse_unless
-from simulator.policies.ranges import Range, Ranges
+from simulator.policies.ranges import Range, at_least, parameter
 from simulator.policies.scorers.accumulated import AccumulatedAttention, noted, value_sizes
 from simulator.policies.view import CacheView
 
@@ -38,12 +37,7 @@ class VATP(AccumulatedAttention):
     name: ClassVar[str] = "vatp"
     source: ClassVar[str] = "Guo et al. 2024, arXiv 2406.12335"
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
-    searched: ClassVar[Ranges] = {**AccumulatedAttention.searched, "sinks": Range(0, 16)}
-    sinks: int = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unless(self.sinks >= 0, "sinks", self.sinks, "0 or more")
+    sinks: int = parameter(20, at_least(0), Range(0, 16))
 
     def score(self, view: CacheView) -> np.ndarray:
         """Score by attention times value norm, the newest entries above all others."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from simulator.kernels.attention import max_pool
 from simulator.kernels.windows import window_importance
 from simulator.policies.attention import held_attention
-from simulator.policies.parts import Scorer, refuse_unknown, refuse_unless
-from simulator.policies.ranges import Choices, Range, Ranges
+from simulator.policies.parts import SLOT_ORDERS, Scorer
+from simulator.policies.ranges import Choices, Limit, Range, at_least, one_of, parameter
 from simulator.policies.view import CacheView, LayerView
 
 GROUP_REDUCTIONS = ("max_logits", "mean_weights", "max_weights")
-SLOT_ORDERS = ("chronological", "score")
 POOLS = ("max", "avg")
-_SEARCHED: Ranges = {"window": Range(1, 32, log=True), "kernel_size": Range(1, 15, step=2)}
+_ODD = Limit(lambda size: size >= 1 and size % 2 == 1, "an odd number")
+_OBSERVED, _POOLED = Range(1, 32, log=True), Range(1, 15, step=2)
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,10 @@ class EvictableWindow(Scorer):
         the second compression on.
     """
 
-    searched: ClassVar[Ranges] = {**_SEARCHED, "group_reduce": Choices(GROUP_REDUCTIONS)}
-    window: int = 8
-    kernel_size: int = 7
-    group_reduce: str = "max_logits"
-    slot_order: str = "chronological"
-
-    def __post_init__(self) -> None:
-        refuse_bad_window(self.window, self.kernel_size)
-        refuse_unknown("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
-        refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+    window: int = parameter(8, at_least(1), _OBSERVED)
+    kernel_size: int = parameter(7, _ODD, _POOLED)
+    group_reduce: str = parameter("max_logits", one_of(GROUP_REDUCTIONS), Choices(GROUP_REDUCTIONS))
+    slot_order: str = parameter("chronological", one_of(SLOT_ORDERS))
 
     @property
     def recent(self) -> int:
@@ -90,16 +83,10 @@ class HeldWindow(Scorer):
         the second compression on.
     """
 
-    searched: ClassVar[Ranges] = {**_SEARCHED, "pool": Choices(POOLS)}
-    window: int = 32
-    kernel_size: int = 7
-    pool: str = "max"
-    slot_order: str = "chronological"
-
-    def __post_init__(self) -> None:
-        refuse_bad_window(self.window, self.kernel_size)
-        refuse_unknown("pool", self.pool, POOLS)
-        refuse_unknown("slot_order", self.slot_order, SLOT_ORDERS)
+    window: int = parameter(32, at_least(1), _OBSERVED)
+    kernel_size: int = parameter(7, _ODD, _POOLED)
+    pool: str = parameter("max", one_of(POOLS), Choices(POOLS))
+    slot_order: str = parameter("chronological", one_of(SLOT_ORDERS))
 
     @property
     def recent(self) -> int:
@@ -118,13 +105,6 @@ class HeldWindow(Scorer):
             else:
                 pooled[:] = average_pool(weights, self.kernel_size)
         return scores
-
-
-def refuse_bad_window(window: int, kernel_size: int) -> None:
-    """Refuse a window without a query, or a pooling that has no middle; raises ValueError."""
-    refuse_unless(window >= 1, "window", window, "1 or more")
-    odd = kernel_size >= 1 and kernel_size % 2 == 1
-    refuse_unless(odd, "kernel_size", kernel_size, "an odd number")
 
 
 def average_pool(values: np.ndarray, kernel_size: int) -> np.ndarray:

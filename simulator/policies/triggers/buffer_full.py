@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Counts, Trigger, refuse_unknown, refuse_unless
-from simulator.policies.triggers.excess import PROMPT_MODES
+from simulator.policies.parts import PROMPT_MODES, Counts, Trigger
+from simulator.policies.ranges import at_least, one_of, parameter
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,8 @@ class BufferFull(Trigger):
 
     name: ClassVar[str] = "buffer-full"
     source: ClassVar[str] = "R-KV, arXiv 2505.24133, section 3"
-    buffer: int = 128
-    prompt: str = "compress"
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.buffer >= 1, "buffer", self.buffer, "1 or more")
-        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
+    buffer: int = parameter(128, at_least(1))
+    prompt: str = parameter("compress", one_of(PROMPT_MODES))
 
     def next_compression(self, n_tokens: Counts, n_entries: Counts, total: Counts, n_kv_heads: int) -> Counts:
         """Give the token count at which the buffer is full; an overfull layer waits for one more token."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.parts import Trigger, refuse_unknown, refuse_unless
-from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
+from simulator.policies.parts import PROMPT_MODES, Trigger
+from simulator.policies.ranges import at_least, one_of, parameter
+from simulator.policies.triggers.excess import first_excess
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,9 @@ class EveryN(Trigger):
 
     name: ClassVar[str] = "every-n"
     source: ClassVar[str] = "R-KV code, divide_method=step_length"
-    interval: int = 128
-    offset: int = 0
-    prompt: str = "compress"
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.interval >= 1, "interval", self.interval, "1 or more")
-        refuse_unless(self.offset >= 0, "offset", self.offset, "0 or more")
-        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
+    interval: int = parameter(128, at_least(1))
+    offset: int = parameter(0, at_least(0))
+    prompt: str = parameter("compress", one_of(PROMPT_MODES))
 
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give the next multiple at which the layer will hold more than its budget."""

@@ -1,12 +1,10 @@
-"""What triggers share: the modes of the prompt, and when a layer exceeds its budget."""
+"""What triggers share: when a layer exceeds its budget."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from simulator.policies.parts import Counts
-
-PROMPT_MODES = ("compress", "wait", "keep")
 
 
 def first_excess(n_tokens: Counts, n_entries: Counts, total: Counts, n_kv_heads: int) -> Counts:

@@ -13,6 +13,7 @@ class Never(Trigger):
     """Never compress."""
 
     name: ClassVar[str] = "never"
+    evicts: ClassVar[bool] = False
     prompt: ClassVar[str] = "wait"  # the prompt is left alone too
 
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simulator.policies.parts import Trigger, refuse_unknown
-from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
+from simulator.policies.parts import PROMPT_MODES, Trigger
+from simulator.policies.ranges import one_of, parameter
+from simulator.policies.triggers.excess import first_excess
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,7 @@ class PerStep(Trigger):
 
     name: ClassVar[str] = "per-step"
     source: ClassVar[str] = "H2O, arXiv 2306.14048; TOVA, arXiv 2401.06104"
-    prompt: str = "compress"
-
-    def __post_init__(self) -> None:
-        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
+    prompt: str = parameter("compress", one_of(PROMPT_MODES))
 
     def next_compression(self, n_tokens: int, n_entries: int, total: int, n_kv_heads: int) -> int | None:
         """Give the token count at which the layer will hold more than its budget."""

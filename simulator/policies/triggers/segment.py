@@ -8,11 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from simulator.policies.parts import Trigger, refuse_unknown, refuse_unless
-from simulator.policies.triggers.excess import PROMPT_MODES, first_excess
+from simulator.policies.parts import PROMPT_MODES, Trigger
+from simulator.policies.ranges import Limit, one_of, parameter
+from simulator.policies.triggers.excess import first_excess
 from traces.errors import MissingDataError
 
 NEWLINE = "newline"
+_SEGMENTS = Limit(
+    lambda segment: segment in ("", NEWLINE) or all(token.isdecimal() for token in segment.split("/")),
+    "newline, or token ids joined by /",
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,8 @@ class Segment(Trigger):
 
     name: ClassVar[str] = "segment"
     source: ClassVar[str] = "R-KV code, divide_method=newline"
-    segment: str = "newline"
-    prompt: str = "compress"
-
-    def __post_init__(self) -> None:
-        known = self.segment in ("", NEWLINE) or all(token.isdecimal() for token in self.segment.split("/"))
-        refuse_unless(known, "segment", self.segment, "newline, or token ids joined by /")
-        refuse_unknown("prompt", self.prompt, PROMPT_MODES)
+    segment: str = parameter("newline", _SEGMENTS)
+    prompt: str = parameter("compress", one_of(PROMPT_MODES))
 
     @property
     def reads_text(self) -> bool:
