@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Texts of a large model that are decoded together: one of half a billion parameters then writes several times
 # as many tokens a second on two cores as alone.
-_BATCH = 16
+_BATCH, _MOST_TOGETHER = 16, 4096
 
 
 def record(
@@ -71,12 +71,11 @@ def record(
 
     Started again, it goes on with the rows that have no trace yet.
     """
-    if rescore and batch is not None:
-        raise UserError(f"--batch {batch} contradicts --rescore, which decodes nothing")
-    if batch is not None and not 1 <= batch <= 4096:
-        raise UserError(f"--batch is {batch}; allowed: 1 to 4096")
-    if rescore and max_new_tokens is not None:
-        raise UserError(f"--max-new-tokens {max_new_tokens} contradicts --rescore, which decodes nothing")
+    for option, given in (("--max-new-tokens", max_new_tokens), ("--batch", batch)):
+        if rescore and given is not None:
+            raise UserError(f"{option} {given} contradicts --rescore, which decodes nothing")
+    if batch is not None and not 1 <= batch <= _MOST_TOGETHER:
+        raise UserError(f"--batch is {batch}; allowed: 1 to {_MOST_TOGETHER}")
     require_seed(seed or 0, "--seed")
     if temperature is None:
         if seed is not None:
@@ -120,12 +119,11 @@ def record(
         require_known_words(rows, loaded.tokenizer, prompts, rescore)
         limit_threads(loaded.model)
         options.make_folder(out)
-        if batch is None:
-            batch = 1 if is_small(loaded.model) or loaded.model.device.type != "cpu" else _BATCH
-        together = 1 if rescore else batch
-        complete = partial(complete_rows, loaded, out=out, settings=settings)
-        record_one = partial(record_row, loaded, out=out, settings=settings)
-        _record_all(complete, record_one, rows, together, results, quiet)
+        is_alone = rescore or is_small(loaded.model) or loaded.model.device.type != "cpu"
+        complete, record_one = (
+            partial(function, loaded, out=out, settings=settings) for function in (complete_rows, record_row)
+        )
+        _record_all(complete, record_one, rows, batch or (1 if is_alone else _BATCH), results, quiet)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted with {counted(len(results), 'row')} done: the same command again goes on with the "
