@@ -76,15 +76,7 @@ def record(
             raise UserError(f"{option} {given} contradicts --rescore, which decodes nothing")
     if batch is not None and not 1 <= batch <= _MOST_TOGETHER:
         raise UserError(f"--batch is {batch}; allowed: 1 to {_MOST_TOGETHER}")
-    require_seed(seed or 0, "--seed")
-    if temperature is None:
-        if seed is not None:
-            raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
-        if top_p is not None:
-            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
-    elif greedy or rescore:
-        other = "--greedy" if greedy else "--rescore"
-        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
+    _require_sampling(temperature, top_p, seed, "--greedy" if greedy else "--rescore" if rescore else "")
     name = asked_model(model, random_weights, "reference")
     results: list[Row] = []
     try:
@@ -120,9 +112,8 @@ def record(
         limit_threads(loaded.model)
         options.make_folder(out)
         is_alone = rescore or is_small(loaded.model) or loaded.model.device.type != "cpu"
-        complete, record_one = (
-            partial(function, loaded, out=out, settings=settings) for function in (complete_rows, record_row)
-        )
+        complete = partial(complete_rows, loaded, out=out, settings=settings)
+        record_one = partial(record_row, loaded, out=out, settings=settings)
         _record_all(complete, record_one, rows, batch or (1 if is_alone else _BATCH), results, quiet)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -132,6 +123,18 @@ def record(
     typer.echo("\n".join([*table_lines(results), *filter(None, [meaningless(name)])]))
     if any(row.status == "failed" for row in results):
         raise typer.Exit(1)
+
+
+def _require_sampling(temperature: float | None, top_p: float | None, seed: int | None, other: str) -> None:
+    """Refuse options of sampling that say nothing, or contradict the ``other`` option, if it is given."""
+    require_seed(seed or 0, "--seed")
+    if temperature is None:
+        if seed is not None:
+            raise UserError(f"--seed {seed} is given without --temperature: greedy decoding draws nothing")
+        if top_p is not None:
+            raise UserError(f"--top-p {top_p} is given without --temperature; give both or neither")
+    elif other:
+        raise UserError(f"--temperature {temperature} contradicts {other}; give one of them")
 
 
 def _set_library_messages(quiet: bool) -> None:
