@@ -10,6 +10,8 @@ from traces.errors import UserError
 EXTRAS = {
     "torch": "validate",
     "transformers": "validate",
+    "gguf": "validate",
+    "accelerate": "validate",
     "altair": "plots",
     "vl_convert": "plots",
     "jinja2": "plots",

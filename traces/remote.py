@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traces.atomic import write_file
+from traces.cache import cache_folder
 from traces.errors import TraceError, UserError
 from traces.extras import require_extra
 from traces.lock import locked
@@ -25,15 +25,6 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def is_remote(text: str) -> bool:
     """Say whether a trace is asked for by URL."""
     return _SCHEME.match(text) is not None
-
-
-def cache_folder() -> Path:
-    """Give the folder of fetched traces: in ``$KVBUDGET_CACHE``, ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("KVBUDGET_CACHE")
-    if own:
-        return Path(own) / "traces"
-    usual = os.environ.get("XDG_CACHE_HOME")
-    return (Path(usual) if usual else Path.home() / ".cache") / "kvbudget" / "traces"
 
 
 def find_remote(url: str) -> list[str]:
@@ -95,7 +86,7 @@ def fetch(url: str) -> Path:
     """
     content = _manifest_bytes(url)
     manifest = parse_manifest(f"{url}/{MANIFEST_NAME}", content)
-    folder = cache_folder() / manifest.trace_id / url.rstrip("/").rpartition("/")[2]
+    folder = cache_folder("traces") / manifest.trace_id / url.rstrip("/").rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, wait=True):
         for name in file_names(manifest.n_layers):

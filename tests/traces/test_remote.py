@@ -9,8 +9,9 @@ import pytest
 from sweeps import table_of, write_spec
 
 from traces import remote
+from traces.cache import cache_folder
 from traces.errors import TraceError, UserError
-from traces.remote import cache_folder, fetch, find_remote, is_remote
+from traces.remote import fetch, find_remote, is_remote
 from traces.store import find_traces, open_trace
 
 fsspec = pytest.importorskip("fsspec")
@@ -52,13 +53,13 @@ def test_what_is_a_url():
 
 
 def test_the_cache_lies_where_it_is_wanted(monkeypatch, tmp_path):
-    assert cache_folder() == tmp_path / "cache" / "traces"
+    assert cache_folder("traces") == tmp_path / "cache" / "traces"
     monkeypatch.delenv("KVBUDGET_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "kvbudget" / "traces"
+    assert cache_folder("traces") == tmp_path / "xdg" / "kvbudget" / "traces"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "kvbudget" / "traces"
+    assert cache_folder("traces") == tmp_path / ".cache" / "kvbudget" / "traces"
 
 
 def test_a_trace_is_fetched_whole_and_once(make_trace, place, monkeypatch):
@@ -66,7 +67,7 @@ def test_a_trace_is_fetched_whole_and_once(make_trace, place, monkeypatch):
     url = upload(trace, place)
     read = count_reads(monkeypatch)
     path = fetch(url)
-    assert path == cache_folder() / trace.trace_id / trace.path.name
+    assert path == cache_folder("traces") / trace.trace_id / trace.path.name
     assert open_trace(path).manifest == trace.manifest
     for file in trace.path.iterdir():
         assert (path / file.name).read_bytes() == file.read_bytes()
@@ -95,7 +96,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_refused(make_trace, place)
     fsspec.filesystem("memory").pipe(f"{url}/layer_001.safetensors".removeprefix("memory:/"), b"other")
     with pytest.raises(TraceError, match=r"layer_001\.safetensors: sha256 \w+ found; the manifest says"):
         fetch(url)
-    (folder,) = next(cache_folder().iterdir()).glob("*.kvtrace")
+    (folder,) = next(cache_folder("traces").iterdir()).glob("*.kvtrace")
     # What was whole stays; without a manifest the trace is unfinished.
     assert sorted(path.name for path in folder.iterdir()) == ["layer_000.safetensors", "tokens.safetensors"]
 

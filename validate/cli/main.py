@@ -26,10 +26,11 @@ from traces import commands as traces
 from traces.errors import Interrupted, UserError
 from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
-from validate.cli import reasoner
+from validate.cli import models, reasoner
 from validate.cli.bench import bench as device_bench
 from validate.cli.forced import forced
 from validate.cli.live import live
+from validate.cli.masked import masked
 from validate.cli.protocol import protocol
 from validate.cli.record import record
 from validate.cli.report import report
@@ -75,6 +76,9 @@ _add(tracing, traces.info, "trace info sample --format json")
 _add(tracing, traces.validate, "trace validate sample runs/heldout")
 _add(tracing, traces.head, "trace head sample -n 60")
 _add(tracing, traces.make, "trace make mine.kvtrace --total-tokens 2000")
+pretrained = _group("models", "Pretrained language models: bring them once.", "models fetch smollm2-135m")
+_add(pretrained, models.list_models, "models list --format json", "list")
+_add(pretrained, models.fetch, "models fetch smollm2-135m")
 _add(app, calibrate, "calibrate --trace runs/calibration --out wave.json")
 naming = _group("policies", "Policies by name: what there is, and what each does.", "policies show rkv+wave")
 _add(naming, list_policies, "policies list --format json", "list")
@@ -92,6 +96,7 @@ validation = _group(
     "validate shadow --trace sample --policy rkv --budget 20% --buffer 32",
 )
 _add(validation, shadow, "validate shadow --trace sample --policy rkv --budget 20% --buffer 32")
+_add(validation, masked, "validate masked --trace sample --policy rkv,snapkv --budget 20% --buffer 32")
 _add(validation, forced, "validate forced --trace sample --policy rkv,snapkv --budget 20% --buffer 32")
 _add(validation, live, "validate live --prompts problems.jsonl --policy rkv --budget 20% --out runs/live")
 _add(

@@ -23,7 +23,9 @@ DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="'reference', a folder with a saved model, or a hub id.", show_default="reference"
+        "--model",
+        help="'reference', a name of sim models list, a GGUF file, a folder with a saved model, or a hub id.",
+        show_default="reference",
     ),
 ]
 RandomWeights = Annotated[

@@ -46,6 +46,13 @@ class BackEnd(Protocol):
     def bytes_allocated(self) -> int:
         """Bytes of all entries' memory: keys and values."""
 
+    @property
+    def most_together(self) -> int:
+        """Tokens per row, at least 1, that can be read at once now.
+
+        Layers whose budgets move between them wait for each other where one is due for a compression.
+        """
+
     def prefill(self, layer: int, heads: Heads, scale: float) -> torch.Tensor:
         """Attend within whole prompts in one layer, and take in what of them is to stay.
 

@@ -38,12 +38,15 @@ class Completion:
         Keys and values held during attention, at most, over all decode steps.
     bytes_mean : float
         Their mean over decode steps.
+    stop_id : int, optional
+        The token that ended it.
     """
 
     token_ids: list[int]
     ended: bool
     bytes_peak: int
     bytes_mean: float
+    stop_id: int | None = None
 
 
 class _Row:
@@ -52,8 +55,12 @@ class _Row:
     def __init__(self, limit: int, sampling: Sampling) -> None:
         self.limit, self.sampling, self.generator = limit, sampling, sampling.generator()
         self.token_ids: list[int] = []
-        self.ended = False
+        self.stop_id: int | None = None
         self.peak = self.total = self.n_steps = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.stop_id is not None
 
     @property
     def is_running(self) -> bool:
@@ -65,7 +72,7 @@ class _Row:
 
     def take(self, token: int, stop_ids: set[int]) -> None:
         if token in stop_ids:
-            self.ended = True
+            self.stop_id = token
         else:
             self.token_ids.append(token)
 
@@ -166,7 +173,11 @@ def decode(
     per_entry = model_shape(model.config, model.dtype).bytes_per_entry
     return [
         Completion(
-            row.token_ids, row.ended, row.peak * per_entry, row.total * per_entry / max(1, row.n_steps)
+            row.token_ids,
+            row.ended,
+            row.peak * per_entry,
+            row.total * per_entry / max(1, row.n_steps),
+            row.stop_id,
         )
         for row in rows
     ]

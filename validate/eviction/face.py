@@ -101,7 +101,7 @@ class PolicyCache(Cache):
         if self.calls.in_prompts(n_seen):
             prompt_tokens = self.calls.require_part_of_prompts(n_seen, n_new)
             return self._read_prompts(layer, heads, mask, scale, prompt_tokens)
-        if n_new > 1:
+        if n_new > 1 and layer == 0:
             self._require_several(n_new, mask)
         return self.back_end.step(layer, heads, self._new_tokens(n_new))
 
@@ -133,10 +133,11 @@ class PolicyCache(Cache):
         self.calls.require_certain_prompts(n_new)
         if mask is not None and not mask[:, -n_new:].all():
             raise UserError("padding after the prompts cannot be left out; allowed: left-padded prompts")
-        if self.policy.divides_layers_again:
+        most = self.back_end.most_together
+        if n_new > most:
             raise UserError(
-                f"policy '{self.policy.name}' moves budgets between layers and takes tokens one by one; "
-                f"found: {n_new} at once"
+                f"policy '{self.policy.name}' moves budgets between layers and takes {most} tokens at once "
+                f"here; found: {n_new}"
             )
 
     def _new_tokens(self, n_new: int) -> np.ndarray | None:

@@ -22,6 +22,8 @@ from traces.documents import shown
 from traces.errors import UserError
 from traces.shape import ModelShape
 
+UNLIMITED = 2**62  # tokens
+
 # Of entries and tokens; far above any, and within what arrays of the device count.
 _MOST = 2**31 - 1
 
@@ -126,6 +128,11 @@ class Plan:
         """Say whether a row's budget is divided over its layers anew once it has so many tokens."""
         n_decoded, delta = n_tokens - int(self.prompts[row]), self.policy.layers.layer_delta
         return n_decoded == 0 or bool(delta and n_decoded % delta == 0)
+
+    def tokens_until_divided(self, row: int, n_tokens: int) -> int:
+        """Give how many more tokens a row takes before its budget is divided over its layers anew."""
+        n_decoded, delta = n_tokens - int(self.prompts[row]), self.policy.layers.layer_delta
+        return delta - n_decoded % delta if delta else UNLIMITED
 
     def divided_by(self, row: int, views: Sequence[Sequence[CacheView]]) -> np.ndarray:
         """Divide a row's budget by what its layers hold, KV head by KV head; int64 (n_layers,)."""

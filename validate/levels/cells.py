@@ -1,4 +1,4 @@
-"""The shadow and forced levels of policies x budgets over traces: one row per cell."""
+"""A level of policies x budgets over traces: one row per cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simulator.policies.wave import tell_unused
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
-from validate.levels.runs import Forced, Shadow
+from validate.levels.outcomes import Forced, Masked, Shadow
 from validate.models.load import load_model
 from validate.models.threads import limit_threads
 
@@ -49,7 +49,7 @@ def open_traces(
 def compare(
     traces: Sequence[Trace],
     cells: Sequence[tuple[Policy, Budget]],
-    level: Callable[[Trace], Callable[[Policy, int], Shadow | Forced]],
+    level: Callable[[Trace], Callable[[Policy, int], Shadow | Masked | Forced]],
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[UserError]]:
     """Run every cell at a level.
 
@@ -76,7 +76,11 @@ def compare(
     """
     rows, per_step, failed = [], [], []
     for trace in traces:
-        run = level(trace)
+        try:
+            run = level(trace)
+        except UserError as error:
+            failed += [error] * len(cells)
+            continue
         for policy, budget in cells:
             try:
                 entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)

@@ -1,12 +1,15 @@
-"""The two levels between a replay and a live run: the trace's tokens go through the model once more.
+"""The levels between a replay and a live run: the trace's tokens go through the model once more.
 
 *Shadow*: the model attends to its full cache, the policy decides and nothing is lost. It must retain exactly
-what the simulator retains. *Forced*: entries are really evicted, and only the tokens are the trace's. How far
-the retained mass moves away from the simulated one is the price of a replay's open loop.
+what the simulator retains. *Masked*: what the simulator retains is all that is seen, in one pass. *Forced*:
+entries are really evicted, and only the tokens are the trace's. How far the retained mass moves away from the
+simulated one is the price of a replay's open loop.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,6 +29,9 @@ from traces.errors import UserError
 from traces.trace import Trace
 from validate.eviction.cache import EvictingCache, evicting
 from validate.eviction.host.layer import EvictingLayer, to_array
+from validate.levels.divergence import FullPredictions, token_ids
+from validate.levels.masked import masked_divergence
+from validate.levels.outcomes import Forced, Masked, Shadow
 from validate.models.causal import causal_attention
 from validate.models.vocabulary import n_token_ids
 from validate.record.recorder import observed_shape
@@ -34,101 +40,24 @@ from validate.record.recorder import observed_shape
 _FORCED_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shadow:
-    """What the policy decided beside a full-cache run, and what the simulator decided.
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What a trace and its model do with the full cache: once per trace, for any number of runs."""
 
-    Attributes
-    ----------
-    found, expected : list of Retained
-        After every compression, by layer, compression and KV head.
-    keys_equal : bool
-        Whether the run's keys are the trace's, bit for bit. On another machine or build of torch they need
-        not be, and a near tie may then fall the other way.
+    attention: FullCache
+    predictions: FullPredictions
+
+
+def baseline_of(model: PreTrainedModel, trace: Trace) -> Baseline:
+    """Attend and predict with the full cache.
+
+    Raises
+    ------
+    UserError
+        If the trace cannot have come from this model.
     """
-
-    found: list[Retained]
-    expected: list[Retained]
-    keys_equal: bool
-
-    @property
-    def mismatches(self) -> list[tuple[Retained | None, Retained | None]]:
-        """Pairs (found, expected) that differ; None where one side has no such compression."""
-        found, expected = (
-            {(own.layer, own.compression, own.kv_head): own for own in side}
-            for side in (self.found, self.expected)
-        )
-        pairs = [(found.get(key), expected.get(key)) for key in sorted(found.keys() | expected.keys())]
-        return [pair for pair in pairs if not _same(*pair)]
-
-    def row(self) -> dict[str, object]:
-        """Give the numbers of its row."""
-        return {
-            "decisions": len(self.expected),
-            "mismatches": len(self.mismatches),
-            "keys_equal": self.keys_equal,
-        }
-
-
-def _same(mine: Retained | None, theirs: Retained | None) -> bool:
-    if mine is None or theirs is None:
-        return False
-    return mine.n_tokens == theirs.n_tokens and np.array_equal(mine.positions, theirs.positions)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Forced:
-    """Retained mass with entries really gone, beside the simulated one.
-
-    Attributes
-    ----------
-    forced, simulated : float32 (n_layers, n_query_heads, n_steps)
-        Share of the attention over the whole history that falls on what is retained: with the queries and
-        keys of the evicting model, and with the trace's.
-    forced_lost, simulated_lost : bool (n_layers, n_query_heads, n_steps)
-        Where more than half of that attention lies on one key, and it is gone.
-    agrees : bool (n_steps - 1,)
-        Whether the trace's next token is the evicting model's most likely one, which for a greedy trace
-        means that it would have written it; the last step, which has no next token, is left out.
-    """
-
-    forced: np.ndarray
-    simulated: np.ndarray
-    forced_lost: np.ndarray
-    simulated_lost: np.ndarray
-    agrees: np.ndarray
-
-    @property
-    def drift(self) -> np.ndarray:
-        """Forced less simulated mass, mean over query heads; float64 (n_layers, n_steps)."""
-        return (self.forced - self.simulated).mean(axis=1, dtype=np.float64)
-
-    def row(self) -> dict[str, object]:
-        """Give the numbers of its row: means over heads and steps, and the drift of every layer."""
-        numbers: dict[str, object] = {
-            "simulated_mass": float(self.simulated.mean(dtype=np.float64)),
-            "forced_mass": float(self.forced.mean(dtype=np.float64)),
-            "drift": float(self.drift.mean()),
-            "simulated_lost_lookups": float(self.simulated_lost.mean()),
-            "forced_lost_lookups": float(self.forced_lost.mean()),
-            "agreement": float(self.agrees.mean()) if len(self.agrees) else None,
-        }
-        return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(self.drift)}
-
-    def steps(self) -> dict[str, np.ndarray]:
-        """Give columns of one row per layer and decode step, means over query heads."""
-        n_layers, _, n_steps = self.forced.shape
-        measured = {
-            "simulated_mass": self.simulated,
-            "forced_mass": self.forced,
-            "simulated_lost_lookups": self.simulated_lost,
-            "forced_lost_lookups": self.forced_lost,
-        }
-        return {
-            "layer": np.repeat(np.arange(n_layers, dtype=np.int32), n_steps),
-            "step": np.tile(np.arange(n_steps, dtype=np.int32), n_layers),
-            **{name: values.mean(axis=1).reshape(-1) for name, values in measured.items()},
-        }
+    require_own(model, trace)
+    return Baseline(FullCache(trace), FullPredictions(model, trace))
 
 
 class _WatchedLayer(EvictingLayer):
@@ -165,31 +94,38 @@ class _WatchedLayer(EvictingLayer):
 
 
 Layer = TypeVar("Layer", bound=_WatchedLayer)
+Seen = TypeVar("Seen")
 
 
 class _ShadowLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         n_tokens = int(self.n_tokens[0])
         output, _ = causal_attention(
-            query[0, :, None], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
+            query[0], self.all_keys[:, :n_tokens], self.all_values[:, :n_tokens], self.scale
         )
-        return output[None, :, 0]
+        return output[None]
 
 
 class _ForcedLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        n_tokens, n_kv_heads = int(self.n_tokens[0]), len(self.all_keys)
-        grouped = query[0].reshape(n_kv_heads, -1, query.shape[-1]).float()
-        logits = (grouped * self.scale) @ self.all_keys[:, :n_tokens].float().transpose(1, 2)
-        weights = logits.softmax(-1)
-        retained = torch.zeros(weights.shape[::2], dtype=weights.dtype, device=weights.device)
+        n_tokens, n_kv_heads, n_new = int(self.n_tokens[0]), len(self.all_keys), query.shape[2]
+        grouped = query[0].unflatten(0, (n_kv_heads, -1)).float()  # (n_kv_heads, group_size, n_new, head_dim)
+        keys = self.all_keys[:, None, :n_tokens].float().transpose(2, 3)
+        logits = (grouped * self.scale) @ keys
+        # Later ones of the new tokens are unseen, hence without weight.
+        unseen = torch.ones(n_new, n_tokens, dtype=torch.bool, device=query.device).triu_(
+            n_tokens - n_new + 1
+        )
+        weights = logits.masked_fill_(unseen, -torch.inf).softmax(-1)
+        retained = weights.new_zeros(n_kv_heads, 1, n_tokens, 1)
         for kv_head in range(n_kv_heads):
-            retained[kv_head, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
+            retained[kv_head, 0, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
         # Attention that lies on one key by more than half lies there uniquely.
         largest, where = weights.max(-1)
-        lost = (largest > LOOKUP) & (retained.gather(1, where) == 0)
-        self.mass.append(to_array((weights @ retained[..., None]).reshape(-1)))
-        self.lost.append(lost.reshape(-1).cpu().numpy())
+        is_retained = retained[..., 0].expand(*weights.shape[:2], -1).gather(2, where) == 1
+        lost = (largest > LOOKUP) & ~is_retained
+        self.mass.append(to_array((weights @ retained).flatten(0, 1)[..., 0]))
+        self.lost.append(lost.flatten(0, 1).cpu().numpy())
         return super().attend(query)
 
 
@@ -224,7 +160,7 @@ def run_shadow(
     run = _TraceRun(model, trace, policy, entries, seed, waves)
     expected = run.replay()
     # As in a recording, token by token: passes over several tokens round differently.
-    layers, _ = run.feed(_ShadowLayer, 1)
+    layers, _ = run.feed(_ShadowLayer, 1, lambda logits: deque(logits, maxlen=0))
     keys_equal = all(np.array_equal(to_array(layer.all_keys), trace.keys(layer.layer)) for layer in layers)
     found = [kept for layer in layers for kept in layer.retained]
     # A replay ends with the last token and does not compress after it.
@@ -240,24 +176,66 @@ def run_forced(
     *,
     seed: int = 0,
     waves: dict[str, Wave] | None = None,
-    full: FullCache | None = None,
+    baseline: Baseline | None = None,
 ) -> Forced:
     """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`.
 
-    ``full`` is the trace's, if it is at hand: several runs can share it.
+    ``baseline`` is the trace's and model's, if it is at hand: several runs can share it.
     """
     run = _TraceRun(model, trace, policy, entries, seed, waves)
     simulated = run.replay()
-    # Each layer takes the tokens one by one, so a pass over many of them is the same as many passes.
-    n_together = 1 if policy.divides_layers_again else _FORCED_TOKENS
-    layers, chosen = run.feed(_ForcedLayer, n_together)
+    baseline = baseline or baseline_of(model, trace)
+    layers, divergence = run.feed(_ForcedLayer, _FORCED_TOKENS, baseline.predictions.compare)
     return Forced(
-        forced=np.stack([np.stack(layer.mass, axis=1) for layer in layers]),
+        forced=np.stack([np.concatenate(layer.mass, axis=1) for layer in layers]),
         simulated=simulated.mass,
-        forced_lost=np.stack([np.stack(layer.lost, axis=1) for layer in layers]),
-        simulated_lost=lost_lookups(trace, simulated, full or FullCache(trace)),
-        agrees=chosen[:-1] == trace.token_ids[trace.prompt_tokens + 1 :],
+        forced_lost=np.stack([np.concatenate(layer.lost, axis=1) for layer in layers]),
+        simulated_lost=lost_lookups(trace, simulated, baseline.attention),
+        divergence=divergence,
     )
+
+
+def run_masked(
+    model: PreTrainedModel,
+    trace: Trace,
+    policy: Policy,
+    entries: int,
+    *,
+    seed: int = 0,
+    waves: dict[str, Wave] | None = None,
+    baseline: Baseline | None = None,
+) -> Masked:
+    """Let the model see what a replay retains, in one pass; parameters and errors as `run_forced`."""
+    baseline = baseline or baseline_of(model, trace)
+    simulated = _TraceRun(model, trace, policy, entries, seed, waves).replay()
+    return Masked(
+        simulated=simulated.mass,
+        simulated_lost=lost_lookups(trace, simulated, baseline.attention),
+        divergence=masked_divergence(model, trace, simulated.retained, baseline.predictions),
+    )
+
+
+def require_own(model: PreTrainedModel, trace: Trace) -> None:
+    """Refuse a trace that cannot have come from a model, or has nothing to compare.
+
+    Raises
+    ------
+    UserError
+    """
+    found, _, _ = observed_shape(model)
+    n_known, largest = n_token_ids(model), int(max(trace.token_ids))
+    if trace.shape != found or largest >= n_known:
+        both = (
+            f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
+            f"{shape.head_dim} {shape.dtype}"
+            for shape in (trace.shape, found)
+        )
+        raise UserError(
+            f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
+            f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
+        )
+    if trace.total_tokens == trace.prompt_tokens:
+        raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,20 +250,7 @@ class _TraceRun:
     waves: dict[str, Wave] | None
 
     def __post_init__(self) -> None:
-        trace, (found, _, _) = self.trace, observed_shape(self.model)
-        n_known, largest = n_token_ids(self.model), int(max(trace.token_ids))
-        if trace.shape != found or largest >= n_known:
-            both = (
-                f"{shape.n_layers} layers of {shape.n_query_heads} query and {shape.n_kv_heads} KV heads of "
-                f"{shape.head_dim} {shape.dtype}"
-                for shape in (trace.shape, found)
-            )
-            raise UserError(
-                f"trace {trace.path.name} has {next(both)} and token ids up to {largest}; the model "
-                f"has {next(both)} and {n_known} token ids; allowed: the model the trace was recorded from"
-            )
-        if trace.total_tokens == trace.prompt_tokens:
-            raise UserError(f"trace {trace.path} has no decode step after its prompt; nothing to compare")
+        require_own(self.model, self.trace)
 
     def replay(self) -> Outcome:
         """Simulate it, with what every compression retained."""
@@ -296,15 +261,26 @@ class _TraceRun:
         return outcome
 
     @torch.inference_mode()
-    def feed(self, layer_type: type[Layer], n_together: int) -> tuple[list[Layer], np.ndarray]:
-        """Feed the tokens to the model, those after the prompt ``n_together`` at a time.
+    def feed(
+        self, layer_type: type[Layer], most: int, watch: Callable[[Iterator[torch.Tensor]], Seen]
+    ) -> tuple[list[Layer], Seen]:
+        """Feed the tokens to the model, those after the prompt up to ``most`` at a time.
+
+        Parameters
+        ----------
+        layer_type : type of Layer
+            Of the cache.
+        most : int
+            Fewer where layers wait for each other; see ``BackEnd.most_together``.
+        watch : callable
+            Is handed the logits of the decode steps as they come, (n_tokens, n_vocabulary) each, and takes
+            them all.
 
         Returns
         -------
         list of Layer
-            Of the cache.
-        np.ndarray, int64 (n_steps,)
-            The most likely next token after every decode step.
+        object
+            What ``watch`` returns.
         """
         trace = self.trace
         cache = EvictingCache(
@@ -318,12 +294,16 @@ class _TraceRun:
             layer_type=layer_type,
             prompt_tokens=trace.prompt_tokens,
         )
-        ids = torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(self.model.device)
-        chosen = []
+        ids = token_ids(self.model, trace)
+
+        def logits() -> Iterator[torch.Tensor]:
+            first = trace.prompt_tokens
+            while first < trace.total_tokens:
+                new = ids[:, first : first + min(most, cache.back_end.most_together)]
+                yield self.model(input_ids=new, past_key_values=cache).logits[0]
+                first += new.shape[1]
+
         with evicting(self.model, cache):
             self.model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
-            for first in range(trace.prompt_tokens, trace.total_tokens, n_together):
-                new = ids[:, first : first + n_together]
-                chosen.append(self.model(input_ids=new, past_key_values=cache).logits[0].argmax(-1))
-        layers = [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)]
-        return layers, torch.cat(chosen).cpu().numpy()
+            seen = watch(logits())
+        return [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)], seen

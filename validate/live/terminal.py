@@ -16,8 +16,8 @@ from simulator.results.tables import GROUP
 from simulator.results.terminal import format_bytes, say
 from traces.wording import counted, number, span
 
-# Layers that fit into a line.
-_WIDEST = 12
+# What a narrow terminal leaves out of a level, first to last.
+_LEAST_TOLD = ("log_likelihood_change", "kl_worst", "forced_lost_lookups", "simulated_lost_lookups")
 # Of accuracies and of published numbers, column to what it says of a row.
 _ACCURACY: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": lambda row: f"{row['accuracy']:.3f}",
@@ -124,28 +124,25 @@ def print_fidelity(console: Console, fidelity: pl.DataFrame) -> None:
 
 
 def print_levels(console: Console, table: pl.DataFrame) -> None:
-    """Print rows of the shadow or forced level."""
+    """Print rows of a level; drifts of single layers are for files."""
     (table,) = told_apart(table)
     labels = ["trace", "policy", "budget"]
-    measured = [name for name in table.columns if name not in ("trace_id", "trace", *GROUP)]
-    table = with_budget_label(table).select(*labels, *measured)
-    layers = [name for name in table.columns if name.startswith("drift_layer_")]
-    if len(layers) > _WIDEST:
-        table = table.drop(layers)  # a file has them
+    left = ("trace_id", "trace", *GROUP, *(name for name in table.columns if name.startswith("drift_layer_")))
+    table = with_budget_label(table).select(*labels, *(name for name in table.columns if name not in left))
 
     def make(columns: Sequence[str], names: Mapping[str, str]) -> Table:
         shown = _table(None)
-        shown.collapse_padding = True  # with a column per layer every space counts
+        shown.collapse_padding = True  # with so many columns every space counts
         for name in columns:
             side: JustifyMethod = "left" if table[name].dtype == pl.String else "right"
-            header = name.replace("drift_layer_", "L").replace("_mass", "\nmass").replace("_", "\n")
+            header = name.replace("_mass", "\nmass").replace("_", "\n")
             shown.add_column(header, justify=side, no_wrap=True)
         for row in table.iter_rows(named=True):
             told = row | {"policy": names[row["policy"]]}
             shown.add_row(*(_level_text(told[name]) for name in columns))
         return shown
 
-    shown, left_out, legend = fitted(console, make, table.columns, table["policy"], layers[::-1])
+    shown, left_out, legend = fitted(console, make, table.columns, table["policy"], _LEAST_TOLD)
     console.print(shown)
     say(console, left_out, *legend)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -21,7 +20,10 @@ from transformers import (
 from traces.errors import NoDeviceError, UserError
 from traces.manifest import MANIFEST_NAME
 from traces.shape import ModelShape
+from validate.models import gguf
+from validate.models.pretrained import is_here, models_folder, pretrained_models
 from validate.models.shapes import PREFIX, find_shape, random_revision
+from validate.models.whole import load_whole
 
 REFERENCE = "reference"
 REFERENCE_NAME = "kvbudget-reasoner-v2"
@@ -48,8 +50,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str
-        ``reference`` for the packaged reasoner, a folder with a saved model, a hub id, or ``random:SHAPE``
-        for random weights.
+        ``reference`` for the packaged reasoner, the short name of a pretrained model that has been brought, a
+        GGUF file, a folder with a saved model, a hub id, or ``random:SHAPE`` for random weights.
     dtype : str
         ``auto`` for the type the weights are stored in, ``float32``, ``float16`` or ``bfloat16``.
     device : str
@@ -80,9 +82,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=DTYPES.get(dtype, "auto"), **options
-        )
+        what, stored = f"model '{name_or_path}'", DTYPES.get(dtype, "auto")
+        model = load_whole(source, what, config=config, dtype=stored, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise _cannot_be_loaded(name_or_path, error) from error
     dtype_name(model.dtype)
@@ -180,7 +183,8 @@ def find_folder(name_or_path: str) -> Path | None:
     Raises
     ------
     UserError
-        When it can only be a path and holds no model: a typo is not looked up on the network.
+        When it can only be a path and holds no model: a typo is not looked up on the network. For a
+        pretrained model that is not here yet, and for a GGUF file that cannot be converted.
     """
     if name_or_path == REFERENCE:
         if not (REFERENCE_FOLDER / "config.json").is_file():
@@ -188,7 +192,15 @@ def find_folder(name_or_path: str) -> Path | None:
         return REFERENCE_FOLDER
     if name_or_path.startswith(PREFIX):
         return None
+    if name_or_path in pretrained_models():
+        if not is_here(name_or_path):
+            raise UserError(
+                f"model '{name_or_path}' is not here yet; allowed: sim models fetch {name_or_path}"
+            )
+        return models_folder() / name_or_path
     folder = Path(name_or_path).expanduser()
+    if folder.suffix.lower() == gguf.SUFFIX and not folder.is_dir():
+        return gguf.converted(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             what = "is a trace" if (folder / MANIFEST_NAME).is_file() else "holds no config.json"
@@ -198,8 +210,8 @@ def find_folder(name_or_path: str) -> Path | None:
     is_path = not HUB_NAME.fullmatch(name_or_path) or folder.exists()
     if is_path or ("/" in name_or_path and folder.parent.is_dir()):
         raise UserError(
-            f"model '{name_or_path}' is not a folder here; allowed: {REFERENCE}, a folder with "
-            "config.json, or a hub id such as org/name"
+            f"model '{name_or_path}' is not a folder here; allowed: {REFERENCE}, a name of "
+            "sim models list, a GGUF file, a folder with config.json, or a hub id such as org/name"
         )
     return None
 

@@ -13,9 +13,14 @@ from simulator.workers.cores import n_cores
 _SMALL = 10**8
 
 
+def is_small(model: torch.nn.Module) -> bool:
+    """Tell whether one token's products are too small to share between cores."""
+    return sum(own.numel() for own in model.parameters()) < _SMALL
+
+
 def limit_threads(model: torch.nn.Module) -> None:
     """Keep to one thread where a small model reads one text token by token; else torch's own number stays."""
-    if sum(own.numel() for own in model.parameters()) < _SMALL:
+    if is_small(model):
         torch.set_num_threads(1)
 
 

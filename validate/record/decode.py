@@ -122,12 +122,15 @@ def record_rescore(
     model_name: str = "custom",
     model_revision: str = "",
     task: Mapping[str, object] | None = None,
+    sampling: Mapping[str, object] | None = None,
+    seed: int | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Trace:
     """Record a given completion without decoding it, in passes of ``chunk`` tokens.
 
     In exact arithmetic this is the trace that decoding the same tokens would give. Parameters are
-    those of `record_decode`.
+    those of `record_decode`; ``sampling`` and ``seed`` are what the trace says of how the completion was
+    decoded, if it was.
 
     Raises
     ------
@@ -150,6 +153,8 @@ def record_rescore(
             model=model_name,
             model_revision=model_revision,
             origin="rescored",
+            sampling=sampling,
+            seed=seed,
         )
 
 

@@ -1,8 +1,8 @@
-"""Record the rows of a prompts file one by one; rows that are already recorded are left alone."""
+"""Record the rows of a prompts file; rows that are already recorded are left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from validate.models.load import LoadedModel, dtype_name
 from validate.models.next_token import Sampling
 from validate.problems.prompts import Prompt, encode_completion, encode_prompt
 from validate.record.decode import record_decode, record_rescore
+from validate.record.texts import complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,16 @@ def record_row(
     prompt: Prompt,
     out: Path,
     settings: RowSettings,
+    completion_ids: Sequence[int] | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Row:
-    """Record one prompt as ``out/NAME.kvtrace``, or report why not; an interrupt passes through."""
+    """Record one prompt as ``out/NAME.kvtrace``, or report why not; an interrupt passes through.
+
+    ``completion_ids`` are what the model has written already, of `complete_rows`.
+    """
     name = prompt.file_stem
     try:
-        status, trace = _record(loaded, prompt, out / f"{name}{SUFFIX}", settings, on_tokens)
+        status, trace = _record(loaded, prompt, out / f"{name}{SUFFIX}", settings, completion_ids, on_tokens)
     except UserError as error:
         return Row(name, "failed", error=str(error))
     except Exception as error:  # a full disk or a full device: the other rows may still fit
@@ -74,11 +79,42 @@ def record_row(
     return Row(name, status, trace.prompt_tokens, trace.total_tokens, correct)
 
 
+def complete_rows(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    out: Path,
+    settings: RowSettings,
+    on_tokens: Callable[[int], None] | None = None,
+) -> dict[str, list[int]]:
+    """Let the model write the texts of several rows together.
+
+    Returns
+    -------
+    dict of str to list of int
+        New tokens by the row's id. Rows that are recorded already are left out, and so are all where one
+        cannot be decoded: recorded by itself, each tells what is wrong with it.
+    """
+    missing = [
+        prompt
+        for prompt in prompts
+        if settings.overwrite or _open_if_there(out / f"{prompt.file_stem}{SUFFIX}") is None
+    ]
+    if not missing:
+        return {}
+    try:
+        encoded = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in missing]
+        texts = complete(loaded, encoded, settings.max_new_tokens, settings.sampling, on_tokens)
+    except UserError:
+        return {}
+    return {prompt.id: text for prompt, text in zip(missing, texts, strict=True)}
+
+
 def _record(
     loaded: LoadedModel,
     prompt: Prompt,
     path: Path,
     settings: RowSettings,
+    written_ids: Sequence[int] | None,
     on_tokens: Callable[[int], None] | None,
 ) -> tuple[str, Trace]:
     prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
@@ -86,9 +122,21 @@ def _record(
     if not settings.overwrite and (kept := _open_if_there(path)) is not None:
         _refuse_other_recording(kept, loaded, [*prompt_ids, *completion_ids], settings)
         return "kept", kept
+    sampling = settings.sampling
     if settings.rescore:
         record = partial(
             record_rescore, loaded.model, prompt_ids, completion_ids, path, tokenizer=loaded.tokenizer
+        )
+    elif written_ids is not None:
+        record = partial(
+            record_rescore,
+            loaded.model,
+            prompt_ids,
+            written_ids,
+            path,
+            tokenizer=loaded.tokenizer,
+            sampling=sampling.as_fields() | {"max_new_tokens": settings.max_new_tokens},
+            seed=sampling.seed if sampling.do_sample else None,
         )
     else:
         record = partial(
@@ -98,7 +146,7 @@ def _record(
             prompt_ids,
             path,
             max_new_tokens=settings.max_new_tokens,
-            **asdict(settings.sampling),
+            **asdict(sampling),
         )
     trace = record(
         with_values=settings.with_values,
@@ -131,9 +179,10 @@ def _refuse_other_recording(
         "model": loaded.name,
         "model_revision": loaded.revision,
         "dtype": dtype_name(loaded.model.dtype),
-        "origin": "rescored" if settings.rescore else "decoded",
     }
-    if not settings.rescore:
+    if settings.rescore:
+        asked["origin"] = "rescored"
+    else:
         asked["seed"] = sampling.seed if sampling.do_sample else None
         asked["sampling"] = sampling.as_fields() | {"max_new_tokens": settings.max_new_tokens}
     if settings.with_values:

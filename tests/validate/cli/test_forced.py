@@ -29,7 +29,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert drawn["forced_mass"] != pytest.approx(random[1].forced.mean(), abs=1e-6)
     assert row["forced_mass"] == pytest.approx(forced.forced.mean(), abs=1e-6)
     assert row["simulated_mass"] == pytest.approx(forced.simulated.mean(), abs=1e-6)
-    assert row["agreement"] == pytest.approx(forced.agrees.mean())
+    assert row["agreement"] == pytest.approx(forced.divergence.agrees.mean())
     assert row["drift_layer_1"] == pytest.approx(forced.drift[1].mean(), abs=1e-6)
     steps = pl.read_parquet(tmp_path / "steps.parquet")
     assert steps.columns == [
@@ -42,6 +42,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
         "forced_mass",
         "simulated_lost_lookups",
         "forced_lost_lookups",
+        "kl",
     ]
     own = steps.filter(policy="rkv").select(list(forced.steps()))
     assert own.equals(pl.DataFrame(forced.steps()))

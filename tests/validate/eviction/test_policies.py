@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from agreement import make_wave
@@ -134,13 +136,17 @@ def test_memory_moves_between_layers_and_stays_in_all(model, waves):
     assert max(held[1:]) <= 2 * 2 * (ENTRIES + 6) + 2 * 2
 
 
-def test_budgets_that_move_between_layers_take_tokens_one_by_one(model, waves):
+def test_where_budgets_move_between_layers_tokens_come_up_to_the_next_decision(model, waves):
     policy, settings = policy_of("rkv+cake:cake_window=6"), {"name": "tiny", "waves": waves}
-    cache = EvictingCache(model, policy, ENTRIES, prompt_tokens=len(PROMPT), **settings)
-    with evicting(model, cache), torch.inference_mode():
-        model(input_ids=torch.tensor([PROMPT]), past_key_values=cache)
-        with pytest.raises(UserError, match="one by one; found: 2 at once"):
-            model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+    for too_many in (0, 1):
+        cache = EvictingCache(model, policy, ENTRIES, prompt_tokens=len(PROMPT), **settings)
+        with evicting(model, cache), torch.inference_mode():
+            model(input_ids=torch.tensor([PROMPT]), past_key_values=cache)
+            most = cache.back_end.most_together
+            assert 1 < most < 20
+            said = f"takes {most} tokens at once here; found: {most + 1}"
+            with pytest.raises(UserError, match=said) if too_many else nullcontext():
+                model(input_ids=torch.arange(3, 3 + most + too_many)[None], past_key_values=cache)
 
 
 @pytest.mark.parametrize("text", ["h2o", "h2o+cake:cake_window=6"])

@@ -248,8 +248,8 @@ def test_forced_mass_is_what_a_masked_model_finds_retained(text, model, trace, w
     assert 0 < lost.mean() < 1
     np.testing.assert_array_equal(forced.simulated_lost[0], lost[0])  # nothing drifts in the first layer
     own = trace.token_ids[N_PROMPT + 1 :].tolist()
-    assert forced.agrees.tolist() == [a == b for a, b in zip(chosen[:-1], own, strict=True)]
-    assert 0 < forced.agrees.mean() < 1
+    assert forced.divergence.agrees.tolist() == [a == b for a, b in zip(chosen[:-1], own, strict=True)]
+    assert 0 < forced.divergence.agrees.mean() < 1
 
 
 def test_a_forced_run_may_be_fed_in_any_portions(model, trace, waves, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_forced_run_may_be_fed_in_any_portions(model, trace, waves, monkeypatc
     monkeypatch.setattr(validate.levels.runs, "_FORCED_TOKENS", 7)
     parts = run_forced(model, trace, policy_of("rkv"), ENTRIES, waves=waves)
     np.testing.assert_allclose(parts.forced, whole.forced, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(parts.agrees, whole.agrees)
+    np.testing.assert_array_equal(parts.divergence.agrees, whole.divergence.agrees)
 
 
 @pytest.mark.slow
@@ -275,8 +275,8 @@ def test_where_nothing_is_evicted_all_mass_stays_and_the_text_is_the_traces(text
     forced = run_forced(model, trace, policy_of(text), 500, waves=waves)
     np.testing.assert_allclose(forced.forced, 1.0, rtol=0, atol=1e-6)
     assert (forced.simulated == 1).all()
-    assert forced.agrees.shape == (N_NEW - 1,)
-    assert forced.agrees.all()
+    assert forced.divergence.agrees.shape == (N_NEW - 1,)
+    assert forced.divergence.agrees.all()
 
 
 def test_rows_hold_the_means(model, trace, waves):
@@ -289,7 +289,7 @@ def test_rows_hold_the_means(model, trace, waves):
             "drift": forced.forced.mean() - forced.simulated.mean(),
             "simulated_lost_lookups": forced.simulated_lost.mean(),
             "forced_lost_lookups": forced.forced_lost.mean(),
-            "agreement": forced.agrees.sum() / (N_NEW - 1),
+            **forced.divergence.columns(),
             "drift_layer_0": forced.forced[0].mean() - forced.simulated[0].mean(),
             "drift_layer_1": forced.forced[1].mean() - forced.simulated[1].mean(),
         },
@@ -317,6 +317,7 @@ def test_steps_hold_the_mean_of_every_layer_and_step(model, trace, waves):
                     "forced_mass": np.mean([float(x) for x in forced.forced[layer, :, step]]),
                     "simulated_lost_lookups": forced.simulated_lost[layer, :, step].sum() / 4,
                     "forced_lost_lookups": forced.forced_lost[layer, :, step].sum() / 4,
+                    "kl": forced.divergence.kl[step],
                 },
                 abs=1e-6,
             )

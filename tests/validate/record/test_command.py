@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
 from places import ROOT
@@ -106,6 +107,78 @@ def test_a_second_run_goes_on_where_the_first_ended(run, tmp_path):
     assert len(after) == 3
     assert {name: after[name].trace_id for name in before} == before
     assert run("-q")[2] == []
+
+
+def test_texts_decoded_together_are_those_decoded_alone(run, tmp_path):
+    run(n=40)
+    alone = traces_in(tmp_path / "out")
+    code, out, err = run("--batch", "2", "--overwrite", n=40)
+    assert (code, err) == (0, [])
+    assert [line.split()[1] for line in out[1:]] == ["recorded"] * 3
+    together = traces_in(tmp_path / "out")
+    assert len({len(trace.token_ids) for trace in alone.values()}) > 1
+    for name, trace in together.items():
+        check_trace(trace)
+        assert trace.token_ids.tolist() == alone[name].token_ids.tolist()
+        assert trace.manifest.task == alone[name].manifest.task
+        assert (trace.manifest.origin, trace.manifest.sampling) == ("rescored", alone[name].manifest.sampling)
+        for layer in range(2):
+            for part in ("queries", "keys", "lse"):
+                mine, theirs = (own.stored(layer, part)[:] for own in (trace, alone[name]))
+                np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert [line.split()[1] for line in run("--batch", "3", n=40)[1][1:]] == ["kept"] * 3
+    assert [line.split()[1] for line in run(n=40)[1][1:]] == ["kept"] * 3
+
+
+def test_only_what_is_missing_of_a_batch_is_decoded(run, tmp_path, monkeypatch):
+    run("--batch", "3")
+    (tmp_path / "out" / "2.kvtrace" / "manifest.json").unlink()
+    decoded, whole = [], validate.record.rows.complete
+
+    def complete(loaded, prompts, *settings):
+        decoded.append(len(prompts))
+        return whole(loaded, prompts, *settings)
+
+    monkeypatch.setattr(validate.record.rows, "complete", complete)
+    assert [line.split()[1] for line in run("--batch", "3")[1][1:]] == ["kept", "recorded", "kept"]
+    assert decoded == [1]
+
+
+def test_sampled_texts_are_the_same_alone_and_together(run, tmp_path):
+    settings = ["--temperature", "1.0", "--seed", "3"]
+    run(*settings, n=30)
+    alone = {name: trace.token_ids.tolist() for name, trace in traces_in(tmp_path / "out").items()}
+    run(*settings, "--batch", "3", "--overwrite", n=30)
+    together = traces_in(tmp_path / "out")
+    assert {name: trace.token_ids.tolist() for name, trace in together.items()} == alone
+    assert {trace.manifest.seed for trace in together.values()} == {3}
+
+
+def test_a_row_that_cannot_be_decoded_fails_alone(run, tmp_path, monkeypatch):
+    whole = validate.record.rows.encode_prompt
+
+    def encode_prompt(tokenizer, text, use_chat_template):
+        if text == "walk legs think":
+            raise UserError("no such template")
+        return whole(tokenizer, text, use_chat_template)
+
+    monkeypatch.setattr(validate.record.rows, "encode_prompt", encode_prompt)
+    code, out, err = run("--batch", "3")
+    assert (code, len(err)) == (1, 1)
+    assert "no such template" in err[0]
+    assert [line.split()[1] for line in out[1:]] == ["recorded", "failed", "recorded"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch", "0"], "--batch is 0; allowed: 1 to 4096"),
+        (["--batch", "2", "--rescore"], "--batch 2 contradicts --rescore"),
+    ],
+)
+def test_a_batch_that_makes_no_sense_is_refused(run, options, said):
+    with pytest.raises(UserError, match=said):
+        run(*options)
 
 
 @pytest.mark.slow

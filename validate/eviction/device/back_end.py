@@ -61,6 +61,7 @@ class DeviceBackEnd:
     """
 
     on_device = True
+    most_together = 1
 
     pool: DevicePool
     ring: torch.Tensor

@@ -1,4 +1,4 @@
-"""Attention of one decode step over ragged storage, every KV head of every sequence its own length."""
+"""Attention of decoded tokens over ragged storage, every KV head of every sequence its own length."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from simulator.kernels.attention import VECTORISE, exp
 from simulator.kernels.compiled import compiled
 from validate.eviction.kernels.ops import Ops, ops_for, takes_heads
+from validate.models.causal import causal_attention
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
@@ -43,6 +44,36 @@ def attend_ragged(
     if queries.device.type == "cuda" and has_kernels(queries, starts.size):
         return attend_by(ops_for(queries.device), queries, keys, values, starts, lengths, scale)
     return attend_padded(queries, keys, values, starts, lengths, scale)
+
+
+def attend_span(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+) -> torch.Tensor:
+    """Attend from several tokens per sequence, the last ones that its KV heads hold, each up to itself.
+
+    Parameters
+    ----------
+    queries : Tensor, shape (n_rows, n_query_heads, n_new, head_dim)
+    keys, values, starts, lengths, scale
+        As of `attend_ragged`.
+
+    Returns
+    -------
+    Tensor, shape (n_rows, n_query_heads, n_new, head_dim), dtype of ``queries``
+    """
+    grouped = queries.unflatten(1, (starts.shape[1], -1))
+    output = torch.empty_like(grouped)
+    for (row, kv_head), start in np.ndenumerate(starts):
+        held = slice(int(start), int(start + lengths[row, kv_head]))
+        output[row, kv_head], _ = causal_attention(
+            grouped[row, kv_head], keys[None, held], values[None, held], scale
+        )
+    return output.flatten(1, 2)
 
 
 def has_kernels(queries: torch.Tensor, n_segments: int) -> bool:

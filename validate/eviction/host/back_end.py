@@ -11,7 +11,7 @@ import torch
 from simulator.policies.view import CacheView
 from validate.eviction.back_end import Heads
 from validate.eviction.host.layer import EvictingLayer
-from validate.eviction.plan import Plan
+from validate.eviction.plan import UNLIMITED, Plan
 
 
 class HostBackEnd:
@@ -48,6 +48,20 @@ class HostBackEnd:
     def bytes_allocated(self) -> int:
         """Bytes of all pools: keys and values."""
         return sum(layer.pool.bytes_allocated for layer in self.layers)
+
+    @property
+    def most_together(self) -> int:
+        """Tokens per row that can be read at once now."""
+        plan = self.plan
+        if not plan.policy.divides_layers_again:
+            return UNLIMITED
+        if plan.policy.trigger.reads_tokens:
+            return 1
+        divided = min(
+            plan.tokens_until_divided(row, n_tokens)
+            for row, n_tokens in enumerate(self.layers[0].n_tokens.tolist())
+        )
+        return min(divided, *(layer.tokens_until_due() for layer in self.layers))
 
     def prefill(self, layer: int, heads: Heads, scale: float) -> torch.Tensor:
         """Attend within whole prompts in one layer, and take in what of them is to stay."""

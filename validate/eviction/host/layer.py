@@ -12,7 +12,7 @@ from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
-from validate.eviction.host.attention import attend_ragged
+from validate.eviction.host.attention import attend_ragged, attend_span
 from validate.eviction.host.pool import LayerPool
 from validate.eviction.prompts import attend_prompts
 
@@ -131,6 +131,8 @@ class EvictingLayer:
     ) -> torch.Tensor:
         """Append one or more tokens per row, attend from each to what is there, and compress what is due.
 
+        Between two compressions nothing but tokens comes in, so that all of them attend at once.
+
         Parameters
         ----------
         query : Tensor, shape (n_rows, n_query_heads, n_new, head_dim)
@@ -142,21 +144,40 @@ class EvictingLayer:
         -------
         Tensor, shape (n_rows, n_query_heads, n_new, head_dim)
         """
-        outputs = []
-        for at in range(query.shape[2]):
+        outputs, first = [], 0
+        while first < query.shape[2]:
             if (self.pool.room == 0).any():
                 self.pool.make_room(self._room())
-            self.pool.append(key[:, :, at], value[:, :, at], self.n_tokens)
-            self.n_tokens = self.n_tokens + 1
+            most = min(query.shape[2] - first, int(self.pool.room.min()))
+            due = self._tokens_until_due(None if token_ids is None else token_ids[:, first:])
+            n_new = min(most, int(due.min()))
+            new = slice(first, first + n_new)
+            self.pool.append(key[:, :, new], value[:, :, new], self.n_tokens)
+            self.n_tokens = self.n_tokens + n_new
             self.held = self.pool.lengths.sum(1)
-            outputs.append(self.attend(query[:, :, at]))
-            self._remember(query[:, :, at])
-            self._overdue = self._due <= self.n_tokens
-            if token_ids is not None:
-                self._overdue &= asked_to_fire(self.policy.trigger, token_ids[:, at])
+            outputs.append(self.attend(query[:, :, new]))
+            self._remember(query[:, :, new])
+            self._overdue = due == n_new
             if not self._waits:
                 self.compress_overdue()
-        return torch.stack(outputs, 2)
+            first += n_new
+        return torch.cat(outputs, 2)
+
+    def tokens_until_due(self) -> int:
+        """Give how many tokens the batch can take until some row may be due for a compression."""
+        return int(self._tokens_until_due(None).min())
+
+    def _tokens_until_due(self, token_ids: np.ndarray | None) -> np.ndarray:
+        """Give the number of tokens with which each row will be due, int64 (n_rows,).
+
+        Where triggers wait for certain tokens, it is known as far as ``token_ids``, (n_rows, n_new), go.
+        """
+        due = np.maximum(self._due - self.n_tokens, 1)
+        if token_ids is not None:
+            for row, earliest in enumerate(due.tolist()):
+                fires = asked_to_fire(self.policy.trigger, token_ids[row, earliest - 1 :])
+                due[row] = earliest + fires.argmax() if fires.any() else _NEVER
+        return due
 
     def compress_overdue(self) -> None:
         """Compress every row for which the latest token made it due."""
@@ -180,9 +201,13 @@ class EvictingLayer:
             self._overdue[row] = self._due[row] == self.n_tokens[row]
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        """Attend from the newest token to what its row holds; (n_rows, n_query_heads, head_dim)."""
+        """Attend from the newest tokens to what their rows hold; (n_rows, n_query_heads, n_new, head_dim)."""
         pool = self.pool
-        return attend_ragged(query, pool.keys, pool.values, pool.starts, pool.lengths, self.scale)
+        if query.shape[2] > 1:
+            return attend_span(query, pool.keys, pool.values, pool.starts, pool.lengths, self.scale)
+        return attend_ragged(
+            query[:, :, 0], pool.keys, pool.values, pool.starts, pool.lengths, self.scale
+        ).unsqueeze(2)
 
     def compress(self, row: int) -> None:
         """Evict from every KV head of one row what exceeds its budget."""
@@ -236,15 +261,17 @@ class EvictingLayer:
         return max(policy.scorer.window, policy.layers.window, least)
 
     def _remember(self, query: torch.Tensor) -> None:
-        """Put each row's newest query, (n_rows, n_query_heads, head_dim), into the ring."""
+        """Put each row's newest queries, (n_rows, n_query_heads, n_new, head_dim), into the ring."""
         capacity = self._queries.shape[2]
         if not capacity:
             return
         if self.policy.scorer.sees_span and self._n_wanted() > capacity:
             self._resize_ring(2 * self._n_wanted())
             capacity = self._queries.shape[2]
-        self._newest = (self._newest + 1) % capacity
-        self._queries[:, :, self._newest] = query
+        query = query[:, :, -capacity:]
+        at = (self._newest + 1 + torch.arange(query.shape[2], device=query.device)) % capacity
+        self._queries[:, :, at] = query
+        self._newest = int(at[-1])
 
     def _n_wanted(self) -> int:
         """Give how many queries the policy may ask for now, of the row with the longest span."""

@@ -85,20 +85,22 @@ class LayerPool:
         self._copy(keys.reshape(-1, width), values.reshape(-1, width), np.concatenate(source), target)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: np.ndarray) -> None:
-        """Add one token per row; every row has room.
+        """Add one or more tokens per row; every row has room.
 
         Parameters
         ----------
-        keys, values : Tensor, shape (n_rows, n_kv_heads, head_dim)
+        keys, values : Tensor, shape (n_rows, n_kv_heads, n_new, head_dim)
         positions : int (n_rows,)
+            Of each row's first new token.
         """
-        slots = self.starts + self.lengths
+        new = np.arange(keys.shape[2])
+        slots = (self.starts + self.lengths)[..., None] + new
         index = torch.from_numpy(slots.reshape(-1)).to(self.keys.device)
         self.keys[index] = keys.reshape(-1, keys.shape[-1])
         self.values[index] = values.reshape(-1, values.shape[-1])
-        self.positions[slots] = positions[:, None]
-        self.lengths += 1
-        self.room -= 1
+        self.positions[slots] = (positions[:, None] + new)[:, None]
+        self.lengths += len(new)
+        self.room -= len(new)
 
     def retain(self, row: int, survivors: Sequence[np.ndarray | None], room: int) -> None:
         """Keep of one row only the given slots, in their order (all where None), and make room for tokens."""

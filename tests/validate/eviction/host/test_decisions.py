@@ -312,7 +312,7 @@ def test_many_tokens_at_once_are_the_same_as_one_at_a_time(two_traces, stride):
     for row, trace in enumerate(two_traces):
         width, n_tokens = 47, trace.total_tokens - trace.prompt_tokens  # of the padded prompts
         torch.testing.assert_close(
-            found[row, :, : width + n_tokens], expected[row, :, : width + n_tokens], atol=0, rtol=0
+            found[row, :, : width + n_tokens], expected[row, :, : width + n_tokens], atol=1e-5, rtol=0
         )
         known = [kept for kept in one.retained[row] if kept[0] <= trace.total_tokens]
         assert many.retained[row][: len(known)] == known

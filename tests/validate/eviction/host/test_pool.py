@@ -42,11 +42,11 @@ class Twin:
     def heads(self, row):
         return [own for (serial, _), own in self.held.items() if serial == self.serials[row]]
 
-    def append(self):
+    def append(self, n_new):
         for row, n_tokens in enumerate(self.n_tokens):
             for own in self.heads(row):
-                own.append(n_tokens)
-        self.n_tokens = [n_tokens + 1 for n_tokens in self.n_tokens]
+                own += range(n_tokens, n_tokens + n_new)
+        self.n_tokens = [n_tokens + n_new for n_tokens in self.n_tokens]
 
     def retain(self, row, survivors):
         for own, slots in zip(self.heads(row), survivors, strict=True):
@@ -103,16 +103,20 @@ def test_a_pool_holds_what_a_dictionary_of_lists_holds(data):
     for _ in range(data.draw(st.integers(1, 12))):
         kind = data.draw(st.sampled_from(["append", "append", "retain", "make_room", "keep_rows"]))
         if kind == "append":
-            if not pool.room.all():
-                pool.make_room(np.maximum(pool.room, 1))
+            n_new = data.draw(st.integers(1, 3))
+            if (pool.room < n_new).any():
+                pool.make_room(np.maximum(pool.room, n_new))
             keys = torch.tensor(
                 [
-                    [entry(serial, kv_head, n_tokens) for kv_head in range(n_kv_heads)]
+                    [
+                        [entry(serial, kv_head, n_tokens + new) for new in range(n_new)]
+                        for kv_head in range(n_kv_heads)
+                    ]
                     for serial, n_tokens in zip(twin.serials, twin.n_tokens, strict=True)
                 ]
             )
             pool.append(keys, -keys, np.array(twin.n_tokens))
-            twin.append()
+            twin.append(n_new)
         elif kind == "retain":
             row, room = data.draw(st.integers(0, len(twin.serials) - 1)), data.draw(rooms)
             survivors = [

@@ -1,0 +1,116 @@
+"""How far the next-token distribution moves away from the full cache's, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from traces.trace import Trace
+
+# Tokens of one pass: the logits of a whole trace would be the largest tensor of all.
+_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Divergence:
+    """Next-token distributions under eviction, beside the full cache's, at every decode step of a trace.
+
+    Attributes
+    ----------
+    kl : float64 (n_steps,)
+        Kullback-Leibler divergence from the full cache's distribution, in nats.
+    top_changed : bool (n_steps,)
+        Whether another token is the most likely one.
+    log_likelihood_change : float64 (n_steps - 1,)
+        Of the trace's own next token, in nats; below 0 where it became less likely. The last step has none.
+    agrees : bool (n_steps - 1,)
+        Whether the trace's next token is the most likely one under eviction, which for a greedy trace means
+        that the model would have written it.
+    """
+
+    kl: np.ndarray
+    top_changed: np.ndarray
+    log_likelihood_change: np.ndarray
+    agrees: np.ndarray
+
+    def columns(self) -> dict[str, float | None]:
+        """Reduce to the numbers of a row; ``perplexity_ratio`` is above 1 where the text is less likely."""
+        change = self.log_likelihood_change.mean() if len(self.log_likelihood_change) else None
+        return {
+            "agreement": float(self.agrees.mean()) if len(self.agrees) else None,
+            "kl_mean": float(self.kl.mean()),
+            "kl_p95": float(np.quantile(self.kl, 0.95)),
+            "kl_worst": float(self.kl.max()),
+            "top_changed": float(self.top_changed.mean()),
+            "log_likelihood_change": None if change is None else float(change),
+            "perplexity_ratio": None if change is None else float(np.exp(-change)),
+        }
+
+
+class FullPredictions:
+    """What a model with its full cache predicts after every decode step of a trace; run once, compared often.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The trace's own.
+    trace : Trace
+        It is fed again in passes of many tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
+        ids = token_ids(model, trace)
+        self._next_ids = ids[0, trace.prompt_tokens + 1 :]
+        self._log_probabilities: list[torch.Tensor] = []
+        cache = DynamicCache()
+        with torch.inference_mode():
+            for first, new in passes(ids, trace.prompt_tokens):
+                logits = model(input_ids=new, past_key_values=cache).logits[0]
+                if first >= trace.prompt_tokens:
+                    self._log_probabilities.append(logits.float().log_softmax(-1))
+
+    def compare(self, logits: Iterator[torch.Tensor]) -> Divergence:
+        """Compare with what the same tokens led to under eviction.
+
+        Parameters
+        ----------
+        logits : iterator of Tensor, shape (n_tokens, n_vocabulary)
+            Of the decode steps in order, cut into passes in any way.
+        """
+        own = (row for block in self._log_probabilities for row in block)
+        step = 0
+        kl, changed, likelihood, agrees = [], [], [], []
+        with torch.inference_mode():
+            for block in logits:
+                found = block.float().log_softmax(-1)
+                full = torch.stack([next(own) for _ in range(len(found))])
+                kl.append((full.exp() * (full - found)).sum(-1, dtype=torch.float64))
+                top = found.argmax(-1)
+                changed.append(full.argmax(-1) != top)
+                known = self._next_ids[step : step + len(found), None]
+                agrees.append(top[: len(known)] == known[:, 0])
+                rows = found[: len(known)] - full[: len(known)]
+                likelihood.append(rows.gather(1, known)[:, 0].double())
+                step += len(found)
+        return Divergence(
+            kl=torch.cat(kl).clamp(min=0).cpu().numpy(),
+            top_changed=torch.cat(changed).cpu().numpy(),
+            log_likelihood_change=torch.cat(likelihood).cpu().numpy(),
+            agrees=torch.cat(agrees).cpu().numpy(),
+        )
+
+
+def token_ids(model: PreTrainedModel, trace: Trace) -> torch.Tensor:
+    """Give a trace's tokens where the model is; int64 (1, total_tokens)."""
+    return torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
+
+
+def passes(ids: torch.Tensor, prompt_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Cut a text into passes, of which none holds both prompt and decoded tokens; first token, and ids."""
+    for start, stop in ((0, prompt_tokens), (prompt_tokens, ids.shape[1])):
+        for first in range(start, stop, _TOKENS):
+            yield first, ids[:, first : min(stop, first + _TOKENS)]
