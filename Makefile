@@ -20,23 +20,26 @@ space := $(empty) $(empty)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test nightly traces results policies validate others grid search wave card notebooks gpu lint format clean
+.PHONY: help demo quick test test-real nightly traces results policies validate others grid search wave card notebooks gpu lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 demo: .venv/.base ## replay 8 policies x 4 budgets on the bundled trace (no torch, no network after the install)
 	$(BIN)/sim replay --trace sample --buffer 32
 	@echo "sim is in $(BIN): . $(BIN)/activate puts it on the path"
 
 quick: .venv/.full ## the tests to run at every change (1 minute)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not nightly and not real"
 
 test: .venv/.full lint ## install everything, check the code, run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 nightly: .venv/.full lint ## the same, with every case of the products that `make test` draws samples of
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real"
+
+test-real: .venv/.full ## bring a pretrained model of 98 MB and run everything on it (5 minutes)
+	$(BIN)/python -m pytest -m real
 
 traces: .venv/.full ## record 72 held-out problems of the reference model, 24 of each family (490 MB in runs/)
 	mkdir -p runs
