@@ -25,7 +25,7 @@ def masked(
     seed: options.Seed = 0,
     quiet: shared.Quiet = False,
 ) -> None:
-    """Mask what a replay evicts, in one pass over each text, and tell how far predictions move.
+    """Hide what a replay evicts, in one pass over each text.
 
     The decisions are the replay's. It is the cheapest way to real predictions: nothing is evicted, and a cell
     costs one forward pass.

