@@ -141,7 +141,7 @@ def record_rescore(
     if len(completion_ids) < 1:
         raise UserError("the completion has 0 tokens; allowed: 1 or more")
     longest = len(prompt_ids) + len(completion_ids)
-    _refuse_length_dependent_rope(model, longest)
+    refuse_length_dependent_rope(model, longest)
     with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
         # Attention does not see where one pass over the text ends and the next begins.
         run.read(prompt_ids)
@@ -253,8 +253,8 @@ def _open_run(
             yield _FullCacheRun(model, recorder, chunk, on_tokens)
 
 
-def _refuse_length_dependent_rope(model: PreTrainedModel, longest: int) -> None:
-    """Refuse a text that one pass would rotate differently from decoding it token by token."""
+def refuse_length_dependent_rope(model: PreTrainedModel, longest: int) -> None:
+    """Refuse a text of so many tokens that one pass would rotate unlike decoding it; raises UserError."""
     config = model.config.get_text_config()
     parameters = rope_parameters(config)
     # Models with several kinds of layers have one set of parameters for each.

@@ -13,7 +13,7 @@ from traces.trace import Trace
 from validate.models.load import LoadedModel, dtype_name
 from validate.models.next_token import Sampling
 from validate.problems.prompts import Prompt, encode_completion, encode_prompt
-from validate.record.decode import record_decode, record_rescore
+from validate.record.decode import record_decode, record_rescore, refuse_length_dependent_rope
 from validate.record.texts import complete
 
 
@@ -103,6 +103,7 @@ def complete_rows(
         return {}
     try:
         encoded = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in missing]
+        refuse_length_dependent_rope(loaded.model, max(map(len, encoded)) + settings.max_new_tokens)
         texts = complete(loaded, encoded, settings.max_new_tokens, settings.sampling, on_tokens)
     except UserError:
         return {}

@@ -169,6 +169,15 @@ def test_a_row_that_cannot_be_decoded_fails_alone(run, tmp_path, monkeypatch):
     assert [line.split()[1] for line in out[1:]] == ["recorded", "failed", "recorded"]
 
 
+def test_a_batch_whose_texts_one_pass_would_rotate_otherwise_is_decoded_alone(run, tmp_path):
+    folder = tmp_path / "dynamic"
+    tiny_model(rope="dynamic", max_position_embeddings=64, vocab_size=VOCABULARY_SIZE).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    code, out, _ = run("--batch", "3", model=folder, n=70)
+    assert (code, [line.split()[1] for line in out[1:]]) == (0, ["recorded"] * 3)
+    assert {trace.manifest.origin for trace in traces_in(tmp_path / "out").values()} == {"decoded"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
