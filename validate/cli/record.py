@@ -162,7 +162,12 @@ def _record_all(
         for first in range(0, len(prompts), n_together):
             rows = prompts[first : first + n_together]
             all_of_them = counted(len(rows), "text")
-            texts = complete(rows, on_tokens=partial(show, name=all_of_them)) if n_together > 1 else {}
+            texts: dict[str, list[int]] = {}
+            if n_together > 1:
+                try:
+                    texts = complete(rows, on_tokens=partial(show, name=all_of_them))
+                except UserError as error:
+                    print(f"sim: {error}", file=sys.stderr)
             for prompt in rows:
                 row = record_row(
                     prompt,

@@ -30,6 +30,8 @@ REFERENCE_NAME = "kvbudget-reasoner-v2"
 REFERENCE_FOLDER = Path(__file__).parents[1] / "reasoner" / "weights"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# RoPE whose frequencies follow the longest position of a forward pass, hence how a text is cut.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

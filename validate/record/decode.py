@@ -11,10 +11,11 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from traces.errors import UserError
+from traces.shape import ModelShape
 from traces.trace import Trace
 from traces.writer import TraceWriter
 from validate.models.attention_hook import recording
-from validate.models.load import rope_parameters, stop_token_ids
+from validate.models.load import LENGTH_DEPENDENT_ROPE, rope_parameters, stop_token_ids
 from validate.models.next_token import Sampling, forward_settings
 from validate.models.vocabulary import n_token_ids, vocabulary_of
 from validate.problems.prompts import graded
@@ -25,8 +26,6 @@ CHUNK = 512
 # third of a small model's time on a CPU; a transfer per layer and step costs more on a device, which
 # therefore holds a whole chunk.
 HOLD_ON_HOST = 16
-# Their frequencies follow the longest position of a forward pass, hence how the text is cut.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def record_decode(
@@ -240,17 +239,23 @@ def _open_run(
     """Check that ``longest`` tokens can be recorded, then open writer and recorder around a run."""
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; allowed: 1 or more")
+    shape, scale = require_full_cache(model, longest)
+    hold = HOLD_ON_HOST if model.device.type == "cpu" else chunk
+    with TraceWriter(path, shape, scale=scale, with_values=with_values, overwrite=overwrite) as writer:
+        recorder = TraceRecorder(writer, hold)
+        with torch.inference_mode(), recording(model, recorder.observe):
+            yield _FullCacheRun(model, recorder, chunk, on_tokens)
+
+
+def require_full_cache(model: PreTrainedModel, longest: int) -> tuple[ModelShape, float]:
+    """Refuse texts that leave a sliding window; give the model's shape and scale; raises UserError."""
     shape, scale, window = observed_shape(model)
     if window is not None and longest > window:
         raise UserError(
             f"{longest} tokens of prompt and completion asked for; the model has a sliding window; "
             f"allowed: at most its {window} tokens, so that it never leaves the full cache"
         )
-    hold = HOLD_ON_HOST if model.device.type == "cpu" else chunk
-    with TraceWriter(path, shape, scale=scale, with_values=with_values, overwrite=overwrite) as writer:
-        recorder = TraceRecorder(writer, hold)
-        with torch.inference_mode(), recording(model, recorder.observe):
-            yield _FullCacheRun(model, recorder, chunk, on_tokens)
+    return shape, scale
 
 
 def refuse_length_dependent_rope(model: PreTrainedModel, longest: int) -> None:

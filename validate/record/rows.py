@@ -13,7 +13,12 @@ from traces.trace import Trace
 from validate.models.load import LoadedModel, dtype_name
 from validate.models.next_token import Sampling
 from validate.problems.prompts import Prompt, encode_completion, encode_prompt
-from validate.record.decode import record_decode, record_rescore, refuse_length_dependent_rope
+from validate.record.decode import (
+    record_decode,
+    record_rescore,
+    refuse_length_dependent_rope,
+    require_full_cache,
+)
 from validate.record.texts import complete
 
 
@@ -73,10 +78,13 @@ def record_row(
     except UserError as error:
         return Row(name, "failed", error=str(error))
     except Exception as error:  # a full disk or a full device: the other rows may still fit
-        reason = (str(error).splitlines() or [""])[0]
-        return Row(name, "failed", error=f"{type(error).__name__}: {reason}")
+        return Row(name, "failed", error=_reason(error))
     correct = trace.manifest.task.get("correct")
     return Row(name, status, trace.prompt_tokens, trace.total_tokens, correct)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def complete_rows(
@@ -93,6 +101,11 @@ def complete_rows(
     dict of str to list of int
         New tokens by the row's id. Rows that are recorded already are left out, and so are all where one
         cannot be decoded: recorded by itself, each tells what is wrong with it.
+
+    Raises
+    ------
+    UserError
+        Where they cannot be decoded together for another reason, such as too little memory.
     """
     missing = [
         prompt
@@ -103,10 +116,16 @@ def complete_rows(
         return {}
     try:
         encoded = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in missing]
-        refuse_length_dependent_rope(loaded.model, max(map(len, encoded)) + settings.max_new_tokens)
+        longest = max(map(len, encoded)) + settings.max_new_tokens
+        refuse_length_dependent_rope(loaded.model, longest)
+        require_full_cache(loaded.model, longest)
         texts = complete(loaded, encoded, settings.max_new_tokens, settings.sampling, on_tokens)
     except UserError:
         return {}
+    except Exception as error:
+        raise UserError(
+            f"{len(missing)} texts cannot be decoded together: {_reason(error)}; each is decoded by itself"
+        ) from error
     return {prompt.id: text for prompt, text in zip(missing, texts, strict=True)}
 
 

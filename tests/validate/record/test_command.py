@@ -178,6 +178,31 @@ def test_a_batch_whose_texts_one_pass_would_rotate_otherwise_is_decoded_alone(ru
     assert {trace.manifest.origin for trace in traces_in(tmp_path / "out").values()} == {"decoded"}
 
 
+def test_a_batch_that_is_too_much_is_told_and_its_rows_are_recorded(run, monkeypatch):
+    def complete(*_):
+        raise RuntimeError("not enough memory: you tried to allocate 3 bytes\nand more")
+
+    monkeypatch.setattr(validate.record.rows, "complete", complete)
+    code, out, err = run("--batch", "3")
+    assert (code, [line.split()[1] for line in out[1:]]) == (0, ["recorded"] * 3)
+    assert err == [
+        "sim: 3 texts cannot be decoded together: RuntimeError: not enough memory: you tried to allocate 3 "
+        "bytes; each is decoded by itself"
+    ]
+
+
+def test_a_batch_is_refused_beyond_a_sliding_window_row_by_row(run, tmp_path):
+    folder = tmp_path / "sliding"
+    model = tiny_model("mistral", vocab_size=VOCABULARY_SIZE, sliding_window=40)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    alone = run("--batch", "1", model=folder, n=30)
+    assert 0 < sum("failed" in line for line in alone[1]) < 3
+    together = run("--batch", "3", "--overwrite", model=folder, n=30)
+    assert (together[0], together[2]) == (alone[0], alone[2])
+    assert [line.split() for line in together[1]] == [line.split() for line in alone[1]]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

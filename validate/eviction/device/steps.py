@@ -9,11 +9,8 @@ from transformers import PreTrainedModel
 
 from validate.eviction.device.back_end import DeviceBackEnd
 from validate.eviction.face import PolicyCache
-from validate.models.load import rope_parameters
+from validate.models.load import LENGTH_DEPENDENT_ROPE, rope_parameters
 from validate.models.next_token import forward_settings
-
-# Their frequencies follow from the largest position, which the host has to know.
-_ROPES_OF_THE_HOST = ("dynamic", "longrope")
 
 
 class Steps:
@@ -96,7 +93,7 @@ class Steps:
 
     def _capture(self) -> None:
         cache, rope = self._cache, rope_parameters(self._model.config).get("rope_type", "default")
-        if rope in _ROPES_OF_THE_HOST:
+        if rope in LENGTH_DEPENDENT_ROPE:  # the host has to know the longest position
             self._give_up(f"RoPE of type '{rope}' asks the device for positions")
             return
         # A token without room is refused before anything is captured.
