@@ -55,15 +55,13 @@ def forced(
     require_parquet({"--steps": steps})
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
-    from validate.levels.runs import baseline_of, run_forced
+    from validate.levels.runs import run_forced
     from validate.live.output import put_out, report_failed
     from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
     run = partial(run_forced, loaded, seed=seed, waves=known_waves(wave or []))
-    rows, per_step, failed = compare(
-        traces, cells, lambda own: partial(run, own, baseline=baseline_of(loaded, own))
-    )
+    rows, per_step, failed = compare(traces, cells, run, loaded)
     if steps is not None:
         write_parquet(per_step, steps)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)

@@ -41,13 +41,12 @@ def masked(
     require_places({"-o": output})
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
-    from validate.levels.runs import baseline_of, run_masked
+    from validate.levels.runs import run_masked
     from validate.live.output import put_out, report_failed
     from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
     run = partial(run_masked, loaded, seed=seed, waves=known_waves(wave or []))
-    level = lambda own: partial(run, own, baseline=baseline_of(loaded, own))  # noqa: E731
-    rows, _, failed = compare(traces, cells, level)
+    rows, _, failed = compare(traces, cells, run, loaded)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")

@@ -48,7 +48,7 @@ def shadow(
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
     run = partial(run_shadow, loaded, seed=seed, waves=known_waves(wave or []))
-    rows, _, failed = compare(traces, cells, lambda own: partial(run, own))
+    rows, _, failed = compare(traces, cells, run)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")
     if rows["mismatches"].sum():

@@ -19,7 +19,7 @@ from validate.eviction.calls import watch_calls
 from validate.eviction.face import PolicyCache, model_kind, new_plan
 from validate.eviction.host.back_end import HostBackEnd
 from validate.eviction.host.layer import EvictingLayer
-from validate.models.attention_hook import layer_index, replaced_attention, unsupported_feature
+from validate.models.attention_hook import layer_index, replaced_attention, scale_of, unsupported_feature
 
 IMPLEMENTATION = "kvbudget_evict"
 _ATTRIBUTE = "_kvbudget_evicting_cache"
@@ -106,11 +106,9 @@ def evict_attention(
         raise UserError(
             f"layer {layer} ({type(module).__name__}) has {found}; only plain causal attention can evict"
         )
-    if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
     # What is evicted has no gradient.
     heads = Heads(query.detach(), key.detach(), value.detach())
-    output = cache.attend(layer, heads, attention_mask, float(scaling))
+    output = cache.attend(layer, heads, attention_mask, scale_of(module, query, scaling))
     cache.calls.attended(layer)
     return output.transpose(1, 2).contiguous(), None
 

@@ -18,6 +18,7 @@ from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
 from validate.levels.outcomes import Forced, Masked, Shadow
+from validate.levels.runs import baseline_of
 from validate.models.load import load_model
 from validate.models.threads import limit_threads
 
@@ -49,7 +50,8 @@ def open_traces(
 def compare(
     traces: Sequence[Trace],
     cells: Sequence[tuple[Policy, Budget]],
-    level: Callable[[Trace], Callable[[Policy, int], Shadow | Masked | Forced]],
+    run: Callable[..., Shadow | Masked | Forced],
+    model: PreTrainedModel | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[UserError]]:
     """Run every cell at a level.
 
@@ -57,8 +59,10 @@ def compare(
     ----------
     traces : sequence of Trace
     cells : sequence of (Policy, Budget)
-    level : callable
-        Of a trace; gives what runs a policy at a budget in entries.
+    run : callable
+        Of a trace, a policy and a budget in entries.
+    model : PreTrainedModel, optional
+        Of the traces, where ``run`` takes its baseline: made once per trace.
 
     Returns
     -------
@@ -77,14 +81,14 @@ def compare(
     rows, per_step, failed = [], [], []
     for trace in traces:
         try:
-            run = level(trace)
+            given = {} if model is None else {"baseline": baseline_of(model, trace)}
         except UserError as error:
             failed += [error] * len(cells)
             continue
         for policy, budget in cells:
             try:
                 entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
-                result = run(policy, entries)
+                result = run(trace, policy, entries, **given)
             except UserError as error:
                 failed.append(error)
                 continue

@@ -8,19 +8,19 @@ lacks only that decisions follow from the changed queries and keys.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from simulator.engine.layer import Retained
 from traces.errors import UserError
 from traces.trace import Trace
-from validate.levels.divergence import Divergence, FullPredictions, passes, token_ids
-from validate.models.attention_hook import layer_index, replaced_attention, unsupported_feature
+from validate.levels.divergence import Divergence, FullPredictions, decode_logits
+from validate.models.attention_hook import layer_index, replaced_attention, scale_of, unsupported_feature
 
 _IMPLEMENTATION = "kvbudget_masked"
 _ATTRIBUTE = "_kvbudget_masks"
@@ -86,16 +86,7 @@ def masked_divergence(
     AttentionInterface.register(_IMPLEMENTATION, _attend_masked)
     masks = masks_of(retained, trace.shape.n_kv_heads)
     with replaced_attention(model, _IMPLEMENTATION, _ATTRIBUTE, masks):
-        return full.compare(_decode_logits(model, trace))
-
-
-def _decode_logits(model: PreTrainedModel, trace: Trace) -> Iterator[torch.Tensor]:
-    cache = DynamicCache()
-    with torch.inference_mode():
-        for first, new in passes(token_ids(model, trace), trace.prompt_tokens):
-            logits = model(input_ids=new, past_key_values=cache).logits[0]
-            if first >= trace.prompt_tokens:
-                yield logits
+        return full.compare(decode_logits(model, trace))
 
 
 def _attend_masked(
@@ -123,6 +114,6 @@ def _attend_masked(
         key[0][:, None].expand(shared),
         value[0][:, None].expand(shared),
         attn_mask=seen[:, None],
-        scale=scaling,
+        scale=scale_of(module, query, scaling),
     )
     return output.flatten(0, 1).transpose(0, 1)[None].contiguous(), None

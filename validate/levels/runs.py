@@ -32,7 +32,8 @@ from validate.eviction.host.layer import EvictingLayer, to_array
 from validate.levels.divergence import FullPredictions, token_ids
 from validate.levels.masked import masked_divergence
 from validate.levels.outcomes import Forced, Masked, Shadow
-from validate.models.causal import causal_attention
+from validate.models.causal import BLOCK_LOGITS, causal_attention
+from validate.models.next_token import forward_settings
 from validate.models.vocabulary import n_token_ids
 from validate.record.recorder import observed_shape
 
@@ -109,24 +110,27 @@ class _ShadowLayer(_WatchedLayer):
 class _ForcedLayer(_WatchedLayer):
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         n_tokens, n_kv_heads, n_new = int(self.n_tokens[0]), len(self.all_keys), query.shape[2]
-        grouped = query[0].unflatten(0, (n_kv_heads, -1)).float()  # (n_kv_heads, group_size, n_new, head_dim)
-        keys = self.all_keys[:, None, :n_tokens].float().transpose(2, 3)
-        logits = (grouped * self.scale) @ keys
-        # Later ones of the new tokens are unseen, hence without weight.
-        unseen = torch.ones(n_new, n_tokens, dtype=torch.bool, device=query.device).triu_(
-            n_tokens - n_new + 1
-        )
-        weights = logits.masked_fill_(unseen, -torch.inf).softmax(-1)
-        retained = weights.new_zeros(n_kv_heads, 1, n_tokens, 1)
+        retained = torch.zeros(n_kv_heads, 1, n_tokens, 1, device=query.device)
         for kv_head in range(n_kv_heads):
             retained[kv_head, 0, self.pool.positions[self.pool.segment(0, kv_head)]] = 1
+        n_at_once = max(1, BLOCK_LOGITS // (query.shape[1] * n_tokens))
+        for first in range(0, n_new, n_at_once):
+            self._measure(query[0, :, first : first + n_at_once], n_tokens - n_new + first, retained)
+        return super().attend(query)
+
+    def _measure(self, query: torch.Tensor, n_before: int, retained: torch.Tensor) -> None:
+        """Note the retained mass of consecutive tokens, (n_query_heads, n, head_dim), after ``n_before``."""
+        keys = self.all_keys[:, None, : retained.shape[2]].float().transpose(2, 3)
+        grouped = query.unflatten(0, (len(keys), -1)).float()  # (n_kv_heads, group_size, n, head_dim)
+        logits = (grouped * self.scale) @ keys
+        # Later tokens are unseen, hence without weight.
+        unseen = torch.ones_like(logits[0, 0], dtype=torch.bool).triu_(n_before + 1)
+        weights = logits.masked_fill_(unseen, -torch.inf).softmax(-1)
         # Attention that lies on one key by more than half lies there uniquely.
         largest, where = weights.max(-1)
         is_retained = retained[..., 0].expand(*weights.shape[:2], -1).gather(2, where) == 1
-        lost = (largest > LOOKUP) & ~is_retained
         self.mass.append(to_array((weights @ retained).flatten(0, 1)[..., 0]))
-        self.lost.append(lost.flatten(0, 1).cpu().numpy())
-        return super().attend(query)
+        self.lost.append(((largest > LOOKUP) & ~is_retained).flatten(0, 1).cpu().numpy())
 
 
 def run_shadow(
@@ -304,6 +308,7 @@ class _TraceRun:
                 first += new.shape[1]
 
         with evicting(self.model, cache):
-            self.model(input_ids=ids[:, : trace.prompt_tokens], past_key_values=cache)
+            prompt = ids[:, : trace.prompt_tokens]
+            self.model(input_ids=prompt, past_key_values=cache, **forward_settings(self.model))
             seen = watch(logits())
         return [layer for layer in cache.evicting_layers if isinstance(layer, layer_type)], seen

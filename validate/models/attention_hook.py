@@ -80,20 +80,26 @@ def record_attention(
             f"layer {layer_index(module)} ({type(module).__name__}) has {found}; only plain causal "
             "attention of one sequence over its whole cache can be recorded"
         )
-    if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-    output, lse = causal_attention(query[0], key[0], value[0], scaling)
+    scale = scale_of(module, query, scaling)
+    output, lse = causal_attention(query[0], key[0], value[0], scale)
     call = LayerCall(
         layer=layer_index(module),
         queries=query[0],
         keys=key[0],
         values=value[0],
         lse=lse,
-        scale=float(scaling),
+        scale=scale,
         window=settings.get("sliding_window"),
     )
     getattr(module, RECORDER_ATTRIBUTE)(call)
     return output.transpose(0, 1)[None].contiguous(), None
+
+
+def scale_of(module: torch.nn.Module, query: torch.Tensor, scaling: float | None) -> float:
+    """Give the factor on dot products: the call's, else the module's, else one over the width's root."""
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    return float(scaling)
 
 
 def layer_index(module: torch.nn.Module) -> int:
