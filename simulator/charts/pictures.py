@@ -18,7 +18,7 @@ from simulator.charts.style import (
     over_plot,
     policy_looks,
 )
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 
 if TYPE_CHECKING:
     import altair as alt
@@ -79,7 +79,7 @@ def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
         on_front.mark_line(interpolate="step-after", color="#bdbdbd", strokeWidth=3).encode(y=y)
     ]
     note = (
-        f"{'More' if METRICS[metric].more_is_better else 'Less'} is better. Grey line and filled: the front"
+        f"{'More' if COMPARED[metric].more_is_better else 'Less'} is better. Grey line and filled: the front"
     )
     if metric == "mass_mean" and found["oracle"].null_count() == 0:
         bound = base.transform_aggregate(

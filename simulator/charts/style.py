@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 
 if TYPE_CHECKING:
     import altair as alt
@@ -42,7 +42,7 @@ DASHES = (
     [3, 3, 9, 3],
 )
 # What columns of the results are called where people read them.
-METRIC_NAMES = {metric.column: metric.label for metric in METRICS.values()}
+METRIC_NAMES = {metric.column: metric.label for metric in COMPARED.values()}
 
 
 def styled(chart: Any) -> Any:

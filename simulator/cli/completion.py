@@ -16,7 +16,7 @@ def policies(incomplete: str) -> list[str]:
 
 def metrics(incomplete: str) -> list[str]:
     """Complete a metric, or the last of a comma list of them."""
-    from simulator.results.metric_names import METRICS
+    from simulator.results.metric_names import COMPARED
 
     start = incomplete.rfind(",") + 1
-    return [incomplete[:start] + name for name in METRICS if name.startswith(incomplete[start:])]
+    return [incomplete[:start] + name for name in COMPARED if name.startswith(incomplete[start:])]

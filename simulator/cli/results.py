@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simulator.cli.completion import metrics
-from simulator.results.metric_names import METRICS, asked_metric
+from simulator.results.metric_names import COMPARED, asked_metric
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,7 +21,7 @@ def results(
     metric: Annotated[
         str | None,
         typer.Option(
-            help=f"Compare policies by this number, budget by budget: {', '.join(METRICS)}.",
+            help=f"Compare policies by this number, budget by budget: {', '.join(COMPARED)}.",
             autocompletion=metrics,
         ),
     ] = None,

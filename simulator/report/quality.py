@@ -10,7 +10,7 @@ import polars as pl
 from simulator.charts.style import METRIC_NAMES, ordered_policies, policy_looks
 from simulator.report.figure import Figure
 from simulator.results.labels import with_budget_label
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.standings import standings
 from simulator.results.tables import GROUP, comparable
 
@@ -44,7 +44,7 @@ def quality_rows(rows: pl.DataFrame, metric: str, seed: int = 0) -> pl.DataFrame
     )
     found = found.join(memory, on=GROUP, how="left", maintain_order="left")
     found = found.sort("budget_unit", "budget_asked", "budget_kind", maintain_order=True)
-    sign = 1 if METRICS[metric].more_is_better else -1
+    sign = 1 if COMPARED[metric].more_is_better else -1
     places = [(row["bytes"], sign * row["mean"]) for row in found.iter_rows(named=True)]
     return with_budget_label(found).with_columns(
         is_front=pl.Series([not any(_beats(other, own) for other in places) for own in places]),
@@ -71,7 +71,7 @@ def quality_figures(found: pl.DataFrame, metric: str, policies: Sequence[str] = 
     """
     policies = policies or ordered_policies(found["policy"].to_list())
     name = METRIC_NAMES[metric]
-    better = "More" if METRICS[metric].more_is_better else "Less"
+    better = "More" if COMPARED[metric].more_is_better else "Less"
     intervals = " Thin bars: 95% intervals over traces." if has_intervals(found) else ""
     bound = f" Black and dashed: {_ORACLE}." if _has_bound(found, metric) else ""
     return [
@@ -177,7 +177,7 @@ def _pareto(found: pl.DataFrame, metric: str, policies: Sequence[str]) -> Any:
     import altair as alt
 
     memory, unit = _unit(float(found["bytes"].to_numpy().max()))
-    colour, shape, _, chosen, when = looks(found, policies, leading(found, METRICS[metric].more_is_better))
+    colour, shape, _, chosen, when = looks(found, policies, leading(found, COMPARED[metric].more_is_better))
     x = alt.X(
         "memory:Q",
         title=f"memory held on average, {memory}",
@@ -232,7 +232,7 @@ def _against_budget(found: pl.DataFrame, metric: str, policies: Sequence[str]) -
     return against_budget(
         found,
         _values(found, unit),
-        looks(found, policies, leading(found, METRICS[metric].more_is_better)),
+        looks(found, policies, leading(found, COMPARED[metric].more_is_better)),
         _quality_axis(metric),
         _tooltip(metric, memory),
         # One trace has no interval, and rules of no length would still be drawn.

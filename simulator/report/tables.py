@@ -9,7 +9,7 @@ import polars as pl
 
 from simulator.report.quality import has_intervals
 from simulator.results.labels import budget_label, row_budget
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.tables import BUDGET, GROUP, comparable
 from simulator.results.terminal import format_bytes
 
@@ -62,14 +62,14 @@ def verdict(found: pl.DataFrame, metric: str) -> str:
 
     ``found`` has rows of `quality_rows`.
     """
-    sign = -1 if METRICS[metric].more_is_better else 1
+    sign = -1 if COMPARED[metric].more_is_better else 1
     several = has_intervals(found)
     sentences: dict[str, list[str]] = {}
     next_ones: dict[str, None] = {}
     for (budget,), own in found.group_by("budget", maintain_order=True):
         ranked = sorted(own.iter_rows(named=True), key=lambda row: sign * row["mean"])
         names = [row["policy"] for row in ranked]
-        told = f"{names[0]} {METRICS[metric].leads}"
+        told = f"{names[0]} {COMPARED[metric].leads}"
         tied = [row["policy"] for row in ranked[1:] if several and row["is_tied"]]
         next_ones |= dict.fromkeys([names[0], *tied])
         if several and len(names) > 1:
@@ -100,7 +100,7 @@ def standings_table(found: pl.DataFrame, metric: str) -> dict[str, list[dict[str
     ``found`` has rows of `quality_rows`. A text begins with = where it is not told apart from the first, and
     is empty where the policy has no row.
     """
-    sign = -1 if METRICS[metric].more_is_better else 1
+    sign = -1 if COMPARED[metric].more_is_better else 1
     several = has_intervals(found)
     means = found.group_by("policy").agg(pl.col("mean").mean()).sort(sign * pl.col("mean"), "policy")
     budgets = found["budget"].unique(maintain_order=True).to_list()

@@ -89,3 +89,9 @@ def short_names(policies: Iterable[str], longest: int | None = _LONG) -> tuple[d
 def _fits(console: Console, shown: Table) -> bool:
     unbounded = console.options.update(max_width=10_000)
     return Measurement.get(console, unbounded, shown).maximum <= console.width
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -6,7 +6,7 @@ import polars as pl
 from scipy import stats
 
 from simulator.results.labels import budget_label
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.tables import BUDGET, GROUP, comparable, with_budget_kind
 
 # Digits after the point: far below what traces differ by.
@@ -22,10 +22,10 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
     -------
     polars.DataFrame
         family (empty for traces without one), the columns of ``results.GROUP``, ``n_traces``;
-        the means of ``bytes_mean``, ``oracle_mass`` and of all of ``standings.METRICS``.
+        the means of ``bytes_mean``, ``oracle_mass`` and of all of ``standings.COMPARED``.
     """
     # Of a column that rows of an earlier version lack there is no mean.
-    numbers = [name for name in ("bytes_mean", "oracle_mass", *METRICS) if name in rows.columns]
+    numbers = [name for name in ("bytes_mean", "oracle_mass", *COMPARED) if name in rows.columns]
     done = comparable(rows).with_columns(pl.col("family").fill_null(""))
     means = done.group_by("family", *GROUP, maintain_order=True).agg(
         pl.len().alias("n_traces"), pl.col(numbers).mean().round(_DIGITS)
@@ -41,7 +41,7 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
     chosen_on, judged_on : polars.DataFrame
         Results, or means of `cell_means`; one row per policy and budget, policies told apart by name.
     metric : str
-        One of ``standings.METRICS``.
+        One of ``standings.COMPARED``.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
     joined = chosen_on.select(*key, here=metric).join(judged_on.select(*key, there=metric), on=key)
     rows = []
     for budget, own in joined.group_by(key[1:], maintain_order=True):
-        order = [METRICS[metric].more_is_better, False]
+        order = [COMPARED[metric].more_is_better, False]
         first = own.sort("here", "policy", descending=order).row(0, named=True)
         ranked = own.sort("there", "policy", descending=order)
         rows.append(

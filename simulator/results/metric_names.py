@@ -54,6 +54,26 @@ METRICS = {
         Metric("gap", "gap to the oracle", False, "comes closest to the oracle"),
     )
 }
+# What validation adds to a replay's rows, measured on the model's own predictions.
+MEASURED = {
+    metric.column: metric
+    for metric in (
+        Metric("kl_mean", "divergence of predictions, mean", False, "moves predictions least"),
+        Metric(
+            "kl_p95",
+            "divergence of predictions, 95th percentile",
+            False,
+            "moves predictions least at its worst",
+        ),
+        Metric("kl_worst", "divergence of predictions, worst step", False, "moves no prediction far"),
+        Metric("top_changed", "steps with another top token", False, "changes the top token least often"),
+        Metric(
+            "log_likelihood_change", "change of the text's log-likelihood", True, "keeps the text most likely"
+        ),
+        Metric("forced_mass", "retained mass under eviction", True, "retains most attention under eviction"),
+    )
+}
+COMPARED = METRICS | MEASURED
 # Of all of them, taking the policy that it puts first costs the fewest answers, over all that were decoded.
 DEFAULT_METRIC = "lost_lookup_peak"
 # Which of them a sample of decode steps can tell.
@@ -64,9 +84,9 @@ def asked_metric(name: str | None) -> str:
     """Return the column asked for by its name or label, the default for None; raises UserError if unknown."""
     if name is None:
         return DEFAULT_METRIC
-    found = next((own.column for own in METRICS.values() if name in (own.column, own.label)), None)
+    found = next((own.column for own in COMPARED.values() if name in (own.column, own.label)), None)
     if found is None:
-        raise UserError(f"--metric is '{name}'{near(name, METRICS)}; allowed: {', '.join(METRICS)}")
+        raise UserError(f"--metric is '{name}'{near(name, COMPARED)}; allowed: {', '.join(COMPARED)}")
     return found
 
 
@@ -76,6 +96,8 @@ def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = 
     ``models`` are those of the traces at hand. Of ``policies``, those that the number is known to rank too
     high are named.
     """
+    if metric in MEASURED:
+        return f"'{MEASURED[metric].label}' is measured: the model's own predictions beside its full cache's."
     known, label = _fidelity(), METRICS[metric].label
     measured = known["metrics"][metric]
     where = f"{known['model']} ({known['parameters']} parameters)"

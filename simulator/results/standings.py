@@ -11,7 +11,7 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.results.labels import asked_policies, is_policy
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.tables import BUDGET, GROUP, bootstrap, budget_columns, comparable
 from traces.errors import UserError
 
@@ -59,7 +59,7 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
     table : polars.DataFrame
         Result rows.
     metric : str
-        One of ``METRICS``.
+        One of ``COMPARED``.
     seed, resamples : int
         Of the bootstrap over traces.
 
@@ -95,7 +95,7 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
             key: own.filter(pl.col("trace_id").is_in(shared))[metric].to_numpy()
             for key, own in groups.items()
         }
-        choose = max if METRICS[metric].more_is_better else min
+        choose = max if COMPARED[metric].more_is_better else min
         best = choose(values, key=lambda key: float(values[key].mean()))
         held = {key: float(own["bytes_mean"].to_numpy().mean()) for key, own in groups.items()}
         usual = float(np.median(list(held.values())))

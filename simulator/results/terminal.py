@@ -13,7 +13,7 @@ from rich.table import Table
 
 from simulator.results.labels import row_budget
 from simulator.results.layout import empty_table, fitted
-from simulator.results.metric_names import METRICS, fidelity_note
+from simulator.results.metric_names import COMPARED, fidelity_note
 from simulator.results.tables import GROUP, by_model, summarise, usual_metric
 
 # Column name to header, in order.
@@ -119,7 +119,7 @@ def print_standings(
     by_policy: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_policy.setdefault((row["policy"], row["policy_params"]), {})[row_budget(row)] = row
-    sign = -1 if METRICS[metric].more_is_better else 1
+    sign = -1 if COMPARED[metric].more_is_better else 1
     ranked = sorted(by_policy.values(), key=lambda own: sign * sum(row["mean"] for row in own.values()))
     labels = {id(own): _policy_label(next(iter(own.values())), shared) for own in ranked}
 
@@ -136,13 +136,13 @@ def print_standings(
     told = "".join(f", {name} {value}" for name, value in shared.items())
     least, most = min(row["n_traces"] for row in rows), max(row["n_traces"] for row in rows)
     counted = f"{most}" if least == most else f"{least} to {most}"
-    better = "more" if METRICS[metric].more_is_better else "less"
+    better = "more" if COMPARED[metric].more_is_better else "less"
     if most == 1:
         intervals, marks = "no interval: one trace has no spread", ""
     else:
         intervals = "±95% bootstrapped over traces"
         marks = "= not told apart from the first at this budget; "
-    name = f"{METRICS[metric].label} ({metric}, {better} is better)"
+    name = f"{COMPARED[metric].label} ({metric}, {better} is better)"
     caption = (
         f"{name} over {counted} trace{'s' * (most > 1)}{told}, {intervals}.\n"
         f"{marks}memory: against the median policy, where it differs."
@@ -195,8 +195,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     if several:
         metric = usual_metric(done)
         lines.append(
-            f"First is who {METRICS[metric].leads} ({metric}); the others' distance to it is noise where the "
-            "paired interval over traces holds 0."
+            f"First is who {COMPARED[metric].leads} ({metric}); the others' distance to it is noise where "
+            "the paired interval over traces holds 0."
         )
         if len(done) < len(table):
             lines.append(

@@ -121,8 +121,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_are_what_the_stored_tables_say(page):
-    from validate.reasoner.pages import PAGES as MADE
-    from validate.reasoner.pages import made
+    from validate.pages.write import PAGES as MADE
+    from validate.pages.write import made
 
     text = page.read_text(encoding="utf-8")
     assert made(text) == text

@@ -17,6 +17,9 @@ from traces.store import open_trace
 from validate.levels.runs import _ForcedLayer, _TraceRun, baseline_of, run_forced, run_masked
 from validate.models.fetch import fetch_model
 from validate.models.load import load_model
+from validate.problems.families import make_problem
+from validate.problems.prompts import encode_prompt
+from validate.record.decode import record_decode
 
 pytestmark = pytest.mark.real
 
@@ -101,15 +104,27 @@ def test_the_full_cache_does_not_diverge(recorded, loaded):
 LEFT_OUT = ("headkv-snapkv",)
 
 
+@pytest.fixture(scope="module")
+def by_reasoner(tmp_path_factory):
+    """Give the small reasoner and a text of its own."""
+    loaded = load_model("reference", "float32", "cpu")
+    prompt = encode_prompt(loaded.tokenizer, make_problem("walk", 9, 0, size=4, length=60).prompt)
+    path = tmp_path_factory.mktemp("reasoner") / "walk.kvtrace"
+    return loaded, record_decode(
+        loaded.model, loaded.tokenizer, prompt, path, max_new_tokens=96, model_name=loaded.name
+    )
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "reference"])
 @pytest.mark.parametrize("name", [name for name in (*SCORERS, *ALIASES, *OTHERS) if name not in LEFT_OUT])
-def test_a_forced_run_by_spans_is_one_token_by_token(name, recorded, loaded, monkeypatch):
+def test_a_forced_run_by_spans_is_one_token_by_token(name, model, loaded, recorded, by_reasoner, monkeypatch):
     """Decisions are equal up to the first that is a near-tie: closer than rounding moves the scores."""
-    _, traces = recorded
-    trace = traces["robe"]
-    baseline = baseline_of(loaded.model, trace)
+    own, trace = (loaded, recorded[1]["robe"]) if model == NAME else by_reasoner
+    model = own.model
+    baseline = baseline_of(model, trace)
     text = f"{name}:{SMALL[name]}" if name in SMALL else name
-    waves = {trace.model: make_wave(trace, np.linspace(3, 1, 30))}
-    run = _TraceRun(loaded.model, trace, parse_policy(text, buffer=8), 40, 1, waves)
+    waves = {trace.model: make_wave(trace, np.linspace(3, 1, trace.shape.n_layers))}
+    run = _TraceRun(model, trace, parse_policy(text, buffer=8), 40, 1, waves)
     decisions, whole = [], Compressor.survivors
 
     def survivors(self, scores, positions):
@@ -134,3 +149,69 @@ def test_a_forced_run_by_spans_is_one_token_by_token(name, recorded, loaded, mon
             assert abs(scores[left] - scores[right]) < 1e-6
             return
     np.testing.assert_allclose(found[1].kl, found[0].kl, atol=1e-4, rtol=0)
+
+
+HOSTILE = [
+    {"id": "long", "prompt": "Repeat: " + " ".join(f"item {i}" for i in range(120))},
+    {"id": "short", "prompt": "Hi"},
+    {"id": "told", "prompt": "Who are you?", "system": "You are a pirate and speak like one."},
+    {
+        "id": "goes-on",
+        "prompt": "Say yes.",
+        "completion": "Yes.<|im_end|>\n<|im_start|>user\nAgain!<|im_end|>\n<|im_start|>assistant\nYes, yes.",
+    },
+    {"id": "tiny", "prompt": "Say no.", "completion": "No."},
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(loaded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    for name, chosen in (("decoded", HOSTILE[:3]), ("rescored", HOSTILE[3:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)) + "\n")
+    return folder
+
+
+def test_prompts_of_very_different_lengths_are_decoded_together_as_alone(hostile, run_sim):
+    named = ["--model", NAME, "--prompts", hostile / "decoded.jsonl", "--max-new-tokens", 24]
+    for out, batch in (("alone", 1), ("together", 3)):
+        code, _, said = run_sim("record", *named, "--out", hostile / out, "--batch", batch)
+        assert code == 0, said
+    for row in HOSTILE[:3]:
+        one, other = (open_trace(hostile / out / f"{row['id']}.kvtrace") for out in ("alone", "together"))
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert "You are a pirate" in one.text()
+    assert one.text().index("You are a pirate") < one.text().index("Who are you?")
+
+
+@pytest.mark.parametrize("policy", ["rkv", "reasonalloc", "snapkv", "h2o", "tova"])
+def test_levels_take_prompts_beyond_the_budget_and_texts_within_the_window(policy, hostile, loaded, run_sim):
+    named = ["--model", NAME, "--prompts", hostile / "rescored.jsonl", "--rescore"]
+    assert run_sim("record", *named, "--out", hostile / "rescored")[0] == 0
+    assert (
+        run_sim(
+            "record",
+            *named[:2],
+            "--prompts",
+            hostile / "decoded.jsonl",
+            "--max-new-tokens",
+            24,
+            "--out",
+            hostile / "alone",
+        )[0]
+        == 0
+    )
+    for trace in map(open_trace, sorted(hostile.glob("[ar]*/*.kvtrace"))):
+        waves = {trace.model: make_wave(trace, np.linspace(3, 1, 30))}
+        run = _TraceRun(loaded.model, trace, parse_policy(policy, buffer=4), 16, 1, waves)
+        baseline = baseline_of(loaded.model, trace)
+        forced = [run.feed(_ForcedLayer, most, baseline.predictions.compare)[1] for most in (1, 512)]
+        np.testing.assert_allclose(forced[1].kl, forced[0].kl, atol=1e-4, rtol=0)
+        masked = run_masked(loaded.model, trace, parse_policy(policy, buffer=4), 16, seed=1, waves=waves)
+        assert np.isfinite(masked.divergence.kl).all()
+        if trace.path.stem == "long":  # the prompt alone is far beyond the budget
+            assert masked.divergence.kl[0] > 1e-3
+        if trace.path.stem == "tiny":
+            assert trace.total_tokens - trace.prompt_tokens < 8
+    texts = {path.stem: open_trace(path).text() for path in hostile.glob("rescored/*.kvtrace")}
+    assert texts["goes-on"].count("<|im_end|>") == 4  # system's, prompt's and two within the text

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from simulator.cli import shared
+from traces.errors import UserError
+from traces.progress import progress
 from traces.seeds import require_seed
 from validate.cli import options
 from validate.models.shapes import asked_model
@@ -30,6 +32,7 @@ def forced(
     ] = None,
     format: shared.Format = None,
     output: shared.Output = None,
+    out: options.RowsOut = None,
     seed: options.Seed = 0,
     quiet: shared.Quiet = False,
 ) -> None:
@@ -53,15 +56,25 @@ def forced(
     chosen = choose_format(format, output)
     require_places({"-o": output, "--steps": steps})
     require_parquet({"--steps": steps})
+    if out is not None and steps is not None:
+        raise UserError("--steps contradicts --out, which keeps rows of cells only; give one of them")
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
+    from validate.levels.folder import rows_folder
     from validate.levels.runs import run_forced
+    from validate.levels.terminal import print_levels
     from validate.live.output import put_out, report_failed
-    from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
-    run = partial(run_forced, loaded, seed=seed, waves=known_waves(wave or []))
-    rows, per_step, failed = compare(traces, cells, run, loaded)
+    run = partial(run_forced, loaded.model, seed=seed, waves=known_waves(wave or []))
+    folder = rows_folder(out, "forced", loaded, seed, wave or [])
+    with progress("forced", len(traces) * len(cells), quiet) as advance:
+
+        def tell(trace: str) -> None:
+            advance()
+            advance(told=trace)
+
+        rows, per_step, failed = compare(traces, cells, run, loaded.model, folder, tell)
     if steps is not None:
         write_parquet(per_step, steps)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)

@@ -15,7 +15,12 @@ from validate.models.shapes import asked_model, meaningless
 
 
 def live(
-    prompts: Annotated[str, typer.Option(help="JSONL with prompt (or problem, question) and answer.")],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help=f"JSONL with prompt (or problem, question) and answer; or {options.SHIPPED_PROMPTS}."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on there.")],
     model: options.Model = None,
     random_weights: options.RandomWeights = None,
@@ -71,6 +76,7 @@ def live(
     from validate.live.output import read_simulated, report_failed, tell
     from validate.live.run import decoding_dtype, open_matrix, run_matrix
     from validate.models.load import know_model, resolve_device
+    from validate.problems.sets import prompts_file
 
     target = str(resolve_device(device))
     shared.require_counts(samples=samples, batch=batch, max_new_tokens=max_new_tokens, stretch=stretch)
@@ -82,7 +88,7 @@ def live(
         dtype=decoding_dtype(dtype, target),
         device=target,
         revision=revision,
-        prompts=prompts,
+        prompts=str(prompts_file(prompts)),
         limit=limit,
         batch=batch,
         waves=tuple(map(str, wave or ())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simulator.cli import shared
+from traces.progress import progress
 from traces.seeds import require_seed
 from validate.cli import options
 from validate.models.shapes import asked_model
@@ -22,6 +23,7 @@ def masked(
     wave: shared.Waves = None,
     format: shared.Format = None,
     output: shared.Output = None,
+    out: options.RowsOut = None,
     seed: options.Seed = 0,
     quiet: shared.Quiet = False,
 ) -> None:
@@ -41,12 +43,20 @@ def masked(
     require_places({"-o": output})
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
+    from validate.levels.folder import rows_folder
     from validate.levels.runs import run_masked
+    from validate.levels.terminal import print_levels
     from validate.live.output import put_out, report_failed
-    from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
-    run = partial(run_masked, loaded, seed=seed, waves=known_waves(wave or []))
-    rows, _, failed = compare(traces, cells, run, loaded)
+    run = partial(run_masked, loaded.model, seed=seed, waves=known_waves(wave or []))
+    folder = rows_folder(out, "masked", loaded, seed, wave or [])
+    with progress("masked", len(traces) * len(cells), quiet) as advance:
+
+        def tell(trace: str) -> None:
+            advance()
+            advance(told=trace)
+
+        rows, _, failed = compare(traces, cells, run, loaded.model, folder, tell)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")

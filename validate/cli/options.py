@@ -11,12 +11,14 @@ from simulator.cli.completion import policies
 from traces.documents import read_json
 from traces.errors import UserError
 from traces.extras import require_extra
+from validate.problems.sets import SETS
 
 if TYPE_CHECKING:
     from simulator.budget import Budget
     from simulator.policies.language import Policy
     from validate.models.next_token import Sampling
 
+SHIPPED_PROMPTS = f"a set that ships: {', '.join(SETS)}"
 DEFAULT_POLICIES = "streamingllm,snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt"
 DEFAULT_BUDGETS = "10%,15%,20%,30%,40%,50%"
 
@@ -61,6 +63,10 @@ Configs = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Take only the first N problems.")]
 Seed = Annotated[int, typer.Option(help="Of sampling and of policies that draw at random.")]
 Processes = Annotated[int, typer.Option("--jobs", help="Processes; 0 uses all cores (one on a GPU).")]
+RowsOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the rows, a file per trace; an interrupted run goes on there."),
+]
 Report = Annotated[Path | None, typer.Option(help="Write charts and tables to this HTML file.")]
 
 

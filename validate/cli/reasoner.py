@@ -173,7 +173,7 @@ def pages(
     ] = False,
 ) -> None:
     """Write the tables of the pages anew from the stored tables."""
-    from validate.reasoner.pages import pages as write_pages
+    from validate.pages.write import pages as write_pages
 
     write_pages(check)
 

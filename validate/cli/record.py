@@ -28,7 +28,10 @@ _BATCH, _MOST_TOGETHER = 16, 4096
 
 def record(
     prompts: Annotated[
-        Path, typer.Option(help="JSONL with prompt (or problem, question), optional id, answer.")
+        Path,
+        typer.Option(
+            help=f"JSONL with prompt (or problem, question), maybe id, answer; or {options.SHIPPED_PROMPTS}."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the traces, one ID.kvtrace per row.")],
     model: options.Model = None,
@@ -89,6 +92,7 @@ def record(
             require_known_words,
             tell_limit,
         )
+        from validate.problems.sets import prompts_file
         from validate.record.recorder import observed_shape
         from validate.record.rows import RowSettings, complete_rows, record_row
 
@@ -100,6 +104,7 @@ def record(
             with_values=values,
             overwrite=overwrite,
         )
+        prompts = prompts_file(prompts)
         rows = read_prompts(prompts, limit)
         tell_limit(len(rows), limit, prompts)
         if rescore:

@@ -43,11 +43,11 @@ def shadow(
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
     from validate.levels.runs import run_shadow
+    from validate.levels.terminal import print_levels
     from validate.live.output import put_out, report_failed
-    from validate.live.terminal import print_levels
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
-    run = partial(run_shadow, loaded, seed=seed, waves=known_waves(wave or []))
+    run = partial(run_shadow, loaded.model, seed=seed, waves=known_waves(wave or []))
     rows, _, failed = compare(traces, cells, run)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")

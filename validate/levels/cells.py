@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from simulator.budget import Budget
-from simulator.cells import cell_labels
+from simulator.cells import cell_labels, code_version
 from simulator.engine.cap import entries_of
 from simulator.policies.language import Policy
 from simulator.policies.wave import tell_unused
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
+from validate.levels.folder import RowsFolder, cell_key
 from validate.levels.outcomes import Forced, Masked, Shadow
-from validate.levels.runs import baseline_of
-from validate.models.load import load_model
+from validate.levels.runs import Baseline, baseline_of
+from validate.models.load import LoadedModel, load_model
 from validate.models.threads import limit_threads
 
 
@@ -30,7 +31,7 @@ def open_traces(
     dtype: str | None,
     device: str,
     waves: Sequence[Path],
-) -> tuple[PreTrainedModel, list[Trace]]:
+) -> tuple[LoadedModel, list[Trace]]:
     """Open traces and load their model, in the first one's type unless another is asked for.
 
     Raises
@@ -44,7 +45,7 @@ def open_traces(
     loaded = load_model(model, dtype or traces[0].shape.dtype, device, revision)
     limit_threads(loaded.model)
     tell_unused(waves, [own.model for own in traces])
-    return loaded.model, traces
+    return loaded, traces
 
 
 def compare(
@@ -52,6 +53,8 @@ def compare(
     cells: Sequence[tuple[Policy, Budget]],
     run: Callable[..., Shadow | Masked | Forced],
     model: PreTrainedModel | None = None,
+    folder: RowsFolder | None = None,
+    on_cell: Callable[[str], None] = lambda trace: None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[UserError]]:
     """Run every cell at a level.
 
@@ -63,6 +66,10 @@ def compare(
         Of a trace, a policy and a budget in entries.
     model : PreTrainedModel, optional
         Of the traces, where ``run`` takes its baseline: made once per trace.
+    folder : RowsFolder, optional
+        Rows that are there are not run again, others are added.
+    on_cell : callable
+        Told of the trace of every cell that is done.
 
     Returns
     -------
@@ -80,23 +87,30 @@ def compare(
     """
     rows, per_step, failed = [], [], []
     for trace in traces:
-        try:
-            given = {} if model is None else {"baseline": baseline_of(model, trace)}
-        except UserError as error:
-            failed += [error] * len(cells)
-            continue
+        kept = {} if folder is None else folder.rows(trace)
+        given: dict[str, Baseline] = {}
         for policy, budget in cells:
-            try:
-                entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
-                result = run(trace, policy, entries, **given)
-            except UserError as error:
-                failed.append(error)
-                continue
             labels = cell_labels(trace, policy, budget)
-            rows.append(labels | result.row())
-            if isinstance(result, Forced):
-                columns = [pl.lit(value).alias(name) for name, value in labels.items()]
-                per_step.append(pl.DataFrame(result.steps()).select(*columns, pl.all()))
+            key = cell_key(labels)
+            if key not in kept:
+                try:
+                    if model is not None and not given:
+                        given = {"baseline": baseline_of(model, trace)}
+                    entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
+                    result = run(trace, policy, entries, **given)
+                except UserError as error:
+                    failed.append(error)
+                    on_cell(trace.path.name)
+                    continue
+                facts = {"model": trace.model, "family": trace.manifest.task.get("family"), "status": "ok"}
+                kept[key] = labels | facts | {"code_version": code_version()} | result.row()
+                if folder is not None:
+                    folder.write(trace, list(kept.values()))
+                if isinstance(result, Forced):
+                    columns = [pl.lit(value).alias(name) for name, value in labels.items()]
+                    per_step.append(pl.DataFrame(result.steps()).select(*columns, pl.all()))
+            rows.append(kept[key])
+            on_cell(trace.path.name)
     if not rows:
         raise failed[0]
     steps = pl.concat(per_step) if per_step else pl.DataFrame()

@@ -71,8 +71,9 @@ class FullPredictions:
     def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
         self._next_ids = token_ids(model, trace)[0, trace.prompt_tokens + 1 :]
         self._log_probabilities = torch.empty(0)
+        self._cache = DynamicCache()
         start = 0
-        for logits in decode_logits(model, trace):
+        for logits in decode_logits(model, trace, self._cache):
             found = logits.float().log_softmax(-1)
             if not start:
                 n_steps = trace.total_tokens - trace.prompt_tokens
@@ -80,35 +81,48 @@ class FullPredictions:
             self._log_probabilities[start : start + len(found)] = found
             start += len(found)
 
-    def compare(self, logits: Iterator[torch.Tensor]) -> Divergence:
+    def cache(self, n_tokens: int) -> DynamicCache:
+        """Give the keys and values of the first tokens, to go on from."""
+        begun = DynamicCache()
+        for index, (keys, values, *_) in enumerate(self._cache):
+            begun.update(keys[:, :, :n_tokens], values[:, :, :n_tokens], index)
+        return begun
+
+    def compare(self, logits: Iterator[torch.Tensor], first: int = 0) -> Divergence:
         """Compare with what the same tokens led to under eviction.
 
         Parameters
         ----------
         logits : iterator of Tensor, shape (n_tokens, n_vocabulary)
             Of the decode steps in order, cut into passes in any way.
+        first : int
+            The decode step that they begin with; before it nothing differs.
         """
-        step = 0
-        kl, changed, likelihood, agrees = [], [], [], []
+        step = first
+        before = self._log_probabilities[:first].argmax(-1)
+        kl = [torch.zeros(first, dtype=torch.float64)]
+        changed = [torch.zeros(first, dtype=torch.bool)]
+        agrees = [before[: len(self._next_ids)] == self._next_ids[:first].cpu()]
+        likelihood = [torch.zeros(len(agrees[0]), dtype=torch.float64)]
         with torch.inference_mode():
             for block in logits:
                 found = block.float().log_softmax(-1)
                 full = self._log_probabilities[step : step + len(found)].to(found.device)
                 # A token that neither gives any chance adds nothing.
                 terms = torch.where(full.isneginf(), 0.0, full.exp() * (full - found))
-                kl.append(terms.sum(-1, dtype=torch.float64))
+                kl.append(terms.sum(-1, dtype=torch.float64).cpu())
                 top = found.argmax(-1)
-                changed.append(full.argmax(-1) != top)
+                changed.append((full.argmax(-1) != top).cpu())
                 known = self._next_ids[step : step + len(found), None]
-                agrees.append(top[: len(known)] == known[:, 0])
+                agrees.append((top[: len(known)] == known[:, 0]).cpu())
                 rows = found[: len(known)] - full[: len(known)]
-                likelihood.append(rows.gather(1, known)[:, 0].double())
+                likelihood.append(rows.gather(1, known)[:, 0].double().cpu())
                 step += len(found)
         return Divergence(
-            kl=torch.cat(kl).clamp(min=0).cpu().numpy(),
-            top_changed=torch.cat(changed).cpu().numpy(),
-            log_likelihood_change=torch.cat(likelihood).cpu().numpy(),
-            agrees=torch.cat(agrees).cpu().numpy(),
+            kl=torch.cat(kl).clamp(min=0).numpy(),
+            top_changed=torch.cat(changed).numpy(),
+            log_likelihood_change=torch.cat(likelihood).numpy(),
+            agrees=torch.cat(agrees).numpy(),
         )
 
 
@@ -117,25 +131,35 @@ def token_ids(model: PreTrainedModel, trace: Trace) -> torch.Tensor:
     return torch.from_numpy(np.array(trace.token_ids, np.int64))[None].to(model.device)
 
 
-def decode_logits(model: PreTrainedModel, trace: Trace) -> Iterator[torch.Tensor]:
+def decode_logits(
+    model: PreTrainedModel, trace: Trace, cache: DynamicCache, first: int = 0
+) -> Iterator[torch.Tensor]:
     """Feed a trace to a model, prompt and decoded tokens in passes of their own.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    trace : Trace
+    cache : DynamicCache
+        Of the ``first`` tokens; filled.
+    first : int
 
     Yields
     ------
     Tensor, shape (n_tokens, n_vocabulary)
         Logits of decode steps, in order.
     """
-    cache, settings = DynamicCache(), forward_settings(model)
+    settings = forward_settings(model)
     with torch.inference_mode():
-        for first, new in _passes(token_ids(model, trace), trace.prompt_tokens):
-            if first < trace.prompt_tokens:
+        for at, new in _passes(token_ids(model, trace), first, trace.prompt_tokens):
+            if at < trace.prompt_tokens:
                 model(input_ids=new, past_key_values=cache, **settings)
             else:
                 yield model(input_ids=new, past_key_values=cache).logits[0]
 
 
-def _passes(ids: torch.Tensor, prompt_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _passes(ids: torch.Tensor, begin: int, prompt_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Cut a text into passes, of which none holds both prompt and decoded tokens; first token, and ids."""
-    for start, stop in ((0, prompt_tokens), (prompt_tokens, ids.shape[1])):
+    for start, stop in ((begin, prompt_tokens), (max(begin, prompt_tokens), ids.shape[1])):
         for first in range(start, stop, _TOKENS):
             yield first, ids[:, first : min(stop, first + _TOKENS)]

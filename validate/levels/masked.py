@@ -68,6 +68,8 @@ def masked_divergence(
 ) -> Divergence:
     """Pass a trace's text through its model once, each head seeing what is retained for it.
 
+    The pass begins at the first compression: before it every head sees everything.
+
     Parameters
     ----------
     model : PreTrainedModel
@@ -86,7 +88,9 @@ def masked_divergence(
     AttentionInterface.register(_IMPLEMENTATION, _attend_masked)
     masks = masks_of(retained, trace.shape.n_kv_heads)
     with replaced_attention(model, _IMPLEMENTATION, _ATTRIBUTE, masks):
-        return full.compare(decode_logits(model, trace))
+        first = min((kept[0].n_tokens for kept in masks.retained.values()), default=trace.total_tokens)
+        logits = decode_logits(model, trace, full.cache(first), first)
+        return full.compare(logits, first - trace.prompt_tokens)
 
 
 def _attend_masked(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from simulator.engine.layer import Retained
+from simulator.engine.metrics import Metrics
 from validate.levels.divergence import Divergence
 
 
@@ -63,6 +64,8 @@ class Forced:
         keys of the evicting model, and with the trace's.
     forced_lost, simulated_lost : bool (n_layers, n_query_heads, n_steps)
         Where more than half of that attention lies on one key, and it is gone.
+    replayed : Metrics
+        The replay's numbers.
     divergence : Divergence
         Of the evicting model's predictions.
     """
@@ -71,6 +74,7 @@ class Forced:
     simulated: np.ndarray
     forced_lost: np.ndarray
     simulated_lost: np.ndarray
+    replayed: Metrics
     divergence: Divergence
 
     @property
@@ -79,13 +83,11 @@ class Forced:
         return (self.forced - self.simulated).mean(axis=1, dtype=np.float64)
 
     def row(self) -> dict[str, object]:
-        """Give the numbers of its row: means over heads and steps, and the drift of every layer."""
-        numbers: dict[str, object] = {
-            "simulated_mass": float(self.simulated.mean(dtype=np.float64)),
+        """Give the numbers of its row: the replay's, means over heads and steps, and each layer's drift."""
+        numbers: dict[str, object] = asdict(self.replayed) | {
             "forced_mass": float(self.forced.mean(dtype=np.float64)),
             "drift": float(self.drift.mean()),
-            "simulated_lost_lookups": float(self.simulated_lost.mean()),
-            "forced_lost_lookups": float(self.forced_lost.mean()),
+            "forced_lost_lookup_rate": float(self.forced_lost.mean()),
         }
         numbers |= self.divergence.columns()
         return numbers | {f"drift_layer_{layer}": float(own.mean()) for layer, own in enumerate(self.drift)}
@@ -113,21 +115,14 @@ class Masked:
 
     Attributes
     ----------
-    simulated : float32 (n_layers, n_query_heads, n_steps)
-        Retained mass in the replay.
-    simulated_lost : bool (n_layers, n_query_heads, n_steps)
-        Where more than half of the full cache's attention lies on one key, and it is gone.
+    replayed : Metrics
+        The replay's numbers.
     divergence : Divergence
     """
 
-    simulated: np.ndarray
-    simulated_lost: np.ndarray
+    replayed: Metrics
     divergence: Divergence
 
     def row(self) -> dict[str, object]:
-        """Give the numbers of its row: means over layers, heads and steps."""
-        return {
-            "simulated_mass": float(self.simulated.mean(dtype=np.float64)),
-            "simulated_lost_lookups": float(self.simulated_lost.mean()),
-            **self.divergence.columns(),
-        }
+        """Give the numbers of its row: the replay's, and the divergence of its predictions."""
+        return asdict(self.replayed) | self.divergence.columns()

@@ -21,7 +21,7 @@ from simulator.engine.compression import Held
 from simulator.engine.full_cache import FullCache
 from simulator.engine.layer import Retained
 from simulator.engine.loop import Engine
-from simulator.engine.metrics import LOOKUP, lost_lookups
+from simulator.engine.metrics import LOOKUP, lost_lookups, measure
 from simulator.engine.request import Outcome, Request
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
@@ -195,6 +195,7 @@ def run_forced(
         simulated=simulated.mass,
         forced_lost=np.stack([np.concatenate(layer.lost, axis=1) for layer in layers]),
         simulated_lost=lost_lookups(trace, simulated, baseline.attention),
+        replayed=measure(trace, simulated, baseline.attention),
         divergence=divergence,
     )
 
@@ -213,8 +214,7 @@ def run_masked(
     baseline = baseline or baseline_of(model, trace)
     simulated = _TraceRun(model, trace, policy, entries, seed, waves).replay()
     return Masked(
-        simulated=simulated.mass,
-        simulated_lost=lost_lookups(trace, simulated, baseline.attention),
+        replayed=measure(trace, simulated, baseline.attention),
         divergence=masked_divergence(model, trace, simulated.retained, baseline.predictions),
     )
 

@@ -117,7 +117,9 @@ def complete(
     """
     shape = model_shape(loaded.model.config, loaded.model.dtype)
     baselines = baselines or {}
-    texts = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in prompts]
+    texts = [
+        encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template, own.system) for own in prompts
+    ]
     keys = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     encoded = [text for text in texts for _ in range(settings.samples)]
     known = [] if budget is None else [baselines[prompt.id, sample] for prompt, sample in keys]

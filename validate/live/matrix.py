@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +25,8 @@ from simulator.results.output import write_parquet
 from simulator.results.store import read_table
 from simulator.results.tables import GROUP, budget_columns, with_budget_kind
 from simulator.workers.processes import processes
-from traces.atomic import write_text
-from traces.documents import read_json
 from traces.errors import NoDeviceError, UserError
+from traces.settings import require_same_settings
 from validate.live.completions import ROW_SCHEMA, LiveSettings, baselines_of, complete
 from validate.models.load import find_folder, load_model, weights_digest
 from validate.models.threads import share_threads
@@ -232,7 +230,6 @@ class Matrix:
         return batch.count * self.settings.live.samples
 
     def _require_same_settings(self) -> None:
-        place = self.folder / "settings.json"
         asked = asdict(self.settings) | {"prompts_sha256": _digest(Path(self.settings.prompts))}
         # How many problems are taken only adds batches; where the file stands does not matter.
         for name in ("limit", "prompts"):
@@ -242,17 +239,7 @@ class Matrix:
         asked["weights"] = "" if folder is None else weights_digest(folder)
         known_waves(list(self.settings.waves))  # says in words which of them cannot be read
         asked["waves"] = [_digest(Path(wave)) for wave in self.settings.waves]
-        if not place.exists():
-            write_text(place, json.dumps(asked, indent=1) + "\n")
-            return
-        asked = json.loads(json.dumps(asked))
-        found = read_json(place, f"{place} is damaged", dict[str, Any])
-        for name in sorted(asked):
-            if asked[name] != found.get(name):
-                raise UserError(
-                    f"{self.folder} holds results of other settings: its {name} is {found.get(name)!r}, "
-                    f"asked {asked[name]!r}; allowed: another folder"
-                )
+        require_same_settings(self.folder, asked)
 
 
 def _digest(path: Path) -> str:

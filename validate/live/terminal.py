@@ -1,4 +1,4 @@
-"""How accuracy, fidelity and the levels look on a terminal."""
+"""How accuracy and fidelity look on a terminal."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import Any
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
 
-from simulator.results.labels import row_budget, told_apart, with_budget_label
+from simulator.results.labels import row_budget
 from simulator.results.layout import fitted
-from simulator.results.tables import GROUP
 from simulator.results.terminal import format_bytes, say
 from traces.wording import counted, number, span
 
-# What a narrow terminal leaves out of a level, first to last.
-_LEAST_TOLD = ("log_likelihood_change", "kl_worst", "forced_lost_lookups", "simulated_lost_lookups")
 # Of accuracies and of published numbers, column to what it says of a row.
 _ACCURACY: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": lambda row: f"{row['accuracy']:.3f}",
@@ -121,36 +118,6 @@ def print_fidelity(console: Console, fidelity: pl.DataFrame) -> None:
                 number(row["regret_most"], 3),
             )
         console.print(table)
-
-
-def print_levels(console: Console, table: pl.DataFrame) -> None:
-    """Print rows of a level; drifts of single layers are for files."""
-    (table,) = told_apart(table)
-    labels = ["trace", "policy", "budget"]
-    left = ("trace_id", "trace", *GROUP, *(name for name in table.columns if name.startswith("drift_layer_")))
-    table = with_budget_label(table).select(*labels, *(name for name in table.columns if name not in left))
-
-    def make(columns: Sequence[str], names: Mapping[str, str]) -> Table:
-        shown = _table(None)
-        shown.collapse_padding = True  # with so many columns every space counts
-        for name in columns:
-            side: JustifyMethod = "left" if table[name].dtype == pl.String else "right"
-            header = name.replace("_mass", "\nmass").replace("_", "\n")
-            shown.add_column(header, justify=side, no_wrap=True)
-        for row in table.iter_rows(named=True):
-            told = row | {"policy": names[row["policy"]]}
-            shown.add_row(*(_level_text(told[name]) for name in columns))
-        return shown
-
-    shown, left_out, legend = fitted(console, make, table.columns, table["policy"], _LEAST_TOLD)
-    console.print(shown)
-    say(console, left_out, *legend)
-
-
-def _level_text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3f}" if isinstance(value, float) else str(value).removesuffix(".kvtrace")
 
 
 def _table(title: str | None) -> Table:

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,19 @@ def grade(text: str, family: str | None, expected: str) -> Grade:
         found = answer_of(text)
         return Grade(found, found == expected)
     return _grade_mathematics(text, expected)
+
+
+def graded(task: dict[str, object], text: str) -> dict[str, object]:
+    """Add ``decoded_answer`` and ``correct`` to a task with an ``answer``.
+
+    One without is returned as it is, and so is one in mathematics where math-verify is not installed: a
+    recording needs no grade. ``text`` is the completion, special tokens left out.
+    """
+    family, answer = task.get("family"), task.get("answer")
+    if answer is None or (family not in FAMILIES and find_spec("math_verify") is None):
+        return dict(task)
+    found = grade(text, str(family), str(answer))
+    return dict(task) | {"decoded_answer": found.answer, "correct": found.right}
 
 
 def require_grader(families: Iterable[str | None]) -> None:

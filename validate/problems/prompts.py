@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from traces.documents import parse_json, read_document, shown
 from traces.errors import UserError
-from validate.problems.families import FAMILIES, answer_of
 
 PROMPT_FIELDS = ("prompt", "problem", "question")
 ID_FIELDS = ("id", "unique_id")
@@ -23,12 +23,14 @@ _MOST_BYTES = 2**30
 class Prompt:
     """One row of a prompts file, in its ``line``, counted from 1.
 
-    The ``id`` is the file's, or ``row-LINE``; ``completion`` is a text to rescore.
+    The ``id`` is the file's, or ``row-LINE``; ``system`` is the message before it in a chat, ``completion`` a
+    text to rescore.
     """
 
     line: int
     id: str
     text: str
+    system: str | None = None
     completion: str | None = None
     family: str | None = None
     answer: str | None = None
@@ -113,7 +115,7 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
         text=_as_text(row[name], where, name),
         **{
             name: _as_text(row[name], where, name)
-            for name in ("completion", "family", "answer")
+            for name in ("system", "completion", "family", "answer")
             if row.get(name) is not None
         },
     )
@@ -132,15 +134,32 @@ def _as_text(value: object, where: str, name: str) -> str:
     return value
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, use_chat_template: bool = True) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, use_chat_template: bool = True, system: str | None = None
+) -> list[int]:
     """Turn a prompt into token ids, as one user message where the tokenizer has a chat template.
 
     Without a template the tokenizer adds its own special tokens; a template writes them itself.
+
+    Raises
+    ------
+    UserError
+        For a ``system`` message that no template takes.
     """
     if not (use_chat_template and getattr(tokenizer, "chat_template", None)):
+        if system is not None:
+            why = "the tokenizer has none" if use_chat_template else "it is not to be applied"
+            raise UserError(
+                f"a system message needs a chat template, and {why}; allowed: prompts without one"
+            )
         return list(tokenizer(text).input_ids)
     messages = [{"role": "user", "content": text}]
-    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses the prompt: {error}") from None
     return list(tokenizer(written, add_special_tokens=False).input_ids)
 
 
@@ -189,17 +208,6 @@ def tell_limit(n_prompts: int, limit: int | None, path: str | Path) -> None:
     """Say on standard error that a file has fewer rows than were asked for."""
     if limit is not None and n_prompts < limit:
         print(f"sim: --limit is {limit}, and {path} has {n_prompts} rows: all are taken", file=sys.stderr)
-
-
-def graded(task: dict[str, object], text: str) -> dict[str, object]:
-    """Add ``decoded_answer`` and ``correct`` to a task with the ``family`` and ``answer`` of a known family.
-
-    Another task is returned as it is. ``text`` is the completion, special tokens left out.
-    """
-    if task.get("family") not in FAMILIES or task.get("answer") is None:
-        return dict(task)
-    decoded = answer_of(text)
-    return dict(task) | {"decoded_answer": decoded, "correct": decoded == task["answer"]}
 
 
 def require_completions(prompts: list[Prompt], path: str | Path) -> None:

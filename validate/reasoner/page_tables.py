@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import resources
 from io import StringIO
@@ -14,10 +14,10 @@ from rich.console import Console
 from simulator.policies.language import parse_policy
 from simulator.policies.wave import known_waves
 from simulator.results.labels import with_budget_label
+from simulator.results.layout import markdown_table
 from simulator.results.metric_names import METRICS
 from simulator.results.terminal import print_standings
 from traces.documents import parse_json, read_toml
-from traces.errors import UserError
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF
 from validate.problems.families import FAMILIES
@@ -30,24 +30,6 @@ _LEVELS = {
     "rkv+utility": "heads only (`rkv+utility`)",
     "reasonalloc": "both (`reasonalloc`)",
 }
-
-
-def page_table(name: str) -> str:
-    """Return one of the pages' tables as Markdown.
-
-    Raises
-    ------
-    UserError
-        If there is no such table.
-    """
-    if name not in _TABLES:
-        raise UserError(f"page table is '{name}'; allowed: {', '.join(_TABLES)}")
-    return _TABLES[name]()
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _span(values: Iterable[float], digits: int = 2) -> str:
@@ -72,7 +54,7 @@ def _predictors() -> str:
             row += [_span(own["spearman_within"]), _span(100 * own["regret"], 1)]
         rows.append(row)
     head = ["the replay's number", "9 policies: correlation", "points lost"]
-    return _markdown([*head, "8 others: correlation", "points lost"], rows)
+    return markdown_table([*head, "8 others: correlation", "points lost"], rows)
 
 
 def _fidelity(table: str) -> str:
@@ -88,7 +70,7 @@ def _fidelity(table: str) -> str:
             own = fidelity.filter(metric=metric, family=family).row(0, named=True)
             row += [f"{own['spearman_within']:.2f}", f"{own['spearman']:.2f}", f"{100 * own['regret']:.1f}"]
         rows.append(row)
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _trust() -> str:
@@ -99,7 +81,7 @@ def _trust() -> str:
     for metric, own in known.items():
         wrong = ", ".join(f"`{policy}`" for policy in own["misjudged"]) or "-"
         rows.append([f"`{metric}`", _LABELS[metric], _span(own["chosen"]), _span(own["others"]), wrong])
-    return _markdown(("`--metric`", "in tables", "9 policies", "8 others", "ranks too high"), rows)
+    return markdown_table(("`--metric`", "in tables", "9 policies", "8 others", "ranks too high"), rows)
 
 
 def _evicting(table: str) -> pl.DataFrame:
@@ -115,7 +97,7 @@ def _live() -> str:
     head = [f"{family} {budget}" if budget == columns[0][1] else budget for family, budget in columns]
     shares = accuracy.pivot(["family", "budget"], index="policy", values="accuracy", maintain_order=True)
     rows = [[policy, *(f"{100 * share:.0f}" for share in own)] for policy, *own in shares.iter_rows()]
-    return _markdown(["right, %", *head], rows)
+    return markdown_table(["right, %", *head], rows)
 
 
 def _policy_label(policy: str, params: str) -> str:
@@ -147,7 +129,7 @@ def _others_live() -> str:
         for own in ranked.iter_rows(named=True)
     ]
     head = ("right, % of 256 (`rkv`, `reasonalloc`: of 768)", *budgets)
-    return _markdown((*head, "lost lookups at 20%, %", "worst step at 20%, %"), rows)
+    return markdown_table((*head, "lost lookups at 20%, %", "worst step at 20%, %"), rows)
 
 
 def _levels() -> str:
@@ -162,7 +144,7 @@ def _levels() -> str:
         ]
         for policy, label in _LEVELS.items()
     ]
-    return _markdown(["less R-KV, points", *budgets], rows)
+    return markdown_table(["less R-KV, points", *budgets], rows)
 
 
 def _levels_published() -> str:
@@ -179,7 +161,7 @@ def _levels_published() -> str:
         [label, *(f"{own[policy] - own['rkv']:+.1f}" for own in told.values())]
         for policy, label in _LEVELS.items()
     ]
-    return _markdown(["less R-KV, points", *told], rows)
+    return markdown_table(["less R-KV, points", *told], rows)
 
 
 def _winners() -> str:
@@ -204,7 +186,7 @@ def _winners() -> str:
     budgets = sorted({budget for own in found.values() for budget in own})
     order = sorted(found, key=lambda label: label != labels["winner"])
     rows = [[label, *(", ".join(found[label].get(budget, ["-"])) for budget in budgets)] for label in order]
-    return _markdown(["right answers, %", *budgets], rows)
+    return markdown_table(["right answers, %", *budgets], rows)
 
 
 def _standings(metric: str) -> str:
@@ -214,7 +196,7 @@ def _standings(metric: str) -> str:
     print_standings(result_table(f"standings-{metric}"), metric, [MODEL], console, as_markdown=True)
     lines = [line for line in text.getvalue().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return _markdown(cells[0], cells[2:])
+    return markdown_table(cells[0], cells[2:])
 
 
 def _card_accuracy() -> str:
@@ -226,7 +208,7 @@ def _card_accuracy() -> str:
         + [f"{x['right']}/{x['problems']} ({x['low']:.1%} to {x['high']:.1%})" for x in own]
         for own in zip(*found, strict=True)
     ]
-    return _markdown(("family", *types), rows)
+    return markdown_table(("family", *types), rows)
 
 
 def _card_wave() -> str:
@@ -239,10 +221,10 @@ def _card_wave() -> str:
         for layer, demand in enumerate(wave.demand)
     ]
     heads = [f"head {head}" for head in range(len(wave.head_demand[0]))]
-    return _markdown(["layer", "entries", "", *heads], rows)
+    return markdown_table(["layer", "entries", "", *heads], rows)
 
 
-_TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {
     "predictors": _predictors,
     "fidelity": partial(_fidelity, "fidelity"),
     "fidelity-others": partial(_fidelity, "fidelity-others"),

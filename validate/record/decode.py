@@ -18,7 +18,7 @@ from validate.models.attention_hook import recording
 from validate.models.load import LENGTH_DEPENDENT_ROPE, rope_parameters, stop_token_ids
 from validate.models.next_token import Sampling, forward_settings
 from validate.models.vocabulary import n_token_ids, vocabulary_of
-from validate.problems.prompts import graded
+from validate.problems.grading import graded
 from validate.record.recorder import TraceRecorder, observed_shape
 
 CHUNK = 512
@@ -74,7 +74,7 @@ def record_decode(
         As `TraceWriter`.
     model_name, model_revision : str
     task : mapping, optional
-        Problem id, family and answer. The answer is graded if the family is one of the reasoner's.
+        Problem id, family and answer. The answer is graded.
     on_tokens : callable, optional
         Told how many tokens have been run so far.
 

@@ -115,7 +115,10 @@ def complete_rows(
     if not missing:
         return {}
     try:
-        encoded = [encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template) for own in missing]
+        encoded = [
+            encode_prompt(loaded.tokenizer, own.text, settings.use_chat_template, own.system)
+            for own in missing
+        ]
         longest = max(map(len, encoded)) + settings.max_new_tokens
         refuse_length_dependent_rope(loaded.model, longest)
         require_full_cache(loaded.model, longest)
@@ -137,7 +140,7 @@ def _record(
     written_ids: Sequence[int] | None,
     on_tokens: Callable[[int], None] | None,
 ) -> tuple[str, Trace]:
-    prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template)
+    prompt_ids = encode_prompt(loaded.tokenizer, prompt.text, settings.use_chat_template, prompt.system)
     completion_ids = encode_completion(loaded.tokenizer, prompt.completion or "") if settings.rescore else []
     if not settings.overwrite and (kept := _open_if_there(path)) is not None:
         _refuse_other_recording(kept, loaded, [*prompt_ids, *completion_ids], settings)

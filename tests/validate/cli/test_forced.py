@@ -28,7 +28,7 @@ def test_the_forced_level_gives_masses_and_agreement(level, folder, trace, tmp_p
     assert drawn["forced_mass"] == pytest.approx(random[0].forced.mean(), abs=1e-6)
     assert drawn["forced_mass"] != pytest.approx(random[1].forced.mean(), abs=1e-6)
     assert row["forced_mass"] == pytest.approx(forced.forced.mean(), abs=1e-6)
-    assert row["simulated_mass"] == pytest.approx(forced.simulated.mean(), abs=1e-6)
+    assert row["mass_mean"] == pytest.approx(forced.simulated.mean(), abs=1e-6)
     assert row["agreement"] == pytest.approx(forced.divergence.agrees.mean())
     assert row["drift_layer_1"] == pytest.approx(forced.drift[1].mean(), abs=1e-6)
     steps = pl.read_parquet(tmp_path / "steps.parquet")
@@ -74,7 +74,7 @@ def test_if_all_cells_fail_the_first_reason_is_the_exit_code(level):
     one_line(err, "budget 3 entries")
 
 
-@pytest.mark.parametrize("option", ["--out", "--report", "--simulated"])
+@pytest.mark.parametrize("option", ["--report", "--simulated"])
 def test_what_a_level_does_not_use_is_no_option_of_it(level, tmp_path, option):
     code, _, err = level("forced", "-p", "rkv", option, tmp_path / "run")
     assert code == 2

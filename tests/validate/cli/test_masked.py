@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from spies import NAME
 from verb_runs import one_line
 
 from simulator.policies.language import parse_policy
+from validate.levels import cells
 from validate.levels.runs import run_masked
 from validate.models.load import load_model
 
@@ -23,6 +25,64 @@ def test_the_masked_level_tells_how_far_predictions_move(level, folder, trace):
     assert rkv["kl_mean"] > 1e-4 > full["kl_mean"] >= 0
     assert full["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert full["top_changed"] == 0
+
+
+def test_rows_are_a_replays_with_the_divergence_beside(level, trace, run_sim, tmp_path):
+    rows, replayed = tmp_path / "rows.json", tmp_path / "replayed.json"
+    assert level("masked", "-p", "rkv,snapkv,fullkv", "-o", rows)[0] == 0
+    asked = ["-p", "rkv,snapkv,fullkv", "-b", "20", "--buffer", 6, "-o", replayed]
+    assert run_sim("replay", "--trace", trace.path, *asked)[0] == 0
+    for own, of_replay in zip(*(json.loads(path.read_text()) for path in (rows, replayed)), strict=True):
+        same = own.keys() & of_replay.keys()
+        assert {"mass_mean", "bytes_mean", "lost_lookup_peak", "status", "model"} < same
+        assert {name: own[name] for name in same} == pytest.approx({name: of_replay[name] for name in same})
+    code, out, _ = run_sim("results", rows, "--metric", "kl_mean", "--format", "json")
+    assert code == 0
+    assert [row["mean"] for row in json.loads(out)] == [
+        row["kl_mean"] for row in json.loads(rows.read_text())
+    ][:2]
+    code, out, _ = run_sim("results", rows, "--metric", "kl_mean")
+    assert "divergence of predictions, mean (kl_mean, less is better)" in out
+    assert "is measured: the model's own predictions" in out
+
+
+@pytest.mark.parametrize("name", ["masked", "forced"])
+def test_an_interrupted_level_goes_on_in_its_folder(level, name, tmp_path, monkeypatch):
+    out, rows = tmp_path / "out", tmp_path / "rows.json"
+    assert level(name, "-p", "rkv", "--out", out, "-o", rows)[0] == 0
+    (file,) = out.glob("*.parquet")
+    before, first = file.read_bytes(), json.loads(rows.read_text())
+    # Nothing is run again: not even the full cache's predictions are there to compare with.
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "baseline_of", None)
+        assert level(name, "-p", "rkv", "--out", out, "-o", rows)[0] == 0
+    assert (file.read_bytes(), json.loads(rows.read_text())) == (before, first)
+    assert level(name, "-p", "snapkv,rkv", "--out", out, "-o", rows)[0] == 0
+    assert json.loads(rows.read_text())[1:] == first
+    file.write_bytes(before[:-100])
+    code, _, err = level(name, "-p", "rkv", "--out", out, "-o", rows)
+    assert code == 0
+    assert "its cells are run again" in err
+    assert json.loads(rows.read_text())[0] == pytest.approx(first[0])
+    code, _, err = level(name, "-p", "rkv", "--out", out, "--seed", 1)
+    assert code == 2
+    one_line(err, "its seed is 0, asked 1; allowed: another folder")
+
+
+def test_of_several_traces_means_are_shown_with_intervals(level, trace, folder, tmp_path):
+    (other,) = set(folder.glob("*.kvtrace")) - {trace.path}
+    rows = tmp_path / "rows.json"
+    code, out, _ = level("masked", "-p", "rkv,streamingllm,fullkv", "--trace", other, "-o", rows)
+    assert code == 0
+    code, out, _ = level("masked", "-p", "rkv,streamingllm,fullkv", "--trace", other)
+    assert "Means over 2 traces; the mean divergence with its 95% interval" in out
+    for policy in ("rkv", "streamingllm"):
+        found = [row["kl_mean"] for row in json.loads(rows.read_text()) if row["policy"] == policy]
+        told = re.search(rf"{policy} +20 .* (\d\.\d{{3}}) ±(\d\.\d{{3}}) ", out)
+        assert float(told[1]) == pytest.approx(sum(found) / 2, abs=6e-4)
+        # Drawn from two numbers, means lie anywhere between them.
+        assert float(told[2]) == pytest.approx(abs(found[0] - found[1]) / 2, abs=6e-4)
+    assert re.search(r"fullkv +20 +1\.000 .* 0\.000 ", out)
 
 
 def test_a_foreign_trace_is_one_line(run_sim, folder, make_trace):

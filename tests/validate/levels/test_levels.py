@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -284,11 +284,12 @@ def test_rows_hold_the_means(model, trace, waves):
     forced = run_forced(model, trace, policy, ENTRIES, waves=waves)
     assert forced.row() == pytest.approx(
         {
-            "simulated_mass": forced.simulated.mean(),
+            **asdict(forced.replayed),
+            "mass_mean": forced.simulated.mean(),
             "forced_mass": forced.forced.mean(),
             "drift": forced.forced.mean() - forced.simulated.mean(),
-            "simulated_lost_lookups": forced.simulated_lost.mean(),
-            "forced_lost_lookups": forced.forced_lost.mean(),
+            "lost_lookup_rate": forced.simulated_lost.mean(),
+            "forced_lost_lookup_rate": forced.forced_lost.mean(),
             **forced.divergence.columns(),
             "drift_layer_0": forced.forced[0].mean() - forced.simulated[0].mean(),
             "drift_layer_1": forced.forced[1].mean() - forced.simulated[1].mean(),

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from traces.errors import UserError
 from validate.problems import grading
 from validate.problems.families import make_problem
-from validate.problems.grading import Grade, first_divergence, grade, loop_period, require_grader
+from validate.problems.grading import (
+    Grade,
+    first_divergence,
+    grade,
+    graded,
+    loop_period,
+    require_grader,
+)
 from validate.problems.prompts import read_prompts
 
 # Rows with the fields of AIME 2024 and MATH-500.
@@ -167,3 +174,25 @@ def test_texts_diverge_where_the_first_token_differs(mine, theirs):
     else:
         assert mine[:step] == theirs[:step]
         assert mine[step : step + 1] != theirs[step : step + 1]
+
+
+def test_a_task_is_graded_by_its_family():
+    task = {"id": "a", "family": "walk", "answer": "3 4"}
+    right = graded(task, "so it gives 3 . answer 3 4")
+    assert right == task | {"decoded_answer": "3 4", "correct": True}
+    assert graded(task, "answer 3 4 5")["correct"] is False
+    cut = graded(task, "it never ends")
+    assert cut["decoded_answer"] is None
+    assert cut["correct"] is False
+    assert graded({"family": "walk"}, "answer 3") == {"family": "walk"}
+
+
+def test_a_task_in_mathematics_is_graded_where_answers_can_be_compared(monkeypatch):
+    task = {"id": "sum", "answer": "2"}
+    assert graded(task, r"So it is $\boxed{\frac{4}{2}}$.") == task | {
+        "decoded_answer": r"\frac{4}{2}",
+        "correct": True,
+    }
+    assert graded(task, r"So it is $\boxed{3}$.")["correct"] is False
+    monkeypatch.setattr(grading, "find_spec", lambda name: None)
+    assert graded(task, r"$\boxed{2}$") == task

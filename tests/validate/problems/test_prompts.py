@@ -12,7 +12,6 @@ from validate.problems.prompts import (
     Prompt,
     encode_completion,
     encode_prompt,
-    graded,
     read_prompts,
     require_completions,
     require_known_words,
@@ -143,23 +142,25 @@ def test_chat_template_writes_its_own_special_tokens():
     assert tokenizer.decode(encode_prompt(tokenizer, "step by step", False)) == "step by step"
 
 
+def test_a_system_message_stands_before_the_prompt():
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer(chat_template=template)
+    ids = encode_prompt(tokenizer, "go", system="be brief")
+    assert tokenizer.decode(ids) == "<system>be brief<user>go"
+    with pytest.raises(UserError, match="needs a chat template, and it is not to be applied"):
+        encode_prompt(tokenizer, "go", False, system="be brief")
+    with pytest.raises(UserError, match="needs a chat template, and the tokenizer has none"):
+        encode_prompt(byte_tokenizer(), "go", system="be brief")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(UserError, match="chat template refuses the prompt: no system role"):
+        encode_prompt(byte_tokenizer(chat_template=refusing), "go", system="be brief")
+
+
 def test_without_a_template_the_tokenizer_adds_its_own():
     tokenizer = build_tokenizer()
     assert encode_prompt(tokenizer, "walk so")[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in encode_completion(tokenizer, "walk so")
     assert len(encode_completion(tokenizer, "walk so")) == 2
-
-
-def test_answers_are_graded_for_known_families_only():
-    task = {"id": "a", "family": "walk", "answer": "3 4"}
-    right = graded(task, "so it gives 3 . answer 3 4")
-    assert right == task | {"decoded_answer": "3 4", "correct": True}
-    assert graded(task, "answer 3 4 5")["correct"] is False
-    cut = graded(task, "it never ends")
-    assert cut["decoded_answer"] is None
-    assert cut["correct"] is False
-    for other in ({"family": "walk"}, {"answer": "3"}, {"family": "algebra", "answer": "3"}):
-        assert graded(other, "answer 3") == other
 
 
 def test_of_a_tokenizer_of_pieces_half_the_tokens_have_to_be_known():

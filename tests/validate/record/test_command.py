@@ -69,7 +69,7 @@ def test_each_row_becomes_a_trace(run, tmp_path, saved):
         ["2", "recorded"],
         ["row-3", "recorded"],
     ]
-    assert [line.split()[-1] for line in out[1:]] == ["no", "-", "-"]
+    assert [line.split()[-1] for line in out[1:]] == ["no", "no", "-"]
     traces = traces_in(tmp_path / "out")
     assert list(traces) == ["2.kvtrace", "row-3.kvtrace", "walk-1.kvtrace"]
     for trace in traces.values():
@@ -157,10 +157,10 @@ def test_sampled_texts_are_the_same_alone_and_together(run, tmp_path):
 def test_a_row_that_cannot_be_decoded_fails_alone(run, tmp_path, monkeypatch):
     whole = validate.record.rows.encode_prompt
 
-    def encode_prompt(tokenizer, text, use_chat_template):
+    def encode_prompt(tokenizer, text, use_chat_template, system):
         if text == "walk legs think":
             raise UserError("no such template")
-        return whole(tokenizer, text, use_chat_template)
+        return whole(tokenizer, text, use_chat_template, system)
 
     monkeypatch.setattr(validate.record.rows, "encode_prompt", encode_prompt)
     code, out, err = run("--batch", "3")

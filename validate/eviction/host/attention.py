@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
 
 from simulator.kernels.attention import VECTORISE, exp
 from simulator.kernels.compiled import compiled
+from simulator.kernels.widening import KINDS, widen_rows
 from validate.eviction.kernels.ops import Ops, ops_for, takes_heads
 from validate.models.causal import causal_attention
 
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
+# Entries of a block of the compiled path, and so many that threads are worth waking.
+_ROWS, _ENTRIES_OF_A_THREAD = 64, 2**12
 
 
 def attend_ragged(
@@ -39,7 +44,7 @@ def attend_ragged(
     -------
     Tensor, shape (n_rows, n_query_heads, head_dim), dtype of ``queries``
     """
-    if queries.device.type == "cpu" and queries.dtype == torch.float32:
+    if queries.device.type == "cpu":
         return _attend_compiled(queries, keys, values, starts, lengths, scale)
     if queries.device.type == "cuda" and has_kernels(queries, starts.size):
         return attend_by(ops_for(queries.device), queries, keys, values, starts, lengths, scale)
@@ -151,18 +156,30 @@ def _attend_compiled(
     lengths: np.ndarray,
     scale: float,
 ) -> torch.Tensor:
-    grouped = queries.reshape(starts.size, -1, queries.shape[-1]).contiguous()
-    output = torch.empty_like(grouped)
-    _attend(
-        grouped.numpy(),
-        keys.numpy(),
-        values.numpy(),
-        starts.reshape(-1),
-        lengths.reshape(-1),
-        np.float32(scale),
-        output.numpy(),
-    )
-    return output.reshape(queries.shape)
+    grouped = queries.reshape(starts.size, -1, queries.shape[-1]).float().contiguous().numpy()
+    output = np.empty_like(grouped)
+    flat_starts, flat_lengths = starts.reshape(-1), lengths.reshape(-1)
+    kind = KINDS[str(keys.dtype).removeprefix("torch.")]
+
+    def attend(segments: np.ndarray) -> None:
+        _attend(
+            *(grouped, keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize, kind),
+            *(flat_starts, flat_lengths, segments, np.float32(scale), output),
+        )
+
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or flat_lengths.sum() < _ENTRIES_OF_A_THREAD:
+        attend(np.arange(starts.size))
+    else:
+        # Neighbours in length to different threads.
+        by_length = np.argsort(flat_lengths, kind="stable")
+        list(_threads(n_threads).map(attend, [by_length[first::n_threads] for first in range(n_threads)]))
+    return torch.from_numpy(output).reshape(queries.shape).to(queries.dtype)
+
+
+@cache
+def _threads(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads)
 
 
 @compiled(nogil=True, fastmath={"nnan", "nsz"})
@@ -175,28 +192,40 @@ def _largest(values, n):
 
 
 @compiled(nogil=True, fastmath=VECTORISE)
-def _attend(queries, keys, values, starts, lengths, scale, output):
-    n_segments, group_size, width = queries.shape
-    weights = np.empty(lengths.max(), np.float32)
-    for segment in range(n_segments):
+def _attend(queries, keys_at, values_at, stride, kind, starts, lengths, segments, scale, output):
+    _, group_size, width = queries.shape
+    weights = np.empty((group_size, lengths.max()), np.float32)
+    # A block of entries, made float32 once for all query heads of a group.
+    block = np.empty(_ROWS * width, np.float32)
+    rows = block.reshape(_ROWS, width)
+    for segment in segments:
         first, n = starts[segment], lengths[segment]
+        for start in range(0, n, _ROWS):
+            n_rows = min(_ROWS, n - start)
+            widen_rows(keys_at + (first + start) * stride, stride, kind, n_rows, width, block, 0, width)
+            for member in range(group_size):
+                query = queries[segment, member]
+                for j in range(n_rows):
+                    product = np.float32(0.0)
+                    for i in range(width):
+                        product += query[i] * rows[j, i]
+                    weights[member, start + j] = product * scale
         for member in range(group_size):
-            query = queries[segment, member]
-            mixed = output[segment, member]
-            for j in range(n):
-                product = np.float32(0.0)
-                for i in range(width):
-                    product += query[i] * keys[first + j, i]
-                weights[j] = product * scale
-            largest = _largest(weights, n)
+            own = weights[member]
+            largest = _largest(own, n)
             total = np.float32(0.0)
             for j in range(n):
-                weights[j] = exp(weights[j] - largest)
-                total += weights[j]
-            mixed[:] = np.float32(0.0)
+                own[j] = exp(own[j] - largest)
+                total += own[j]
             for j in range(n):
-                weight = weights[j]
-                for i in range(width):
-                    mixed[i] += weight * values[first + j, i]
-            for i in range(width):
-                mixed[i] /= total
+                own[j] /= total
+            output[segment, member] = np.float32(0.0)
+        for start in range(0, n, _ROWS):
+            n_rows = min(_ROWS, n - start)
+            widen_rows(values_at + (first + start) * stride, stride, kind, n_rows, width, block, 0, width)
+            for member in range(group_size):
+                mixed = output[segment, member]
+                for j in range(n_rows):
+                    weight = weights[member, start + j]
+                    for i in range(width):
+                        mixed[i] += weight * rows[j, i]

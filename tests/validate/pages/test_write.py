@@ -7,9 +7,8 @@ import polars as pl
 import pytest
 
 from traces.errors import UserError
-from validate.reasoner import pages as module
-from validate.reasoner.page_tables import page_table
-from validate.reasoner.pages import made, pages
+from validate.pages import write as module
+from validate.pages.write import made, page_table, pages
 from validate.reasoner.tables import result_table
 
 BLOCK = "before\n<!-- table: levels -->\n{}<!-- end -->\nafter\n"
@@ -48,7 +47,7 @@ def test_what_is_missing_or_unknown_is_told_in_a_line(checkout):
 
 
 def test_asking_for_pages_loads_little():
-    code = "import sys, validate.reasoner.pages; print({'polars', 'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, validate.pages.write; print({'polars', 'numpy', 'torch'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
 

@@ -7,9 +7,33 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from traces.errors import UserError
+
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "validate/reasoner/results/README.md", "validate/reasoner/weights/README.md")
-_BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (
+    "README.md",
+    "validate/reasoner/results/README.md",
+    "validate/reasoner/weights/README.md",
+    "validate/pretrained/README.md",
+)
+_BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def page_table(name: str) -> str:
+    """Return one of the pages' tables as Markdown.
+
+    Raises
+    ------
+    UserError
+        If there is no such table.
+    """
+    from validate.pretrained.page_tables import TABLES as OF_PRETRAINED
+    from validate.reasoner.page_tables import TABLES as OF_REASONER
+
+    tables = OF_REASONER | OF_PRETRAINED
+    if name not in tables:
+        raise UserError(f"page table is '{name}'; allowed: {', '.join(tables)}")
+    return tables[name]()
 
 
 def made(page: str) -> str:
@@ -20,8 +44,6 @@ def made(page: str) -> str:
     UserError
         If it names an unknown table.
     """
-    from validate.reasoner.page_tables import page_table
-
     return _BLOCK.sub(lambda block: f"{block[1]}{page_table(block[2])}\n{block[3]}", page)
 
 
@@ -36,7 +58,6 @@ def pages(check: bool = False) -> None:
         If a page is missing, as it is outside a checkout, or names an unknown table.
     """
     from traces.atomic import write_file
-    from traces.errors import UserError
 
     changed = []
     for name in PAGES:

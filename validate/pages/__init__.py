@@ -1,0 +1,1 @@
+"""Pages whose tables are made from stored results."""
