@@ -11,6 +11,10 @@ GRID := $(foreach division,rkv rkv+utility rkv+wave rkv+wave+utility rkv+pyramid
 # Every named policy; the windows and lags that suit traces of some 700 tokens.
 EVERY := streamingllm,recency,h2o,tova,snapkv,snapkv-paper:window=8,keydiff,knorm,lagkv:lag=16,expected-attention,vatp:sinks=4,criticalkv:window=8,append-only,rkv,rkv-code,pyramid-rkv,rkv+pyramid-code,rkv+wave,rkv+wave-dynamic,rkv+cake:cake_window=8,rkv+squeeze,rkv+table,rkv+adakv,rkv+utility,rkv+headkv,rkv+duo,reasonalloc,pyramidkv:window=8,ada-snapkv:window=8,headkv-snapkv:window=8,cakekv:window=8,cake_window=8,h2o+adakv,random,random-prompt
 OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-paper:window=8,keydiff
+# The paper's policies, the controls and what others published, and what the search on the reasoner found.
+FOUND := rkv+cake:window=30,kernel_size=1,group_reduce=max_weights,alpha=0.1265,similarity_threshold=0.3718,cake_window=31,tau1=1.283,tau2=1.007
+STUDY := snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt,recency,h2o,tova,keydiff,rkv+cake,$(FOUND)
+PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
 comma := ,
@@ -20,7 +24,7 @@ space := $(empty) $(empty)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-real nightly traces results policies validate others grid search wave card notebooks gpu lint format clean
+.PHONY: help demo quick test test-real nightly traces results policies validate others grid search pretrained wave card notebooks gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -81,6 +85,19 @@ search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 
 	$(BIN)/sim validate live --prompts runs/judged.jsonl --limit 256 --configs runs/search/winners.json --out runs/live-winners
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json
+
+pretrained: .venv/.full ## waves of three pretrained models, and the divergence of 14 policies x 8 budgets on their texts (a day, resumes)
+	mkdir -p runs/pretrained
+	$(BIN)/sim models fetch $(PRETRAINED)
+	for model in $(PRETRAINED); do \
+	  texts=validate/pretrained/texts; results=validate/pretrained/results; runs=runs/pretrained/$$model; \
+	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/calibration-$$model.jsonl --rescore --out $$runs/calibration && \
+	  for kind in gsm8k math code prose; do \
+	    $(BIN)/sim calibrate --trace "$$runs/calibration/$$kind-*" --out $$results/waves/$$model-on-$$kind.json; done && \
+	  $(BIN)/sim calibrate --trace "$$runs/calibration/gsm8k-*" --trace "$$runs/calibration/math-*" --out simulator/waves/$$model.json && \
+	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/$$model.jsonl --rescore --out $$runs/traces && \
+	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --buffer 32 \
+	    --budget 5%,10%,20%,30%,50%,64,128,256 --out $$runs/masked -o $$results/masked-$$model.parquet; done
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs

@@ -14,6 +14,7 @@ from validate.models.next_token import forward_settings
 
 # Tokens of one pass: the logits of a whole trace would be the largest tensor of all.
 _TOKENS = 512
+_LEAST_LOGIT = -1e4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,21 +65,31 @@ class FullPredictions:
 
     Notes
     -----
-    It holds a float32 log-probability for every decode step and token id in main memory: 1.8 GB for 3,000
-    steps of a vocabulary of 152,000.
+    It holds a float32 probability for every decode step and token id in main memory: 1.8 GB for 3,000 steps
+    of a vocabulary of 152,000.
     """
 
     def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
-        self._next_ids = token_ids(model, trace)[0, trace.prompt_tokens + 1 :]
-        self._log_probabilities = torch.empty(0)
+        self._next_ids = token_ids(model, trace)[0, trace.prompt_tokens + 1 :].cpu()
+        n_steps = trace.total_tokens - trace.prompt_tokens
+        self._probabilities = torch.empty(0)
+        self._entropy = torch.empty(n_steps, dtype=torch.float64)
+        self._top = torch.empty(n_steps, dtype=torch.int64)
+        self._own = torch.empty(len(self._next_ids), dtype=torch.float64)
         self._cache = DynamicCache()
         start = 0
         for logits in decode_logits(model, trace, self._cache):
             found = logits.float().log_softmax(-1)
             if not start:
-                n_steps = trace.total_tokens - trace.prompt_tokens
-                self._log_probabilities = torch.empty(n_steps, found.shape[1])
-            self._log_probabilities[start : start + len(found)] = found
+                self._probabilities = torch.empty(n_steps, found.shape[1])
+            steps = slice(start, start + len(found))
+            probabilities = self._probabilities[steps] = found.exp().cpu()
+            # A token without any chance adds nothing.
+            terms = torch.where(found.isneginf(), 0.0, probabilities.to(found.device) * found)
+            self._entropy[steps] = -terms.sum(-1, dtype=torch.float64).cpu()
+            self._top[steps] = found.argmax(-1).cpu()
+            known = self._next_ids[steps, None].to(found.device)
+            self._own[steps] = found[: len(known)].gather(1, known)[:, 0].double().cpu()
             start += len(found)
 
     def cache(self, n_tokens: int) -> DynamicCache:
@@ -99,30 +110,29 @@ class FullPredictions:
             The decode step that they begin with; before it nothing differs.
         """
         step = first
-        before = self._log_probabilities[:first].argmax(-1)
         kl = [torch.zeros(first, dtype=torch.float64)]
-        changed = [torch.zeros(first, dtype=torch.bool)]
-        agrees = [before[: len(self._next_ids)] == self._next_ids[:first].cpu()]
-        likelihood = [torch.zeros(len(agrees[0]), dtype=torch.float64)]
+        top, own = [self._top[:first]], [self._own[:first]]
         with torch.inference_mode():
             for block in logits:
-                found = block.float().log_softmax(-1)
-                full = self._log_probabilities[step : step + len(found)].to(found.device)
-                # A token that neither gives any chance adds nothing.
-                terms = torch.where(full.isneginf(), 0.0, full.exp() * (full - found))
-                kl.append(terms.sum(-1, dtype=torch.float64).cpu())
-                top = found.argmax(-1)
-                changed.append((full.argmax(-1) != top).cpu())
-                known = self._next_ids[step : step + len(found), None]
-                agrees.append((top[: len(known)] == known[:, 0]).cpu())
-                rows = found[: len(known)] - full[: len(known)]
-                likelihood.append(rows.gather(1, known)[:, 0].double().cpu())
-                step += len(found)
+                steps = slice(step, step + len(block))
+                # Against the likeliest token all numbers are small, and so is what rounding makes of sums.
+                relative = block.float() - block.amax(-1, keepdim=True).float()
+                # What has no chance at all must not become 0 times infinity.
+                relative.clamp_(min=_LEAST_LOGIT)
+                sums = relative.exp().sum(-1, dtype=torch.float64).log().cpu()
+                full = self._probabilities[steps].to(block.device)
+                expected = torch.linalg.vecdot(full, relative).double().cpu()
+                kl.append(sums - expected - self._entropy[steps])
+                top.append(block.argmax(-1).cpu())
+                known = self._next_ids[steps, None].to(block.device)
+                own.append(relative[: len(known)].gather(1, known)[:, 0].double().cpu() - sums[: len(known)])
+                step += len(block)
+        chosen = torch.cat(top)
         return Divergence(
             kl=torch.cat(kl).clamp(min=0).numpy(),
-            top_changed=torch.cat(changed).numpy(),
-            log_likelihood_change=torch.cat(likelihood).numpy(),
-            agrees=torch.cat(agrees).numpy(),
+            top_changed=(chosen != self._top).numpy(),
+            log_likelihood_change=(torch.cat(own) - self._own).numpy(),
+            agrees=(chosen[: len(self._next_ids)] == self._next_ids).numpy(),
         )
 
 

@@ -85,7 +85,7 @@ def test_divergence_is_that_of_the_definition(model, trace):
     found = masked_divergence(model, trace, retained, full)
     n_before = 30 - trace.prompt_tokens
     assert found.kl[:n_before].max() < 1e-6 < found.kl[n_before:].min()
-    probabilities = full._log_probabilities.double().exp()
+    probabilities = full._probabilities.double()
     rng = np.random.default_rng(3)
     logits = torch.from_numpy(rng.normal(size=probabilities.shape))
     cut = full.compare(iter([logits[:7].float(), logits[7:8].float(), logits[8:].float()]))
@@ -97,7 +97,7 @@ def test_divergence_is_that_of_the_definition(model, trace):
     np.testing.assert_array_equal(cut.top_changed, (logits.argmax(-1) != probabilities.argmax(-1)).numpy())
     # A token that neither gives any chance, as padding of a vocabulary, changes nothing.
     impossible = torch.full_like(logits[:, :1], -torch.inf).float()
-    full._log_probabilities = torch.cat([full._log_probabilities, impossible], 1)
+    full._probabilities = torch.cat([full._probabilities, torch.zeros_like(impossible)], 1)
     padded = full.compare(iter([torch.cat([logits.float(), impossible], 1)]))
     np.testing.assert_allclose(padded.kl, cut.kl, rtol=1e-5)
     columns = cut.columns()
