@@ -1,6 +1,6 @@
 """Write what a model wrote as rows to record by ``sim record --rescore``: id, prompt, completion, answer.
 
-    python tests/tools/texts_to_rescore.py --model NAME --prompts SET --from runs/live --least 500 --out texts.jsonl
+    python tests/tools/texts_to_rescore.py --model NAME --prompts SET --from runs/live --out texts.jsonl
 
 ``--from`` is a folder of ``sim validate live``, or of traces. Texts that end in a loop are left out.
 """

@@ -115,25 +115,33 @@ class FullPredictions:
         with torch.inference_mode():
             for block in logits:
                 steps = slice(step, step + len(block))
+                largest, likeliest = block.max(-1, keepdim=True)
                 # Against the likeliest token all numbers are small, and so is what rounding makes of sums.
-                relative = block.float() - block.amax(-1, keepdim=True).float()
-                # What has no chance at all must not become 0 times infinity.
-                relative.clamp_(min=_LEAST_LOGIT)
-                sums = relative.exp().sum(-1, dtype=torch.float64).log().cpu()
+                relative = block.float().sub_(largest)
                 full = self._probabilities[steps].to(block.device)
-                expected = torch.linalg.vecdot(full, relative).double().cpu()
-                kl.append(sums - expected - self._entropy[steps])
-                top.append(block.argmax(-1).cpu())
+                expected = _products(full, relative)
+                if expected.isnan().any():  # no chance at all, 0 times infinity
+                    expected = _products(full, relative.clamp_(min=_LEAST_LOGIT))
                 known = self._next_ids[steps, None].to(block.device)
-                own.append(relative[: len(known)].gather(1, known)[:, 0].double().cpu() - sums[: len(known)])
+                chosen = relative[: len(known)].gather(1, known)[:, 0].double().cpu()
+                # In place: what is written anew takes longer than what is computed.
+                sums = relative.exp_().sum(-1).double().log().cpu()
+                kl.append(sums - expected.double().cpu() - self._entropy[steps])
+                top.append(likeliest[:, 0].cpu())
+                own.append(chosen - sums[: len(known)])
                 step += len(block)
-        chosen = torch.cat(top)
+        tops = torch.cat(top)
         return Divergence(
             kl=torch.cat(kl).clamp(min=0).numpy(),
-            top_changed=(chosen != self._top).numpy(),
+            top_changed=(tops != self._top).numpy(),
             log_likelihood_change=(torch.cat(own) - self._own).numpy(),
-            agrees=(chosen[: len(self._next_ids)] == self._next_ids).numpy(),
+            agrees=(tops[: len(self._next_ids)] == self._next_ids).numpy(),
         )
+
+
+def _products(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Multiply every row with its own partner, without a matrix of terms in between; (n,)."""
+    return (mine[:, None] @ theirs[:, :, None])[:, 0, 0]
 
 
 def token_ids(model: PreTrainedModel, trace: Trace) -> torch.Tensor:
