@@ -131,6 +131,26 @@ def test_a_batch_draws_what_a_walk_down_its_rows_draws(dtype):
     assert len(drawn) > 100
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.999])
+def test_tokens_outside_a_nucleus_need_no_order(monkeypatch, top_p):
+    samplings = [Sampling(True, 0.6, top_p, seed=seed) for seed in range(5)]
+    generators, twins = ([own.generator() for own in samplings] for _ in range(2))
+    sizes, whole = [], sampling_module._likeliest
+    monkeypatch.setattr(
+        sampling_module,
+        "_likeliest",
+        lambda *given: (found := whole(*given), sizes.append(found[1].shape[1]))[0],
+    )
+    for step in range(20):
+        logits = many_logits(seed=step) * 4
+        expected = [naive_choice(*row) for row in zip(logits, samplings, twins, strict=True)]
+        assert choose_tokens(logits, samplings, generators) == expected
+    assert max(sizes) < 700 // 8
+    logits[1, 3] = torch.nan
+    with pytest.raises(UserError, match="a value that is no number"):
+        choose_tokens(logits[1:2], samplings[:1], generators[:1])
+
+
 @pytest.mark.parametrize("most_at_once", [1, 700, 1400, 10**6])
 def test_a_row_draws_the_same_alone_and_however_a_batch_is_cut(monkeypatch, most_at_once):
     monkeypatch.setattr(sampling_module, "_MOST_AT_ONCE", most_at_once)

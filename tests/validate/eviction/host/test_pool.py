@@ -234,6 +234,15 @@ def test_16_bit_heads_are_attended_to_in_single_precision(rng, dtype):
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_threads_change_nothing(rng, monkeypatch, dtype):
+    heads = random_pool(rng, LENGTHS["unequal"], 2, 24, dtype)
+    alone = attend_ragged(*heads, 0.7)
+    monkeypatch.setattr(kernels, "_ENTRIES_OF_A_THREAD", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(attend_ragged(*heads, 0.7), alone)
+
+
 @pytest.mark.parametrize("attend", [attend_ragged, attend_padded])
 def test_large_logits_do_not_overflow(rng, attend):
     heads = random_pool(rng, LENGTHS["unequal"], 2, 8, sharpness=200)
