@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from traces.errors import UserError
+from traces.extras import require_extra
 from traces.progress import progress
 
 
@@ -50,8 +52,6 @@ def fetch(
 
     A model that is here is not fetched again, nor are finished parts of one that is not.
     """
-    from traces.extras import require_extra
-
     require_extra("sim models fetch", "torch", "transformers", "gguf", "accelerate")
     from transformers.utils import logging
 
@@ -72,3 +72,20 @@ def fetch(
             print(fetch_model(name, tell))
             n_done = n_after
             advance(completed=n_done)
+
+
+def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")]) -> None:
+    """Draw the stored results of the pretrained models as SVG: their waves, and every policy's divergence."""
+    require_extra("a figure", "altair", "vl_convert")
+    from simulator.charts.style import styled
+    from validate.pretrained.charts import divergence_chart, wave_chart
+    from validate.pretrained.stored import MODELS, mean_divergence, waves_of
+
+    made = {
+        "waves": wave_chart({model: waves_of(model) for model in MODELS}),
+        "divergence": divergence_chart({model: mean_divergence(model) for model in MODELS}),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, chart in made.items():
+        styled(chart).save(out / f"{name}.svg")
+        print(f"wrote {out / f'{name}.svg'}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 
 import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator.charts.style import COLOURS, DASHES, over_plot, policy_looks
+from simulator.charts.style import COLOURS, DASHES, ordered_policies, over_plot, policy_looks
 from simulator.policies.wave import Wave
 
 _WIDTH, _HEIGHT = 300, 220
@@ -45,36 +44,27 @@ def wave_chart(waves: Mapping[str, Mapping[str, Wave]]) -> alt.HConcatChart:
     return alt.hconcat(*panels, spacing=24)
 
 
-def divergence_chart(means: Mapping[str, pl.DataFrame], policies: Sequence[str]) -> alt.HConcatChart:
+def divergence_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
     """Draw the mean divergence against the budget, a panel per model and a line per policy.
 
-    Parameters
-    ----------
-    means : mapping of str to polars.DataFrame
-        By model: policy, budget_asked in percent, and kl_mean.
-    policies : sequence of str
+    ``means`` are by model: policy, budget_asked in percent of the full cache, and kl_mean.
     """
-    looks = policy_looks(list(policies), alt.Legend(title="policy", symbolLimit=0))
+    policies = ordered_policies([policy for own in means.values() for policy in own["policy"]])
+    looks = policy_looks(policies, alt.Legend(title="policy", symbolLimit=0))
     panels = []
     for i, (model, own) in enumerate(means.items()):
-        shown = own.filter(pl.col("policy").is_in(list(policies)))
-        budgets = sorted(shown["budget_asked"].unique())
-        least = min(later / earlier for earlier, later in pairwise(budgets)) if len(budgets) > 1 else 2
+        budgets = own["budget_asked"].unique().sort().to_list()
         x = alt.X(
             "budget_asked:Q",
             title="budget, % of the full cache",
-            scale=alt.Scale(type="log", domain=[budgets[0] / least**0.3, budgets[-1] * least**0.3]),
+            scale=alt.Scale(type="log", domain=[0.8 * budgets[0], 1.25 * budgets[-1]]),
             axis=alt.Axis(values=budgets, grid=False),
         )
-        y = alt.Y(
-            "kl_mean:Q",
-            title="KL divergence, nats a step" if i == 0 else None,
-            scale=alt.Scale(type="log"),
-        )
-        base = alt.Chart(alt.Data(values=shown.select("policy", "budget_asked", "kl_mean").to_dicts()))
-        base = base.encode(x=x, y=y, color=looks[0])
-        chart = base.mark_line().encode(strokeDash=looks[2]) + base.mark_point(filled=True, size=36).encode(
-            shape=looks[1]
-        )
+        title = "KL divergence, nats a step" if i == 0 else None
+        y = alt.Y("kl_mean:Q", title=title, scale=alt.Scale(type="log"))
+        values = own.select("policy", "budget_asked", "kl_mean").to_dicts()
+        base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y, color=looks[0])
+        points = base.mark_point(filled=True, size=36).encode(shape=looks[1])
+        chart = base.mark_line().encode(strokeDash=looks[2]) + points
         panels.append(chart.properties(width=_WIDTH, height=_HEIGHT, title=over_plot(model)))
     return alt.hconcat(*panels, spacing=24)

@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 from scipy.stats import spearmanr
 
-from simulator.results.labels import told_apart
 from simulator.results.layout import markdown_table
 from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
-from simulator.results.tables import BUDGET, bootstrap, comparable
-from validate.pretrained.stored import MODELS, stored_rows, waves_of
+from simulator.results.tables import BUDGET, bootstrap
+from traces.errors import UserError
+from validate.live.accuracy import mean_interval
+from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, waves_of
 
 _LEVELS = {
     "rkv+wave": "layers only (`rkv+wave`)",
@@ -24,14 +25,9 @@ _LEVELS = {
 }
 
 
-def _evicting(level: str, model: str) -> pl.DataFrame:
-    (rows,) = told_apart(comparable(stored_rows(level, model)).filter(pl.col("n_evictions") > 0))
-    return rows.sort("budget_unit", "budget_asked", maintain_order=True, descending=[True, False])
-
-
 def _divergence(model: str, metric: str = "kl_mean") -> str:
     """Rank policies by their divergence, budget by budget; bold where not told apart from the least."""
-    rows = _evicting("masked", model)
+    rows = evicting_rows("masked", model)
     budgets = rows["budget"].unique(maintain_order=True).to_list()
     found = standings(rows, metric).join(rows.select(*BUDGET, "budget").unique(), on=BUDGET)
     cells: dict[str, dict[str, str]] = {}
@@ -41,7 +37,10 @@ def _divergence(model: str, metric: str = "kl_mean") -> str:
     ranked = found.group_by("policy").agg(pl.col("mean").log().mean()).sort("mean")["policy"].to_list()
     return markdown_table(
         ["policy", *budgets],
-        [[f"`{name}`", *(cells[name].get(budget, "") for budget in budgets)] for name in ranked],
+        [
+            [name if name == FOUND else f"`{name}`", *(cells[name].get(budget, "") for budget in budgets)]
+            for name in ranked
+        ],
     )
 
 
@@ -51,7 +50,7 @@ def _levels() -> str:
     head: list[str] = []
     table = []
     for model in MODELS:
-        rows = _evicting("masked", model)
+        rows = evicting_rows("masked", model)
         base = rows.filter(policy="rkv").select("budget", "trace_id", base="kl_mean")
         joined = rows.join(base, on=["budget", "trace_id"])
         budgets = rows["budget"].unique(maintain_order=True).to_list()
@@ -72,7 +71,7 @@ def _levels() -> str:
 def _means(model: str, level: str = "masked") -> pl.DataFrame:
     """Average rows over texts: one row per policy and budget."""
     numbers = [*METRICS, "kl_mean", "kl_p95", "top_changed"]
-    rows = _evicting(level, model)
+    rows = evicting_rows(level, model)
     return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(numbers).mean())
 
 
@@ -133,6 +132,54 @@ def _stability() -> str:
     return markdown_table([*head, "first third", "middle third", "last third", "last layer"], table)
 
 
+def _graded(model: str) -> str:
+    """Tell right answers, and how many fewer than with the full cache, problem by problem."""
+    rng = np.random.default_rng(0)
+    rows = graded_rows(model)
+    full = rows.filter(pl.col("budget_asked").is_null()).select("problem", full="right")
+    share, n_problems = full["full"].to_numpy().mean(), len(full)
+    budgets = rows.filter(pl.col("budget_asked").is_not_null()).sort("budget_asked")
+    names = budgets["budget"].unique(maintain_order=True).to_list()
+    told: dict[str, list[str]] = {}
+    for (budget, policy), own in budgets.group_by("budget", "policy", maintain_order=True):
+        paired = own.join(full, on="problem")
+        difference = paired["right"].cast(pl.Int8).to_numpy() - paired["full"].cast(pl.Int8).to_numpy()
+        low, high = mean_interval(difference, rng, lowest=-1.0)
+        text = f"{100 * own['right'].to_numpy().mean():.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        told.setdefault(str(policy), [""] * len(names))[names.index(str(budget))] = text
+    head = [f"right, % of {n_problems} (less the full cache's {100 * share:.1f})", *names]
+    return markdown_table(head, [[f"`{policy}`", *cells] for policy, cells in told.items()])
+
+
+def _drift() -> str:
+    """Tell how far masked and forced divergence are apart, on the texts that both were run on."""
+    table = []
+    for model in MODELS:
+        try:
+            forced = evicting_rows("forced", model)
+        except UserError:
+            continue
+        key = ["policy", "policy_params", "budget", "trace_id"]
+        both = forced.join(evicting_rows("masked", model), on=key, suffix="_masked")
+        means = both.group_by("policy", "budget").agg(pl.col("kl_mean", "kl_mean_masked").mean())
+        ratio = (both["kl_mean"] / both["kl_mean_masked"]).to_numpy()
+        ranks = [
+            float(spearmanr(own["kl_mean"], own["kl_mean_masked"]).statistic)
+            for _, own in means.group_by("budget", maintain_order=True)
+        ]
+        table.append(
+            [
+                model,
+                str(both["trace_id"].n_unique()),
+                f"{np.median(ratio):.2f} ({np.quantile(ratio, 0.05):.2f} to {np.quantile(ratio, 0.95):.2f})",
+                f"{spearmanr(both['kl_mean'], both['kl_mean_masked']).statistic:.3f}",
+                f"{np.mean(ranks):.2f} ({min(ranks):.2f})",
+            ]
+        )
+    head = ["model", "texts", "forced over masked divergence: median (5% to 95%)", "Spearman over all rows"]
+    return markdown_table([*head, "of policies within a budget: mean (least)"], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{f"divergence-{model.replace('.', '-')}": partial(_divergence, model) for model in MODELS},
     **{
@@ -143,4 +190,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-predictors": _predictors,
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
+    "graded": partial(_graded, "qwen2.5-coder-0.5b"),
+    "masked-forced": _drift,
 }

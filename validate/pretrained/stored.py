@@ -10,12 +10,13 @@ import polars as pl
 from simulator.policies.wave import Wave, read_wave
 from simulator.results.labels import with_budget_label
 from simulator.results.store import read_table
-from simulator.results.tables import with_budget_kind
+from simulator.results.tables import comparable, with_budget_kind
 from traces.errors import UserError
 from validate.models.pretrained import pretrained_models
 
 HOME = Path(str(resources.files("validate.pretrained")))
 MODELS = tuple(pretrained_models())
+FOUND = "found by search"
 
 
 def stored_rows(level: str, model: str) -> pl.DataFrame:
@@ -32,10 +33,34 @@ def stored_rows(level: str, model: str) -> pl.DataFrame:
     return with_budget_label(with_budget_kind(read_table(path, str(path), {})))
 
 
-def stored_table(name: str) -> pl.DataFrame:
-    """Read a stored table, ``accuracy`` for ``results/accuracy.csv``; raises UserError if it is missing."""
-    path = HOME / "results" / f"{name}.csv"
-    return read_table(path, str(path), {})
+def evicting_rows(level: str, model: str) -> pl.DataFrame:
+    """Read the rows of policies that evicted something, on texts that all of a budget share.
+
+    Policies go by their names; the one that a search found on the reasoner is `FOUND`.
+    """
+    rows = comparable(stored_rows(level, model)).filter(pl.col("n_evictions") > 0)
+    is_found = (pl.col("policy") == "rkv+cake") & ~pl.col("policy_params").str.contains('"window": 8,')
+    rows = rows.with_columns(policy=pl.when(is_found).then(pl.lit(FOUND)).otherwise("policy"))
+    in_shares = pl.col("budget_unit") == "%"
+    return rows.sort(~in_shares, "budget_asked", maintain_order=True)
+
+
+def mean_divergence(model: str) -> pl.DataFrame:
+    """Average the divergence over texts; one row per policy and share of the full cache."""
+    rows = evicting_rows("masked", model).filter(budget_unit="%")
+    return rows.group_by("policy", "budget_asked", maintain_order=True).agg(pl.col("kl_mean").mean())
+
+
+def graded_rows(model: str) -> pl.DataFrame:
+    """Read what a model answered under every policy and budget, one row per problem.
+
+    Raises
+    ------
+    UserError
+        If nothing is stored.
+    """
+    path = HOME / "results" / f"graded-{model}.parquet"
+    return with_budget_label(read_table(path, str(path), {}))
 
 
 def waves_of(model: str) -> dict[str, Wave]:

@@ -1,0 +1,112 @@
+"""The stored results of the pretrained models: what they are of, and that the tables say what they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.stats import spearmanr
+
+from traces.errors import UserError
+from validate.models.pretrained import pretrained_models
+from validate.pages.write import page_table
+from validate.pretrained.charts import divergence_chart, wave_chart
+from validate.pretrained.stored import (
+    FOUND,
+    HOME,
+    MODELS,
+    evicting_rows,
+    mean_divergence,
+    stored_rows,
+    waves_of,
+)
+
+LEAST_TEXTS = {"smollm2-135m": 40, "qwen2.5-coder-0.5b": 40, "qwen2.5-coder-1.5b": 16}
+
+
+def cells(name):
+    """Read a page's table: rows of cells by the first of each, under the head's names."""
+    head, _, *lines = page_table(name).splitlines()
+    names = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    read = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {own[0].strip("`"): dict(zip(names, own[1:], strict=True)) for own in read}
+
+
+def table_name(model):
+    return "divergence-" + model.replace(".", "-")
+
+
+def test_the_models_are_those_that_can_be_fetched():
+    assert tuple(pretrained_models()) == MODELS
+    with pytest.raises(UserError, match="no rows of masked are stored for 'gpt'; allowed: smollm2-135m"):
+        stored_rows("masked", "gpt")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_are_of_enough_long_texts_of_the_model(model):
+    rows = stored_rows("masked", model)
+    assert set(rows["model"]) == {model}
+    texts = [json.loads(line) for line in (HOME / "texts" / f"{model}.jsonl").read_text().splitlines()]
+    named = {re.sub(r"[^A-Za-z0-9._-]+", "-", text["id"]) for text in texts}
+    assert {name.removesuffix(".kvtrace") for name in rows["trace"]} == named
+    assert len(named) >= LEAST_TEXTS[model]
+    assert rows["n_steps"].min() >= 500
+    # Nothing that is judged was calibrated on.
+    calibration = (HOME / "texts" / f"calibration-{model}.jsonl").read_text().splitlines()
+    prompts = {json.loads(line)["prompt"] for line in calibration}
+    assert not prompts & {text["prompt"] for text in texts}
+    counts = rows.group_by("policy", "policy_params", "budget").agg(pl.col("trace_id").n_unique().alias("n"))
+    assert set(counts["n"]) == {len(named)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_table_of_divergence_holds_the_means(model):
+    rows = evicting_rows("masked", model)
+    found = cells(table_name(model))
+    assert FOUND in found
+    for (policy, budget), own in rows.group_by("policy", "budget"):
+        told = float(found[policy][budget].strip("*"))
+        assert told == pytest.approx(own["kl_mean"].mean(), abs=6e-4)
+    for budget in set(rows["budget"]):
+        least = min(found, key=lambda policy: float(found[policy][budget].strip("*") or np.inf))
+        assert found[least][budget].startswith("**")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_levels_are_paired_differences(model):
+    rows = evicting_rows("masked", model)
+    lines = [line.strip("|").split("|") for line in page_table("pretrained-levels").splitlines()]
+    budgets = [cell.strip() for cell in lines[0][2:]]
+    (told,) = [own[2:] for own in lines if own[0].strip() == model and "reasonalloc" in own[1]]
+    for budget, cell in zip(budgets, told, strict=True):
+        means = {
+            policy: rows.filter(policy=policy, budget=budget)["kl_mean"].mean()
+            for policy in ("rkv", "reasonalloc")
+        }
+        value, low, high = map(int, re.findall(r"[+-]\d+", cell))
+        assert value == pytest.approx(100 * (means["reasonalloc"] / means["rkv"] - 1), abs=0.51)
+        assert low <= value <= high
+        assert ("**" in cell) == (low > 0 or high < 0) or 0 in (low, high)
+
+
+def test_predictors_are_rank_correlations():
+    found = cells("pretrained-predictors")["retained mass, mean"]
+    for model in MODELS:
+        means = (
+            evicting_rows("masked", model)
+            .group_by("policy", "budget")
+            .agg(pl.col("mass_mean", "kl_mean").mean())
+        )
+        over_all = spearmanr(-means["mass_mean"], means["kl_mean"]).statistic
+        assert float(found[model].rpartition(" ")[2]) == pytest.approx(over_all, abs=0.006)
+
+
+def test_charts_are_drawn_from_them():
+    waves = {model: waves_of(model) for model in MODELS}
+    assert all(set(own) == {"code", "gsm8k", "math", "prose"} for own in waves.values())
+    assert len(wave_chart(waves).to_dict()["hconcat"]) == 3
+    drawn = divergence_chart({model: mean_divergence(model) for model in MODELS}).to_dict()
+    assert len(drawn["hconcat"]) == 3
