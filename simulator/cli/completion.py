@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def policies(incomplete: str) -> list[str]:
     """Complete the last name of a comma list of policies such as ``rkv+wave,h2``."""
@@ -15,8 +17,19 @@ def policies(incomplete: str) -> list[str]:
 
 
 def metrics(incomplete: str) -> list[str]:
-    """Complete a metric, or the last of a comma list of them."""
+    """Complete a metric of replays, or the last of a comma list of them."""
+    from simulator.results.metric_names import METRICS
+
+    return _last_of_list(incomplete, METRICS)
+
+
+def compared(incomplete: str) -> list[str]:
+    """Complete a metric of replays or of validation, or the last of a comma list of them."""
     from simulator.results.metric_names import COMPARED
 
+    return _last_of_list(incomplete, COMPARED)
+
+
+def _last_of_list(incomplete: str, known: Iterable[str]) -> list[str]:
     start = incomplete.rfind(",") + 1
-    return [incomplete[:start] + name for name in COMPARED if name.startswith(incomplete[start:])]
+    return [incomplete[:start] + name for name in known if name.startswith(incomplete[start:])]

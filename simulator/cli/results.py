@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulator.cli.completion import metrics
-from simulator.results.metric_names import COMPARED, asked_metric
+from simulator.cli.completion import compared
+from simulator.results.metric_names import COMPARED, MEASURED, asked_metric
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,7 +22,7 @@ def results(
         str | None,
         typer.Option(
             help=f"Compare policies by this number, budget by budget: {', '.join(COMPARED)}.",
-            autocompletion=metrics,
+            autocompletion=compared,
         ),
     ] = None,
     policy: Annotated[
@@ -85,7 +85,8 @@ def results(
         tell_written(output, len(table))
         return
     if metric not in table.columns:
-        raise UserError(f"{files[0]} has no column '{metric}'; allowed: rows of a version that writes it")
+        writer = "sim validate masked or forced" if metric in MEASURED else "a version that writes it"
+        raise UserError(f"{files[0]} has no column '{metric}'; allowed: rows of {writer}")
     of_models = by_model(table)
     found = [standings(own, metric, seed=seed or 0) for own in of_models]
     if all(own.is_empty() for own in found):

@@ -12,7 +12,7 @@ from simulator.report.page import Report, Section, origin, page
 from simulator.report.quality import crowded, has_intervals, quality_figures, quality_rows
 from simulator.report.sources import Sources
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
-from simulator.results.metric_names import asked_metric, fidelity_note
+from simulator.results.metric_names import MEASURED, asked_metric, fidelity_note
 from simulator.results.tables import usual_metric
 from traces.errors import UserError
 from traces.trace import Trace
@@ -80,7 +80,8 @@ def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
     asked = [asked_metric(name) for name in asked]
     for metric in asked:
         if metric not in rows.columns:
-            raise UserError(f"the rows have no column '{metric}'; allowed: rows of a version that writes it")
+            writer = "sim validate masked or forced" if metric in MEASURED else "a version that writes it"
+            raise UserError(f"the rows have no column '{metric}'; allowed: rows of {writer}")
         empty = rows.filter((pl.col("status") == "ok") & pl.col(metric).is_null())
         if len(empty):
             raise UserError(

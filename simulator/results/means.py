@@ -22,7 +22,7 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
     -------
     polars.DataFrame
         family (empty for traces without one), the columns of ``results.GROUP``, ``n_traces``;
-        the means of ``bytes_mean``, ``oracle_mass`` and of all of ``standings.COMPARED``.
+        the means of ``bytes_mean``, ``oracle_mass`` and of all of ``metric_names.COMPARED``.
     """
     # Of a column that rows of an earlier version lack there is no mean.
     numbers = [name for name in ("bytes_mean", "oracle_mass", *COMPARED) if name in rows.columns]
@@ -41,7 +41,7 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
     chosen_on, judged_on : polars.DataFrame
         Results, or means of `cell_means`; one row per policy and budget, policies told apart by name.
     metric : str
-        One of ``standings.COMPARED``.
+        One of ``metric_names.COMPARED``.
 
     Returns
     -------

@@ -97,7 +97,7 @@ def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = 
     high are named.
     """
     if metric in MEASURED:
-        return f"'{MEASURED[metric].label}' is measured: the model's own predictions beside its full cache's."
+        return f"'{MEASURED[metric].label}' is measured, by sim validate, on the traces' own model."
     known, label = _fidelity(), METRICS[metric].label
     measured = known["metrics"][metric]
     where = f"{known['model']} ({known['parameters']} parameters)"

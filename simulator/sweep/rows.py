@@ -33,9 +33,19 @@ def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
         frames.append(frame.with_columns(pl.lit(None, ROW_SCHEMA[name]).alias(name) for name in missing))
     table = pl.concat(map(with_budget_kind, frames), how="diagonal_relaxed")
     _require_one_sample(table)
+    _require_one_level(table)
     # Of many columns the JSON reader loses the order.
     known = [name for name in ROW_SCHEMA if name in table.columns]
     return table.select(*known, pl.exclude(known))
+
+
+def _require_one_level(table: pl.DataFrame) -> None:
+    """Refuse rows of a replay beside those of a level of validation, or of two: they measure other things."""
+    if "level" not in table.columns:
+        return
+    found = [str(level or "replay") for level in table["level"].unique(maintain_order=True)]
+    if len(found) > 1:
+        raise UserError(f"rows are of several levels: {', '.join(found)}; allowed: files of one level")
 
 
 def _require_one_sample(table: pl.DataFrame) -> None:

@@ -50,8 +50,10 @@ def main() -> None:
         n_tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
         if n_tokens < given.least or loop_period(ids) is not None or len(rows) == given.most:
             continue
-        row = {"id": problem, "prompt": known[problem].text, "completion": text}
-        rows.append(row | ({"answer": known[problem].answer} if known[problem].answer else {}))
+        own = known[problem]
+        given_too = {name: getattr(own, name) for name in ("system", "family", "answer")}
+        row = {"id": problem, "prompt": own.text, "completion": text}
+        rows.append(row | {name: value for name, value in given_too.items() if value is not None})
     given.out.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )

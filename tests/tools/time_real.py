@@ -77,7 +77,7 @@ def levels(loaded: LoadedModel, row: Prompt, n_new: int, entries: int) -> None:
                 ("masked", run_masked, 512),
             ):
                 validate.levels.runs._FORCED_TOKENS = most
-                took = seconds(lambda: run(loaded.model, trace, policy, entries, baseline=baseline))  # noqa: B023
+                took = seconds(lambda: run(loaded.model, trace, policy, entries, baseline=lambda: baseline))  # noqa: B023
                 rate = tell(f"{what}, {name} at {entries}", n_tokens, took, first)
                 first = first or rate
 

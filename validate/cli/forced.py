@@ -58,6 +58,8 @@ def forced(
     require_parquet({"--steps": steps})
     if out is not None and steps is not None:
         raise UserError("--steps contradicts --out, which keeps rows of cells only; give one of them")
+    if out is not None:
+        options.make_folder(out)
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
     from validate.levels.folder import rows_folder
@@ -69,12 +71,9 @@ def forced(
     run = partial(run_forced, loaded.model, seed=seed, waves=known_waves(wave or []))
     folder = rows_folder(out, "forced", loaded, seed, wave or [])
     with progress("forced", len(traces) * len(cells), quiet) as advance:
-
-        def tell(trace: str) -> None:
-            advance()
-            advance(told=trace)
-
-        rows, per_step, failed = compare(traces, cells, run, loaded.model, folder, tell)
+        rows, per_step, failed = compare(
+            traces, cells, "forced", run, loaded.model, folder, lambda trace: advance(advance=1, told=trace)
+        )
     if steps is not None:
         write_parquet(per_step, steps)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)

@@ -41,6 +41,8 @@ def masked(
     source = asked_model(model, random_weights, "reference")
     chosen = choose_format(format, output)
     require_places({"-o": output})
+    if out is not None:
+        options.make_folder(out)
     cells = options.asked_cells(policy, budget, configs, buffer)
     from validate.levels.cells import compare, open_traces
     from validate.levels.folder import rows_folder
@@ -52,11 +54,8 @@ def masked(
     run = partial(run_masked, loaded.model, seed=seed, waves=known_waves(wave or []))
     folder = rows_folder(out, "masked", loaded, seed, wave or [])
     with progress("masked", len(traces) * len(cells), quiet) as advance:
-
-        def tell(trace: str) -> None:
-            advance()
-            advance(told=trace)
-
-        rows, _, failed = compare(traces, cells, run, loaded.model, folder, tell)
+        rows, _, failed = compare(
+            traces, cells, "masked", run, loaded.model, folder, lambda trace: advance(advance=1, told=trace)
+        )
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")

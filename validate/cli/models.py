@@ -11,6 +11,7 @@ import typer
 from traces.errors import UserError
 from traces.extras import require_extra
 from traces.progress import progress
+from validate.cli.options import make_folder
 
 
 def list_models(format: Annotated[str, typer.Option("--format", help="text or json.")] = "text") -> None:
@@ -85,7 +86,7 @@ def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")])
         "waves": wave_chart({model: waves_of(model) for model in MODELS}),
         "divergence": divergence_chart({model: mean_divergence(model) for model in MODELS}),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, chart in made.items():
         styled(chart).save(out / f"{name}.svg")
         print(f"wrote {out / f'{name}.svg'}")

@@ -48,7 +48,7 @@ def shadow(
 
     loaded, traces = open_traces(trace, source, revision, dtype, device, wave or [])
     run = partial(run_shadow, loaded.model, seed=seed, waves=known_waves(wave or []))
-    rows, _, failed = compare(traces, cells, run)
+    rows, _, failed = compare(traces, cells, "shadow", run)
     put_out(rows, partial(print_levels, table=rows), output, chosen, quiet=quiet)
     report_failed(failed, len(failed) + len(rows), "cells")
     if rows["mismatches"].sum():

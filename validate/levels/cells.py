@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import polars as pl
@@ -10,16 +11,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from simulator.budget import Budget
-from simulator.cells import cell_labels, code_version
+from simulator.cells import cell_labels
 from simulator.engine.cap import entries_of
 from simulator.policies.language import Policy
 from simulator.policies.wave import tell_unused
+from simulator.results.tables import require_one_model
 from traces.errors import UserError
 from traces.store import find_traces, open_trace
 from traces.trace import Trace
-from validate.levels.folder import RowsFolder, cell_key
+from validate.levels.folder import RowsFolder, cell_key, level_version
 from validate.levels.outcomes import Forced, Masked, Shadow
-from validate.levels.runs import Baseline, baseline_of
+from validate.levels.runs import baseline_of
 from validate.models.load import LoadedModel, load_model
 from validate.models.threads import limit_threads
 
@@ -40,6 +42,7 @@ def open_traces(
         If a trace or the model cannot be read.
     """
     traces = [open_trace(path) for path in find_traces(patterns)]
+    require_one_model(trace.model for trace in traces)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded = load_model(model, dtype or traces[0].shape.dtype, device, revision)
@@ -51,6 +54,7 @@ def open_traces(
 def compare(
     traces: Sequence[Trace],
     cells: Sequence[tuple[Policy, Budget]],
+    level: str,
     run: Callable[..., Shadow | Masked | Forced],
     model: PreTrainedModel | None = None,
     folder: RowsFolder | None = None,
@@ -62,6 +66,8 @@ def compare(
     ----------
     traces : sequence of Trace
     cells : sequence of (Policy, Budget)
+    level : str
+        Its name, which rows tell.
     run : callable
         Of a trace, a policy and a budget in entries.
     model : PreTrainedModel, optional
@@ -87,31 +93,38 @@ def compare(
     """
     rows, per_step, failed = [], [], []
     for trace in traces:
-        kept = {} if folder is None else folder.rows(trace)
-        given: dict[str, Baseline] = {}
+        done = {} if folder is None else folder.done(trace)
+        given = {} if model is None else {"baseline": cache(partial(baseline_of, model, trace))}
         for policy, budget in cells:
             labels = cell_labels(trace, policy, budget)
-            key = cell_key(labels)
-            if key not in kept:
+            row = done.get(cell_key(labels))
+            if row is None:
                 try:
-                    if model is not None and not given:
-                        given = {"baseline": baseline_of(model, trace)}
                     entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
                     result = run(trace, policy, entries, **given)
                 except UserError as error:
                     failed.append(error)
                     on_cell(trace.path.name)
                     continue
-                facts = {"model": trace.model, "family": trace.manifest.task.get("family"), "status": "ok"}
-                kept[key] = labels | facts | {"code_version": code_version()} | result.row()
+                row = labels | _facts(trace, level) | result.row()
                 if folder is not None:
-                    folder.write(trace, list(kept.values()))
+                    folder.add(trace, row)
                 if isinstance(result, Forced):
                     columns = [pl.lit(value).alias(name) for name, value in labels.items()]
                     per_step.append(pl.DataFrame(result.steps()).select(*columns, pl.all()))
-            rows.append(kept[key])
+            rows.append(row)
             on_cell(trace.path.name)
     if not rows:
         raise failed[0]
     steps = pl.concat(per_step) if per_step else pl.DataFrame()
     return pl.DataFrame(rows, infer_schema_length=None), steps, failed
+
+
+def _facts(trace: Trace, level: str) -> dict[str, object]:
+    return {
+        "level": level,
+        "model": trace.model,
+        "family": trace.manifest.task.get("family"),
+        "code_version": level_version(),
+        "status": "ok",
+    }

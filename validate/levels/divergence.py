@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from traces.errors import UserError
 from traces.trace import Trace
 from validate.models.next_token import forward_settings
 
 # Tokens of one pass: the logits of a whole trace would be the largest tensor of all.
 _TOKENS = 512
-_LEAST_LOGIT = -1e4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,16 +80,16 @@ class FullPredictions:
         start = 0
         for logits in decode_logits(model, trace, self._cache):
             found = logits.float().log_softmax(-1)
+            _require_numbers(found[:, 0])
             if not start:
                 self._probabilities = torch.empty(n_steps, found.shape[1])
             steps = slice(start, start + len(found))
-            probabilities = self._probabilities[steps] = found.exp().cpu()
-            # A token without any chance adds nothing.
-            terms = torch.where(found.isneginf(), 0.0, probabilities.to(found.device) * found)
-            self._entropy[steps] = -terms.sum(-1, dtype=torch.float64).cpu()
-            self._top[steps] = found.argmax(-1).cpu()
             known = self._next_ids[steps, None].to(found.device)
+            self._top[steps] = logits.argmax(-1).cpu()
             self._own[steps] = found[: len(known)].gather(1, known)[:, 0].double().cpu()
+            probabilities = found.exp_()
+            self._entropy[steps] = torch.special.entr(probabilities).sum(-1, dtype=torch.float64).cpu()
+            self._probabilities[steps] = probabilities.cpu()
             start += len(found)
 
     def cache(self, n_tokens: int) -> DynamicCache:
@@ -105,9 +105,14 @@ class FullPredictions:
         Parameters
         ----------
         logits : iterator of Tensor, shape (n_tokens, n_vocabulary)
-            Of the decode steps in order, cut into passes in any way.
+            Of the decode steps in order, cut into passes in any way; they may be written over.
         first : int
             The decode step that they begin with; before it nothing differs.
+
+        Raises
+        ------
+        UserError
+            For a logit that is no number.
         """
         step = first
         kl = [torch.zeros(first, dtype=torch.float64)]
@@ -120,8 +125,10 @@ class FullPredictions:
                 relative = block.float().sub_(largest)
                 full = self._probabilities[steps].to(block.device)
                 expected = _products(full, relative)
-                if expected.isnan().any():  # no chance at all, 0 times infinity
-                    expected = _products(full, relative.clamp_(min=_LEAST_LOGIT))
+                if expected.isnan().any():
+                    # What has no chance in either must not become 0 times infinity.
+                    expected = _products(full, relative.masked_fill(full == 0, 0.0))
+                _require_numbers(expected)
                 known = self._next_ids[steps, None].to(block.device)
                 chosen = relative[: len(known)].gather(1, known)[:, 0].double().cpu()
                 # In place: what is written anew takes longer than what is computed.
@@ -137,6 +144,11 @@ class FullPredictions:
             log_likelihood_change=(torch.cat(own) - self._own).numpy(),
             agrees=(tops[: len(self._next_ids)] == self._next_ids).numpy(),
         )
+
+
+def _require_numbers(values: torch.Tensor) -> None:
+    if values.isnan().any():
+        raise UserError("the model's logits hold a value that is no number; allowed: another --dtype perhaps")
 
 
 def _products(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

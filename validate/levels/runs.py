@@ -180,22 +180,23 @@ def run_forced(
     *,
     seed: int = 0,
     waves: dict[str, Wave] | None = None,
-    baseline: Baseline | None = None,
+    baseline: Callable[[], Baseline] | None = None,
 ) -> Forced:
     """Evict for real while the tokens stay the trace's; parameters and errors as `run_shadow`.
 
-    ``baseline`` is the trace's and model's, if it is at hand: several runs can share it.
+    ``baseline`` gives the trace's and model's, so that several runs can share it; it is asked for once the
+    replay is done.
     """
     run = _TraceRun(model, trace, policy, entries, seed, waves)
     simulated = run.replay()
-    baseline = baseline or baseline_of(model, trace)
-    layers, divergence = run.feed(_ForcedLayer, _FORCED_TOKENS, baseline.predictions.compare)
+    full = baseline_of(model, trace) if baseline is None else baseline()
+    layers, divergence = run.feed(_ForcedLayer, _FORCED_TOKENS, full.predictions.compare)
     return Forced(
         forced=np.stack([np.concatenate(layer.mass, axis=1) for layer in layers]),
         simulated=simulated.mass,
         forced_lost=np.stack([np.concatenate(layer.lost, axis=1) for layer in layers]),
-        simulated_lost=lost_lookups(trace, simulated, baseline.attention),
-        replayed=measure(trace, simulated, baseline.attention),
+        simulated_lost=lost_lookups(trace, simulated, full.attention),
+        replayed=measure(trace, simulated, full.attention),
         divergence=divergence,
     )
 
@@ -208,14 +209,14 @@ def run_masked(
     *,
     seed: int = 0,
     waves: dict[str, Wave] | None = None,
-    baseline: Baseline | None = None,
+    baseline: Callable[[], Baseline] | None = None,
 ) -> Masked:
     """Let the model see what a replay retains, in one pass; parameters and errors as `run_forced`."""
-    baseline = baseline or baseline_of(model, trace)
     simulated = _TraceRun(model, trace, policy, entries, seed, waves).replay()
+    full = baseline_of(model, trace) if baseline is None else baseline()
     return Masked(
-        replayed=measure(trace, simulated, baseline.attention),
-        divergence=masked_divergence(model, trace, simulated.retained, baseline.predictions),
+        replayed=measure(trace, simulated, full.attention),
+        divergence=masked_divergence(model, trace, simulated.retained, full.predictions),
     )
 
 

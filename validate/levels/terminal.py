@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import polars as pl
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
@@ -11,8 +12,7 @@ from rich.table import Table
 
 from simulator.results.labels import told_apart, with_budget_label
 from simulator.results.layout import fitted
-from simulator.results.standings import standings
-from simulator.results.tables import GROUP, comparable
+from simulator.results.tables import BUDGET, GROUP, bootstrap, comparable
 from simulator.results.terminal import say
 from traces.wording import counted
 
@@ -41,11 +41,14 @@ _HEADERS = {
 _LEAST_TOLD = ("log_likelihood_change", "kl_worst", "forced_lost_lookup_rate", "lost_lookup_rate")
 
 
+_RESAMPLES = 2000
+
+
 def print_levels(console: Console, table: pl.DataFrame) -> None:
     """Print a level's rows; of several traces their means, with the interval of the mean divergence."""
     note = ""
-    if table["trace_id"].n_unique() > 1 and "kl_mean" in table.columns:
-        table = _over_traces(table)
+    if table["trace_id"].n_unique() > 1 and "kl_mean" in table.columns and len(same := comparable(table)):
+        table = _over_traces(same)
         note = (
             f"Means over {counted(max(table['n_traces']), 'trace')}; the mean divergence with its 95% "
             "interval, bootstrapped over traces, and = where it is not told apart from the budget's least."
@@ -71,28 +74,32 @@ def print_levels(console: Console, table: pl.DataFrame) -> None:
     say(console, left_out, *legend, note)
 
 
-def _over_traces(table: pl.DataFrame) -> pl.DataFrame:
-    """Average rows over traces; ``kl_mean`` becomes a text with its interval."""
-    same = comparable(table)
-    worst = [name for name in ("kl_worst",) if name in same.columns]
-    numbers = [name for name in _HEADERS if name in same.columns and name not in (*worst, "trace", *GROUP)]
+def _over_traces(same: pl.DataFrame) -> pl.DataFrame:
+    """Average comparable rows over traces; ``kl_mean`` becomes a text with its interval."""
+    numbers = [
+        name for name in _HEADERS if name in same.columns and name not in ("kl_worst", "trace", *GROUP)
+    ]
     means = same.group_by(GROUP, maintain_order=True).agg(
-        pl.len().alias("n_traces"), pl.col(numbers).mean(), pl.col(worst).max()
+        pl.len().alias("n_traces"), pl.col(numbers).mean(), pl.col("kl_worst").max()
     )
-    half = (pl.col("high") - pl.col("low")) / 2
-    told = standings(table, "kl_mean").select(
-        *GROUP,
-        told=pl.when("is_tied").then(pl.lit("= ")).otherwise(pl.lit(""))
-        + pl.format(
-            "{} ±{}", pl.col("mean").map_elements(_text, pl.String), half.map_elements(_text, pl.String)
-        ),
-    )
-    joined = means.join(told, on=GROUP, how="left", maintain_order="left")
-    alone = pl.col("kl_mean").map_elements(_text, pl.String)
-    return joined.with_columns(kl_mean=pl.coalesce("told", alone)).drop("told")
+    rng, told = np.random.default_rng(0), {}
+    for _, at_budget in same.group_by(BUDGET, maintain_order=True):
+        groups = {key: own.sort("trace_id") for key, own in at_budget.group_by(GROUP, maintain_order=True)}
+        values = {key: own["kl_mean"].to_numpy() for key, own in groups.items()}
+        evicting = [key for key, own in groups.items() if own["n_evictions"].sum()]
+        least = min(evicting, key=lambda key: float(values[key].mean()), default=None)
+        for key, own in values.items():
+            low, high = bootstrap(own, rng, _RESAMPLES)
+            told[key] = f"{own.mean():.3f} ±{(high - low) / 2:.3f}"
+            if key in evicting and least is not None:
+                low, high = bootstrap(own - values[least], rng, _RESAMPLES)
+                told[key] = ("= " if low <= 0 <= high else "") + told[key]
+    return means.with_columns(kl_mean=pl.Series([told[key] for key in means.select(GROUP).iter_rows()]))
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else str(value).removesuffix(".kvtrace")

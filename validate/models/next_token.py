@@ -18,6 +18,7 @@ from traces.errors import UserError
 _UNIT = 2**52
 # Logits of rows that are sorted together: a sort takes some 40 bytes for each.
 _MOST_AT_ONCE = 2**22
+_LEAST_LEFT_OUT = 2.0**-17
 
 
 def forward_settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -159,7 +160,9 @@ def _likeliest(probabilities: torch.Tensor, nucleus: torch.Tensor) -> tuple[torc
     """
     n_token_ids = probabilities.shape[1]
     # Tokens below this are together less likely than what a nucleus leaves out. Half of it: sums are rounded.
-    least = (1 - nucleus / _UNIT).clamp(min=0) / (2 * n_token_ids)
+    least = (1 - nucleus / _UNIT) / (2 * n_token_ids)
+    # Where it leaves out so little that sums in float32 cannot tell, all are ordered.
+    least = torch.where(least * n_token_ids < _LEAST_LEFT_OUT, 0.0, least)
     n_inside = max(1, int((probabilities >= least).sum(-1).max()))
     if n_inside > n_token_ids // 8:  # ordered in less time than picked out
         return probabilities.sort(descending=True, stable=True)

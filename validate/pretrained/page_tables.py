@@ -14,10 +14,10 @@ from simulator.results.layout import markdown_table
 from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
-from traces.errors import UserError
 from validate.live.accuracy import mean_interval
-from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, waves_of
+from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, has_rows, waves_of
 
+_RESAMPLES = 2000
 _LEVELS = {
     "rkv+wave": "layers only (`rkv+wave`)",
     "rkv+utility": "heads only (`rkv+utility`)",
@@ -44,50 +44,57 @@ def _divergence(model: str, metric: str = "kl_mean") -> str:
     )
 
 
+def _budgets() -> list[str]:
+    """List the budgets of all models, shares first."""
+    rows = pl.concat(evicting_rows("masked", model).select(*BUDGET, "budget") for model in MODELS).unique()
+    return rows.sort(pl.col("budget_unit") != "%", "budget_asked")["budget"].to_list()
+
+
 def _levels() -> str:
     """Tell what each of ReasonAlloc's levels changes against uniform R-KV, with paired intervals."""
-    rng = np.random.default_rng(0)
-    head: list[str] = []
+    rng, budgets = np.random.default_rng(0), _budgets()
     table = []
     for model in MODELS:
         rows = evicting_rows("masked", model)
         base = rows.filter(policy="rkv").select("budget", "trace_id", base="kl_mean")
         joined = rows.join(base, on=["budget", "trace_id"])
-        budgets = rows["budget"].unique(maintain_order=True).to_list()
-        head = head or ["model", "divergence less R-KV's, in percent of it", *budgets]
         for policy, label in _LEVELS.items():
             told = []
             for budget in budgets:
                 own = joined.filter(policy=policy, budget=budget)
-                low, high = bootstrap((own["kl_mean"] - own["base"]).to_numpy(), rng, 2000)
-                usual = own["base"].to_numpy().mean()
-                mean = own["kl_mean"].to_numpy().mean() - usual
-                text = f"{100 * mean / usual:+.0f} ({100 * low / usual:+.0f} to {100 * high / usual:+.0f})"
+                if own.is_empty():
+                    told.append("")
+                    continue
+                difference = (own["kl_mean"] - own["base"]).to_numpy()
+                low, high = bootstrap(difference, rng, _RESAMPLES)
+                percent = [
+                    100 * value / own["base"].to_numpy().mean() for value in (difference.mean(), low, high)
+                ]
+                text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*percent)
                 told.append(text if low <= 0 <= high else f"**{text}**")
             table.append([model, label, *told])
-    return markdown_table(head, table)
+    return markdown_table(["model", "divergence less R-KV's, % of it", *budgets], table)
 
 
-def _means(model: str, level: str = "masked") -> pl.DataFrame:
+def _means(model: str) -> pl.DataFrame:
     """Average rows over texts: one row per policy and budget."""
-    numbers = [*METRICS, "kl_mean", "kl_p95", "top_changed"]
-    rows = evicting_rows(level, model)
-    return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(numbers).mean())
+    rows = evicting_rows("masked", model)
+    return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(*METRICS, "kl_mean").mean())
 
 
 def _predictors() -> str:
     """Tell how each number of a replay ranks policies by their measured divergence, within a budget."""
+    means = {model: _means(model) for model in MODELS}
     table = []
     for metric, known in METRICS.items():
         told = []
         sign = -1 if known.more_is_better else 1
-        for model in MODELS:
-            means = _means(model)
+        for own in means.values():
             ranks = [
-                float(spearmanr(sign * own[metric], own["kl_mean"]).statistic)
-                for _, own in means.group_by("budget", maintain_order=True)
+                float(spearmanr(sign * same[metric], same["kl_mean"]).statistic)
+                for _, same in own.group_by("budget", maintain_order=True)
             ]
-            over_all = float(spearmanr(sign * means[metric], means["kl_mean"]).statistic)
+            over_all = float(spearmanr(sign * own[metric], own["kl_mean"]).statistic)
             told.append(f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}")
         table.append([known.label, *told])
     return markdown_table(["the replay's number", *MODELS], table)
@@ -95,15 +102,17 @@ def _predictors() -> str:
 
 def _agreement() -> str:
     """Tell how alike two models rank the policies by divergence, budget by budget."""
-    means = {model: _means(model) for model in MODELS}
-    budgets = means[MODELS[0]]["budget"].unique(maintain_order=True).to_list()
+    means, budgets = {model: _means(model) for model in MODELS}, _budgets()
     table = []
     for one, other in combinations(MODELS, 2):
         joined = means[one].join(means[other], on=["policy", "budget"], suffix="_other")
         told = []
         for budget in budgets:
             own = joined.filter(budget=budget)
-            told.append(f"{spearmanr(own['kl_mean'], own['kl_mean_other']).statistic:.2f}")
+            alike = (
+                "" if own.is_empty() else f"{spearmanr(own['kl_mean'], own['kl_mean_other']).statistic:.2f}"
+            )
+            told.append(alike)
         table.append([f"{one}, {other}", *told])
     return markdown_table(["Spearman of mean divergences", *budgets], table)
 
@@ -155,10 +164,9 @@ def _drift() -> str:
     """Tell how far masked and forced divergence are apart, on the texts that both were run on."""
     table = []
     for model in MODELS:
-        try:
-            forced = evicting_rows("forced", model)
-        except UserError:
+        if not has_rows("forced", model):
             continue
+        forced = evicting_rows("forced", model)
         key = ["policy", "policy_params", "budget", "trace_id"]
         both = forced.join(evicting_rows("masked", model), on=key, suffix="_masked")
         means = both.group_by("policy", "budget").agg(pl.col("kl_mean", "kl_mean_masked").mean())

@@ -19,6 +19,15 @@ MODELS = tuple(pretrained_models())
 FOUND = "found by search"
 
 
+def has_rows(level: str, model: str) -> bool:
+    """Say whether rows of a level are stored for a model."""
+    return _place(level, model).is_file()
+
+
+def _place(level: str, model: str) -> Path:
+    return HOME / "results" / f"{level}-{model}.parquet"
+
+
 def stored_rows(level: str, model: str) -> pl.DataFrame:
     """Read the rows of a level, ``masked`` or ``forced``, on all texts of a model.
 
@@ -27,9 +36,10 @@ def stored_rows(level: str, model: str) -> pl.DataFrame:
     UserError
         If none are stored.
     """
-    path = HOME / "results" / f"{level}-{model}.parquet"
+    path = _place(level, model)
     if not path.is_file():
-        raise UserError(f"no rows of {level} are stored for '{model}'; allowed: {', '.join(MODELS)}")
+        there = sorted(own.stem.removeprefix(f"{level}-") for own in path.parent.glob(f"{level}-*.parquet"))
+        raise UserError(f"no rows of {level} are stored for '{model}'; allowed: {', '.join(there)}")
     return with_budget_label(with_budget_kind(read_table(path, str(path), {})))
 
 
@@ -39,7 +49,8 @@ def evicting_rows(level: str, model: str) -> pl.DataFrame:
     Policies go by their names; the one that a search found on the reasoner is `FOUND`.
     """
     rows = comparable(stored_rows(level, model)).filter(pl.col("n_evictions") > 0)
-    is_found = (pl.col("policy") == "rkv+cake") & ~pl.col("policy_params").str.contains('"window": 8,')
+    window = pl.col("policy_params").str.json_path_match("$.window")
+    is_found = (pl.col("policy") == "rkv+cake") & (window != "8")
     rows = rows.with_columns(policy=pl.when(is_found).then(pl.lit(FOUND)).otherwise("policy"))
     in_shares = pl.col("budget_unit") == "%"
     return rows.sort(~in_shares, "budget_asked", maintain_order=True)
@@ -59,11 +70,19 @@ def graded_rows(model: str) -> pl.DataFrame:
     UserError
         If nothing is stored.
     """
-    path = HOME / "results" / f"graded-{model}.parquet"
+    path = _place("graded", model)
     return with_budget_label(read_table(path, str(path), {}))
 
 
 def waves_of(model: str) -> dict[str, Wave]:
-    """Read a model's waves, one for each kind of text, as ``sim calibrate`` wrote them."""
+    """Read a model's waves, one for each kind of text, as ``sim calibrate`` wrote them.
+
+    Raises
+    ------
+    UserError
+        If none is stored.
+    """
     found = sorted((HOME / "results" / "waves").glob(f"{model}-on-*.json"))
+    if not found:
+        raise UserError(f"no wave is stored for '{model}'; allowed: {', '.join(MODELS)}")
     return {path.stem.rpartition("-on-")[2]: read_wave(path) for path in found}

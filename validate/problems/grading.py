@@ -55,7 +55,10 @@ def graded(task: dict[str, object], text: str) -> dict[str, object]:
     family, answer = task.get("family"), task.get("answer")
     if answer is None or (family not in FAMILIES and find_spec("math_verify") is None):
         return dict(task)
-    found = grade(text, str(family), str(answer))
+    try:
+        found = grade(text, None if family is None else str(family), str(answer))
+    except Exception:  # whatever a parser makes of a derailed text: what was decoded is kept
+        return dict(task)
     return dict(task) | {"decoded_answer": found.answer, "correct": found.right}
 
 

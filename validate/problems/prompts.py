@@ -116,7 +116,8 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
         **{
             name: _as_text(row[name], where, name)
             for name in ("system", "completion", "family", "answer")
-            if row.get(name) is not None
+            # Datasets have an empty system message where there is none.
+            if row.get(name) is not None and not (name == "system" and row[name] == "")
         },
     )
 

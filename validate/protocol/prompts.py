@@ -57,6 +57,7 @@ def prepare_prompts(name: str, source: str, template: str, folder: Path) -> Path
             "family": problem.family or name,
             "prompt": template.replace(PROBLEM, problem.text),
             "answer": problem.answer,
+            **({} if problem.system is None else {"system": problem.system}),
         }
         for problem in problems
     ]

@@ -11,6 +11,7 @@ from simulator.engine.layer import Retained
 from simulator.engine.loop import Engine
 from simulator.engine.request import Request
 from simulator.policies.language import parse_policy
+from traces.errors import UserError
 from validate.levels.divergence import FullPredictions
 from validate.levels.masked import masked_divergence, masks_of
 from validate.levels.runs import run_forced, run_masked
@@ -65,13 +66,37 @@ def test_masks_are_what_was_retained_query_by_query(policy, trace):
             np.testing.assert_array_equal(found, expected[:, first : first + n_new, : first + n_new])
 
 
-def test_without_evictions_nothing_diverges(model, trace):
-    full = FullPredictions(model, trace)
-    found = masked_divergence(model, trace, [], full)
+@pytest.mark.parametrize("first", [20, 21, 45])
+def test_where_all_is_retained_nothing_diverges(model, trace, first):
+    """The pass runs through the masks from the first compression on, and finds what the full cache does."""
+    heads = np.ndindex(trace.shape.n_layers, trace.shape.n_kv_heads)
+    retained = [Retained(*head, 0, first, np.arange(first, dtype=np.int32)) for head in heads]
+    passes = []
+    with model.register_forward_pre_hook(
+        lambda _, given, named: passes.append(named["input_ids"].shape[1]), with_kwargs=True
+    ):
+        full = FullPredictions(model, trace)
+        found = masked_divergence(model, trace, retained, full)
+    assert passes == [20, 50, 70 - first]
     assert found.kl.shape == (trace.total_tokens - trace.prompt_tokens,)
     assert found.kl.max() < 1e-5
     assert not found.top_changed.any()
     assert abs(found.columns()["perplexity_ratio"] - 1) < 1e-5
+
+
+def test_without_a_compression_the_model_is_not_asked(model, trace):
+    full = FullPredictions(model, trace)
+    found = masked_divergence(model, trace, [], full)
+    assert found.kl.max() == 0
+    assert found.agrees.all()  # a greedy text
+
+
+def test_logits_that_are_no_numbers_are_refused(model, trace):
+    full = FullPredictions(model, trace)
+    logits = torch.zeros(50, full._probabilities.shape[1])
+    logits[3, 5] = torch.nan
+    with pytest.raises(UserError, match="hold a value that is no number"):
+        full.compare(iter([logits]))
 
 
 def test_divergence_is_that_of_the_definition(model, trace):
@@ -100,6 +125,10 @@ def test_divergence_is_that_of_the_definition(model, trace):
     full._probabilities = torch.cat([full._probabilities, torch.zeros_like(impossible)], 1)
     padded = full.compare(iter([torch.cat([logits.float(), impossible], 1)]))
     np.testing.assert_allclose(padded.kl, cut.kl, rtol=1e-5)
+    # One that only the full cache gives a chance is infinitely missed.
+    missed = torch.cat([logits.float(), impossible], 1)
+    missed[4, 0] = -torch.inf
+    assert np.flatnonzero(np.isinf(full.compare(iter([missed])).kl)).tolist() == [4]
     columns = cut.columns()
     assert columns["kl_worst"] == cut.kl.max()
     assert columns["perplexity_ratio"] == pytest.approx(float(torch.exp(-change.mean())), rel=1e-4)

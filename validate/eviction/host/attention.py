@@ -18,7 +18,7 @@ from validate.models.causal import causal_attention
 # Keys gathered at once by the portable path, in elements: 64 MiB of float32.
 _BLOCK_ELEMENTS = 2**24
 # Entries of a block of the compiled path, and so many that threads are worth waking.
-_ROWS, _ENTRIES_OF_A_THREAD = 64, 2**12
+_ROWS, _ENTRIES_WORTH_THREADS = 64, 2**12
 
 
 def attend_ragged(
@@ -44,7 +44,7 @@ def attend_ragged(
     -------
     Tensor, shape (n_rows, n_query_heads, head_dim), dtype of ``queries``
     """
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and str(keys.dtype).removeprefix("torch.") in KINDS:
         return _attend_compiled(queries, keys, values, starts, lengths, scale)
     if queries.device.type == "cuda" and has_kernels(queries, starts.size):
         return attend_by(ops_for(queries.device), queries, keys, values, starts, lengths, scale)
@@ -168,7 +168,7 @@ def _attend_compiled(
         )
 
     n_threads = torch.get_num_threads()
-    if n_threads == 1 or flat_lengths.sum() < _ENTRIES_OF_A_THREAD:
+    if n_threads == 1 or flat_lengths.sum() < _ENTRIES_WORTH_THREADS:
         attend(np.arange(starts.size))
     else:
         # Neighbours in length to different threads.

@@ -234,11 +234,19 @@ def test_16_bit_heads_are_attended_to_in_single_precision(rng, dtype):
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_no_number_stays_none(rng, dtype, part):
+    heads = random_pool(rng, LENGTHS["one head"], 2, 24, dtype)
+    heads[part].view(-1, 24)[heads[3][0, 0] if part else 0, 3] = torch.nan
+    assert attend_ragged(*heads, 0.7)[0, 0, 3].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_threads_change_nothing(rng, monkeypatch, dtype):
     heads = random_pool(rng, LENGTHS["unequal"], 2, 24, dtype)
     alone = attend_ragged(*heads, 0.7)
-    monkeypatch.setattr(kernels, "_ENTRIES_OF_A_THREAD", 0)
+    monkeypatch.setattr(kernels, "_ENTRIES_WORTH_THREADS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(attend_ragged(*heads, 0.7), alone)
 
