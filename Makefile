@@ -14,6 +14,8 @@ OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-pa
 # The paper's policies, the controls and what others published, and what the search on the reasoner found.
 FOUND := rkv+cake:window=30,kernel_size=1,group_reduce=max_weights,alpha=0.1265,similarity_threshold=0.3718,cake_window=31,tau1=1.283,tau2=1.007
 STUDY := snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt,recency,h2o,tova,keydiff,rkv+cake,$(FOUND)
+STUDIED := 10%,20%
+STORED := validate/pretrained/results
 PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
@@ -86,18 +88,26 @@ search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json
 
-pretrained: .venv/.full ## waves of three pretrained models, and the divergence of 14 policies x 8 budgets on their texts (a day, resumes)
-	mkdir -p runs/pretrained
+pretrained: .venv/.full ## waves of three pretrained models, and what eviction does to their predictions and answers (half a day, resumes)
+	mkdir -p runs/pretrained $(STORED)/waves
 	$(BIN)/sim models fetch $(PRETRAINED)
-	for model in $(PRETRAINED); do \
-	  texts=validate/pretrained/texts; results=validate/pretrained/results; runs=runs/pretrained/$$model; \
-	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/calibration-$$model.jsonl --rescore --out $$runs/calibration && \
+	set -e; for model in $(PRETRAINED); do \
+	  runs=runs/pretrained/$$model; texts=validate/pretrained/texts; \
+	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/calibration-$$model.jsonl --rescore --out $$runs/calibration; \
+	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/$$model.jsonl --rescore --out $$runs/traces; \
 	  for kind in gsm8k math code prose; do \
-	    $(BIN)/sim calibrate --trace "$$runs/calibration/$$kind-*" --out $$results/waves/$$model-on-$$kind.json; done && \
-	  $(BIN)/sim calibrate --trace "$$runs/calibration/gsm8k-*" --trace "$$runs/calibration/math-*" --out simulator/waves/$$model.json && \
-	  $(BIN)/sim record --model $$model --dtype bfloat16 --prompts $$texts/$$model.jsonl --rescore --out $$runs/traces && \
-	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --buffer 32 \
-	    --budget 5%,10%,20%,30%,50%,64,128,256 --out $$runs/masked -o $$results/masked-$$model.parquet; done
+	    $(BIN)/sim calibrate --trace "$$runs/calibration/$$kind-*" --out $(STORED)/waves/$$model-on-$$kind.json; done; \
+	  $(BIN)/sim calibrate --trace "$$runs/calibration/gsm8k-*" --trace "$$runs/calibration/math-*" --out $$runs/wave.json; done
+	set -e; for model in $(PRETRAINED); do \
+	  runs=runs/pretrained/$$model; cp $$runs/wave.json simulator/waves/$$model.json; done
+	set -e; for model in $(PRETRAINED); do \
+	  runs=runs/pretrained/$$model; \
+	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --budget $(STUDIED) --buffer 32 \
+	    --out $$runs/masked -o $(STORED)/masked-$$model.parquet; done
+	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 \
+	  --policy rkv,reasonalloc,h2o,snapkv,random --budget 128 --buffer 32 --batch 100 --out runs/pretrained/graded -o $(STORED)/graded-qwen2.5-coder-0.5b.parquet
+	$(BIN)/sim models charts --out $(STORED)
+	$(BIN)/sim reasoner pages
 
 wave: .venv/.full ## measure the reference model's wave again, on problems that nothing is judged on
 	mkdir -p runs

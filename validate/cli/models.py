@@ -80,11 +80,11 @@ def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")])
     require_extra("a figure", "altair", "vl_convert")
     from simulator.charts.style import styled
     from validate.pretrained.charts import divergence_chart, wave_chart
-    from validate.pretrained.stored import MODELS, mean_divergence, waves_of
+    from validate.pretrained.stored import MODELS, mean_divergence, models_with, waves_of
 
     made = {
         "waves": wave_chart({model: waves_of(model) for model in MODELS}),
-        "divergence": divergence_chart({model: mean_divergence(model) for model in MODELS}),
+        "divergence": divergence_chart({model: mean_divergence(model) for model in models_with("masked")}),
     }
     make_folder(out)
     for name, chart in made.items():

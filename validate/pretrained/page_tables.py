@@ -15,7 +15,7 @@ from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
-from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, has_rows, waves_of
+from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, models_with, waves_of
 
 _RESAMPLES = 2000
 _LEVELS = {
@@ -46,7 +46,10 @@ def _divergence(model: str, metric: str = "kl_mean") -> str:
 
 def _budgets() -> list[str]:
     """List the budgets of all models, shares first."""
-    rows = pl.concat(evicting_rows("masked", model).select(*BUDGET, "budget") for model in MODELS).unique()
+    rows = pl.concat(
+        evicting_rows("masked", model).select(*BUDGET, "budget") for model in models_with("masked")
+    )
+    rows = rows.unique()
     return rows.sort(pl.col("budget_unit") != "%", "budget_asked")["budget"].to_list()
 
 
@@ -54,7 +57,7 @@ def _levels() -> str:
     """Tell what each of ReasonAlloc's levels changes against uniform R-KV, with paired intervals."""
     rng, budgets = np.random.default_rng(0), _budgets()
     table = []
-    for model in MODELS:
+    for model in models_with("masked"):
         rows = evicting_rows("masked", model)
         base = rows.filter(policy="rkv").select("budget", "trace_id", base="kl_mean")
         joined = rows.join(base, on=["budget", "trace_id"])
@@ -84,7 +87,7 @@ def _means(model: str) -> pl.DataFrame:
 
 def _predictors() -> str:
     """Tell how each number of a replay ranks policies by their measured divergence, within a budget."""
-    means = {model: _means(model) for model in MODELS}
+    means = {model: _means(model) for model in models_with("masked")}
     table = []
     for metric, known in METRICS.items():
         told = []
@@ -97,14 +100,14 @@ def _predictors() -> str:
             over_all = float(spearmanr(sign * own[metric], own["kl_mean"]).statistic)
             told.append(f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}")
         table.append([known.label, *told])
-    return markdown_table(["the replay's number", *MODELS], table)
+    return markdown_table(["the replay's number", *means], table)
 
 
 def _agreement() -> str:
     """Tell how alike two models rank the policies by divergence, budget by budget."""
-    means, budgets = {model: _means(model) for model in MODELS}, _budgets()
+    means, budgets = {model: _means(model) for model in models_with("masked")}, _budgets()
     table = []
-    for one, other in combinations(MODELS, 2):
+    for one, other in combinations(means, 2):
         joined = means[one].join(means[other], on=["policy", "budget"], suffix="_other")
         told = []
         for budget in budgets:
@@ -163,9 +166,7 @@ def _graded(model: str) -> str:
 def _drift() -> str:
     """Tell how far masked and forced divergence are apart, on the texts that both were run on."""
     table = []
-    for model in MODELS:
-        if not has_rows("forced", model):
-            continue
+    for model in models_with("forced"):
         forced = evicting_rows("forced", model)
         key = ["policy", "policy_params", "budget", "trace_id"]
         both = forced.join(evicting_rows("masked", model), on=key, suffix="_masked")

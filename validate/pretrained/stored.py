@@ -19,9 +19,9 @@ MODELS = tuple(pretrained_models())
 FOUND = "found by search"
 
 
-def has_rows(level: str, model: str) -> bool:
-    """Say whether rows of a level are stored for a model."""
-    return _place(level, model).is_file()
+def models_with(level: str) -> list[str]:
+    """List the models of which rows of a level are stored."""
+    return [model for model in MODELS if _place(level, model).is_file()]
 
 
 def _place(level: str, model: str) -> Path:
