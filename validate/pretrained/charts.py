@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from simulator.charts.style import COLOURS, DASHES, ordered_policies, over_plot, policy_looks
+from simulator.charts.style import COLOURS, DASHES, over_plot
 from simulator.policies.wave import Wave
 
 _WIDTH, _HEIGHT = 300, 220
@@ -45,26 +45,33 @@ def wave_chart(waves: Mapping[str, Mapping[str, Wave]]) -> alt.HConcatChart:
 
 
 def divergence_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
-    """Draw the mean divergence against the budget, a panel per model and a line per policy.
+    """Draw the mean divergence of every policy, a panel per model and a colour per budget.
 
-    ``means`` are by model: policy, budget_asked in percent of the full cache, and kl_mean.
+    ``means`` are by model: policy, budget, budget_asked in percent of the full cache, and kl_mean. Policies
+    are in the order of their geometric means over the budgets of the first model.
     """
-    policies = ordered_policies([policy for own in means.values() for policy in own["policy"]])
-    looks = policy_looks(policies, alt.Legend(title="policy", symbolLimit=0))
+    first = next(iter(means.values()))
+    order = first.group_by("policy").agg(pl.col("kl_mean").log().mean()).sort("kl_mean")["policy"].to_list()
+    budgets = first.sort("budget_asked")["budget"].unique(maintain_order=True).to_list()
+    colour = alt.Color(
+        "budget:N",
+        scale=alt.Scale(domain=budgets, range=[COLOURS[i % len(COLOURS)] for i in range(len(budgets))]),
+        legend=alt.Legend(title="budget"),
+    )
+    shape = alt.Shape("budget:N", scale=alt.Scale(domain=budgets), legend=alt.Legend(title="budget"))
     panels = []
     for i, (model, own) in enumerate(means.items()):
-        budgets = own["budget_asked"].unique().sort().to_list()
+        low, high = float(own["kl_mean"].min()), float(own["kl_mean"].max())  # type: ignore[arg-type]
         x = alt.X(
-            "budget_asked:Q",
-            title="budget, % of the full cache",
-            scale=alt.Scale(type="log", domain=[0.8 * budgets[0], 1.25 * budgets[-1]]),
-            axis=alt.Axis(values=budgets, grid=False),
+            "kl_mean:Q",
+            title="KL divergence, nats a step",
+            scale=alt.Scale(type="log", domain=[0.8 * low, 1.25 * high], nice=False),
+            axis=alt.Axis(values=[n * 10.0**e for e in (-3, -2, -1, 0) for n in (1, 2, 5)], format="~g"),
         )
-        title = "KL divergence, nats a step" if i == 0 else None
-        y = alt.Y("kl_mean:Q", title=title, scale=alt.Scale(type="log"))
-        values = own.select("policy", "budget_asked", "kl_mean").to_dicts()
-        base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y, color=looks[0])
-        points = base.mark_point(filled=True, size=36).encode(shape=looks[1])
-        chart = base.mark_line().encode(strokeDash=looks[2]) + points
-        panels.append(chart.properties(width=_WIDTH, height=_HEIGHT, title=over_plot(model)))
-    return alt.hconcat(*panels, spacing=24)
+        axis = alt.Axis(labels=i == 0, ticks=i == 0, grid=True)
+        y = alt.Y("policy:N", sort=order, title=None, axis=axis)
+        values = own.select("policy", "budget", "kl_mean").to_dicts()
+        base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y)
+        chart = base.mark_point(filled=True, size=60, opacity=1).encode(color=colour, shape=shape)
+        panels.append(chart.properties(width=240, height=17 * len(order), title=over_plot(model)))
+    return alt.hconcat(*panels, spacing=16)

@@ -15,7 +15,15 @@ from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
-from validate.pretrained.stored import FOUND, MODELS, evicting_rows, graded_rows, models_with, waves_of
+from validate.pretrained.stored import (
+    FOUND,
+    MODELS,
+    evicting_rows,
+    graded_rows,
+    models_with,
+    reasoner_errors,
+    waves_of,
+)
 
 _RESAMPLES = 2000
 _LEVELS = {
@@ -104,20 +112,25 @@ def _predictors() -> str:
 
 
 def _agreement() -> str:
-    """Tell how alike two models rank the policies by divergence, budget by budget."""
+    """Tell how alike two models rank the policies by divergence, and the small reasoner by wrong answers."""
     means, budgets = {model: _means(model) for model in models_with("masked")}, _budgets()
+    pairs = [
+        (f"{one}, {other}", means[one], means[other], "kl_mean") for one, other in combinations(means, 2)
+    ]
+    errors = reasoner_errors()
+    pairs += [
+        (f"{model}, wrong answers of the small reasoner", means[model], errors, "errors") for model in means
+    ]
     table = []
-    for one, other in combinations(means, 2):
-        joined = means[one].join(means[other], on=["policy", "budget"], suffix="_other")
+    for label, one, other, against in pairs:
+        joined = one.join(other.select("policy", "budget", against=against), on=["policy", "budget"])
         told = []
         for budget in budgets:
             own = joined.filter(budget=budget)
-            alike = (
-                "" if own.is_empty() else f"{spearmanr(own['kl_mean'], own['kl_mean_other']).statistic:.2f}"
-            )
-            told.append(alike)
-        table.append([f"{one}, {other}", *told])
-    return markdown_table(["Spearman of mean divergences", *budgets], table)
+            alike = spearmanr(own["kl_mean"], own["against"]).statistic if len(own) else None
+            told.append("" if alike is None else f"{alike:.2f} ({len(own)})")
+        table.append([label, *told])
+    return markdown_table(["Spearman (policies)", *budgets], table)
 
 
 def _stability() -> str:

@@ -59,7 +59,17 @@ def evicting_rows(level: str, model: str) -> pl.DataFrame:
 def mean_divergence(model: str) -> pl.DataFrame:
     """Average the divergence over texts; one row per policy and share of the full cache."""
     rows = evicting_rows("masked", model).filter(budget_unit="%")
-    return rows.group_by("policy", "budget_asked", maintain_order=True).agg(pl.col("kl_mean").mean())
+    return rows.group_by("policy", "budget", "budget_asked", maintain_order=True).agg(
+        pl.col("kl_mean").mean()
+    )
+
+
+def reasoner_errors() -> pl.DataFrame:
+    """Read the share of wrong answers of the small reasoner, over all families: policy, budget, ``errors``."""
+    path = HOME.parent / "reasoner" / "results" / "accuracy.csv"
+    evicting = pl.col("budget_asked").is_not_null()
+    rows = with_budget_kind(read_table(path, str(path), {})).filter(evicting, family="all")
+    return with_budget_label(rows).select("policy", "budget", errors=1 - pl.col("accuracy"))
 
 
 def graded_rows(model: str) -> pl.DataFrame:
