@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -19,6 +19,7 @@ from validate.pretrained.stored import (
     FOUND,
     MODELS,
     evicting_rows,
+    graded_divergence,
     graded_rows,
     models_with,
     reasoner_errors,
@@ -26,6 +27,7 @@ from validate.pretrained.stored import (
 )
 
 _RESAMPLES = 2000
+_SOME = ("lost_lookup_rate", "lost_lookup_rms", "mass_mean", "mass_p05", "mass_min_head")
 _LEVELS = {
     "rkv+wave": "layers only (`rkv+wave`)",
     "rkv+utility": "heads only (`rkv+utility`)",
@@ -93,19 +95,19 @@ def _means(model: str) -> pl.DataFrame:
     return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(*METRICS, "kl_mean").mean())
 
 
-def _predictors() -> str:
+def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
     """Tell how each number of a replay ranks policies by their measured divergence, within a budget."""
     means = {model: _means(model) for model in models_with("masked")}
     table = []
-    for metric, known in METRICS.items():
+    for known in map(METRICS.__getitem__, metrics):
         told = []
         sign = -1 if known.more_is_better else 1
         for own in means.values():
             ranks = [
-                float(spearmanr(sign * same[metric], same["kl_mean"]).statistic)
+                float(spearmanr(sign * same[known.column], same["kl_mean"]).statistic)
                 for _, same in own.group_by("budget", maintain_order=True)
             ]
-            over_all = float(spearmanr(sign * own[metric], own["kl_mean"]).statistic)
+            over_all = float(spearmanr(sign * own[known.column], own["kl_mean"]).statistic)
             told.append(f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}")
         table.append([known.label, *told])
     return markdown_table(["the replay's number", *means], table)
@@ -158,22 +160,27 @@ def _stability() -> str:
 
 
 def _graded(model: str) -> str:
-    """Tell right answers, and how many fewer than with the full cache, problem by problem."""
+    """Tell right answers beside those of the full cache, and divergence on texts of the same problems."""
     rng = np.random.default_rng(0)
     rows = graded_rows(model)
-    full = rows.filter(pl.col("budget_asked").is_null()).select("problem", full="right")
-    share, n_problems = full["full"].to_numpy().mean(), len(full)
-    budgets = rows.filter(pl.col("budget_asked").is_not_null()).sort("budget_asked")
-    names = budgets["budget"].unique(maintain_order=True).to_list()
-    told: dict[str, list[str]] = {}
-    for (budget, policy), own in budgets.group_by("budget", "policy", maintain_order=True):
-        paired = own.join(full, on="problem")
+    evicting = pl.col("budget_asked").is_not_null()
+    full = rows.filter(~evicting).select("problem", full="right")
+    levels = graded_divergence(model).group_by("policy", "level").agg(pl.col("kl_mean").mean())
+    table = [["full cache", f"{100 * full['full'].to_numpy().mean():.1f}", "", "0", "0"]]
+    shares = rows.filter(evicting).group_by("policy").agg(pl.col("right").mean())
+    for policy, share in shares.sort("right", "policy", descending=True).iter_rows():
+        paired = rows.filter(evicting, policy=policy).join(full, on="problem")
         difference = paired["right"].cast(pl.Int8).to_numpy() - paired["full"].cast(pl.Int8).to_numpy()
         low, high = mean_interval(difference, rng, lowest=-1.0)
-        text = f"{100 * own['right'].to_numpy().mean():.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        told.setdefault(str(policy), [""] * len(names))[names.index(str(budget))] = text
-    head = [f"right, % of {n_problems} (less the full cache's {100 * share:.1f})", *names]
-    return markdown_table(head, [[f"`{policy}`", *cells] for policy, cells in told.items()])
+        told = [
+            f"{100 * share:.1f}",
+            f"{100 * difference.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        ]
+        for level in ("masked", "forced"):
+            told.append(f"{levels.filter(policy=policy, level=level)['kl_mean'].item():.3f}")
+        table.append([f"`{policy}`", *told])
+    head = [f"of {len(full)} problems", "right, %", "less the full cache's, points"]
+    return markdown_table([*head, "masked divergence", "forced divergence"], table)
 
 
 def _drift() -> str:
@@ -210,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "pretrained-levels": _levels,
     "pretrained-predictors": _predictors,
+    "pretrained-predictors-some": partial(_predictors, _SOME),
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
     "graded": partial(_graded, "qwen2.5-coder-0.5b"),

@@ -65,7 +65,7 @@ def mean_divergence(model: str) -> pl.DataFrame:
 
 
 def reasoner_errors() -> pl.DataFrame:
-    """Read the share of wrong answers of the small reasoner, over all families: policy, budget, ``errors``."""
+    """Read the small reasoner's share of wrong answers, over all families: policy, budget, ``errors``."""
     path = HOME.parent / "reasoner" / "results" / "accuracy.csv"
     evicting = pl.col("budget_asked").is_not_null()
     rows = with_budget_kind(read_table(path, str(path), {})).filter(evicting, family="all")
@@ -82,6 +82,12 @@ def graded_rows(model: str) -> pl.DataFrame:
     """
     path = _place("graded", model)
     return with_budget_label(read_table(path, str(path), {}))
+
+
+def graded_divergence(model: str) -> pl.DataFrame:
+    """Read masked and forced rows on texts of the graded problems, at the budget that they were graded at."""
+    path = _place("divergence-of-graded", model)
+    return read_table(path, str(path), {})
 
 
 def waves_of(model: str) -> dict[str, Wave]:
