@@ -104,8 +104,15 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	  runs=runs/pretrained/$$model; \
 	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --budget $(STUDIED) --buffer 32 \
 	    --out $$runs/masked -o $(STORED)/masked-$$model.parquet; done
+	$(BIN)/sim validate forced --model smollm2-135m $(foreach text,aime-2024-70 code-19-0 prose-08-0,--trace runs/pretrained/smollm2-135m/traces/$(text).kvtrace) \
+	  --policy $(STUDY) --budget $(STUDIED) --buffer 32 --out runs/pretrained/smollm2-135m/forced -o $(STORED)/forced-smollm2-135m.parquet
 	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 \
 	  --policy rkv,reasonalloc,h2o,snapkv,random --budget 128 --buffer 32 --batch 100 --out runs/pretrained/graded -o $(STORED)/graded-qwen2.5-coder-0.5b.parquet
+	$(BIN)/python tests/tools/texts_to_rescore.py --model qwen2.5-coder-0.5b --prompts gsm8k-400 --from runs/pretrained/graded --most 24 --out runs/pretrained/graded.jsonl
+	$(BIN)/sim record --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts runs/pretrained/graded.jsonl --rescore --out runs/pretrained/graded-traces
+	set -e; for level in masked forced; do \
+	  $(BIN)/sim validate $$level --model qwen2.5-coder-0.5b --trace runs/pretrained/graded-traces --policy rkv,reasonalloc,h2o,snapkv,random \
+	    --budget 128 --buffer 32 --out runs/pretrained/graded-$$level -o $(STORED)/graded-$$level-qwen2.5-coder-0.5b.parquet; done
 	$(BIN)/sim models charts --out $(STORED)
 	$(BIN)/sim reasoner pages
 

@@ -86,8 +86,8 @@ def graded_rows(model: str) -> pl.DataFrame:
 
 def graded_divergence(model: str) -> pl.DataFrame:
     """Read masked and forced rows on texts of the graded problems, at the budget that they were graded at."""
-    path = _place("divergence-of-graded", model)
-    return read_table(path, str(path), {})
+    places = [_place(f"graded-{level}", model) for level in ("masked", "forced")]
+    return pl.concat([read_table(path, str(path), {}) for path in places], how="diagonal_relaxed")
 
 
 def waves_of(model: str) -> dict[str, Wave]:
