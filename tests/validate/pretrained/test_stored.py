@@ -47,7 +47,7 @@ def table_name(model):
 def test_the_models_are_those_that_can_be_fetched():
     assert tuple(pretrained_models()) == MODELS
     with pytest.raises(
-        UserError, match="no rows of masked are stored for 'gpt'; allowed: qwen2.5-coder-0.5b"
+        UserError, match=r"no rows of masked are stored for 'gpt'; allowed: qwen2\.5-coder-0\.5b"
     ):
         stored_rows("masked", "gpt")
 
