@@ -207,7 +207,7 @@ def test_levels_take_prompts_beyond_the_budget_and_texts_within_the_window(polic
         run = _TraceRun(loaded.model, trace, parse_policy(policy, buffer=4), 16, 1, waves)
         baseline = baseline_of(loaded.model, trace)
         forced = [run.feed(_ForcedLayer, most, baseline.predictions.compare)[1] for most in (1, 512)]
-        # So little is kept that rounding shows: logits are off by some 1e-3, and a near-tie may fall otherwise.
+        # So little is kept that rounding shows: logits differ by 1e-3, and a near-tie may fall otherwise.
         assert forced[1].kl.mean() == pytest.approx(forced[0].kl.mean(), rel=0.02, abs=1e-4)
         masked = run_masked(loaded.model, trace, parse_policy(policy, buffer=4), 16, seed=1, waves=waves)
         assert np.isfinite(masked.divergence.kl).all()
