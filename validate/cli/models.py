@@ -76,7 +76,7 @@ def fetch(
 
 
 def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")]) -> None:
-    """Draw the stored results of the pretrained models as SVG: their waves, and every policy's divergence."""
+    """Draw the stored results: waves and divergence."""
     require_extra("a figure", "altair", "vl_convert")
     from simulator.charts.style import styled
     from validate.pretrained.charts import divergence_chart, wave_chart

@@ -30,10 +30,10 @@ class Prompt:
     line: int
     id: str
     text: str
-    system: str | None = None
     completion: str | None = None
     family: str | None = None
     answer: str | None = None
+    system: str | None = None
 
     @property
     def file_stem(self) -> str:

@@ -11,6 +11,7 @@ from spies import NAME
 from verb_runs import one_line
 
 from simulator.policies.language import parse_policy
+from validate.levels.folder import level_version
 from validate.levels.runs import Shadow, run_shadow
 from validate.models.load import load_model
 
@@ -22,7 +23,12 @@ def test_the_shadow_level_counts_decisions_and_mismatches(level, folder, trace):
     expected = run_shadow(model, trace, parse_policy("random", buffer=6), 20, seed=1)
     rkv, random = json.loads(out)
     assert rkv["policy"] == "rkv"
+    assert random.pop("code_version") == level_version()
     assert random == {
+        "level": "shadow",
+        "model": "tiny",
+        "family": "walk",
+        "status": "ok",
         "trace_id": trace.trace_id,
         "trace": trace.path.name,
         "policy": "random",
