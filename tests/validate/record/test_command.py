@@ -200,7 +200,7 @@ def test_a_batch_is_refused_beyond_a_sliding_window_row_by_row(run, tmp_path):
     alone = run("--batch", "1", model=folder, n=30)
     assert 0 < sum("failed" in line for line in alone[1]) < 3
     together = run("--batch", "3", "--overwrite", model=folder, n=30)
-    assert (together[0], together[2]) == (alone[0], alone[2])
+    assert (together[0], together[2]) == (alone[0], [line for line in alone[2] if "failed" in line])
     assert [line.split() for line in together[1]] == [line.split() for line in alone[1]]
 
 
