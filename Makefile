@@ -88,7 +88,7 @@ search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json
 
-pretrained: .venv/.full ## waves of three pretrained models, and what eviction does to their predictions and answers (half a day, resumes)
+pretrained: .venv/.full ## waves of three pretrained models, and what eviction does to their predictions and answers (some hours, resumes)
 	mkdir -p runs/pretrained $(STORED)/waves
 	$(BIN)/sim models fetch $(PRETRAINED)
 	set -e; for model in $(PRETRAINED); do \

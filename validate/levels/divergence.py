@@ -66,7 +66,7 @@ class FullPredictions:
     Notes
     -----
     It holds a float32 probability for every decode step and token id in main memory: 1.8 GB for 3,000 steps
-    of a vocabulary of 152,000.
+    of a vocabulary of 152,000; and the keys and values of the whole text, where the model is.
     """
 
     def __init__(self, model: PreTrainedModel, trace: Trace) -> None:

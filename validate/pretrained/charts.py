@@ -61,7 +61,8 @@ def divergence_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
     shape = alt.Shape("budget:N", scale=alt.Scale(domain=budgets), legend=alt.Legend(title="budget"))
     panels = []
     for i, (model, own) in enumerate(means.items()):
-        low, high = float(own["kl_mean"].min()), float(own["kl_mean"].max())  # type: ignore[arg-type]
+        found = own["kl_mean"].to_numpy()
+        low, high = float(found.min()), float(found.max())
         x = alt.X(
             "kl_mean:Q",
             title="KL divergence, nats a step",

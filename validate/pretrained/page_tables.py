@@ -160,26 +160,28 @@ def _stability() -> str:
 
 
 def _graded(model: str) -> str:
-    """Tell right answers beside those of the full cache, and divergence on texts of the same problems."""
+    """Tell right answers beside the full cache's and R-KV's, and divergence on texts of the same problems."""
     rng = np.random.default_rng(0)
-    rows = graded_rows(model)
+    rows = graded_rows(model).with_columns(pl.col("right").cast(pl.Int8))
     evicting = pl.col("budget_asked").is_not_null()
-    full = rows.filter(~evicting).select("problem", full="right")
+    full, rkv = rows.filter(~evicting), rows.filter(evicting, policy="rkv")
+
+    def less(own: pl.DataFrame, other: pl.DataFrame) -> str:
+        paired = own.join(other.select("problem", other="right"), on="problem")
+        difference = (paired["right"] - paired["other"]).to_numpy()
+        values = (difference.mean(), *mean_interval(difference, rng, lowest=-1.0))
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in values))
+
     levels = graded_divergence(model).group_by("policy", "level").agg(pl.col("kl_mean").mean())
-    table = [["full cache", f"{100 * full['full'].to_numpy().mean():.1f}", "", "0", "0"]]
+    table = [["full cache", f"{100 * full['right'].to_numpy().mean():.1f}", "", "", "0", "0"]]
     shares = rows.filter(evicting).group_by("policy").agg(pl.col("right").mean())
     for policy, share in shares.sort("right", "policy", descending=True).iter_rows():
-        paired = rows.filter(evicting, policy=policy).join(full, on="problem")
-        difference = paired["right"].cast(pl.Int8).to_numpy() - paired["full"].cast(pl.Int8).to_numpy()
-        low, high = mean_interval(difference, rng, lowest=-1.0)
-        told = [
-            f"{100 * share:.1f}",
-            f"{100 * difference.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        ]
+        own = rows.filter(evicting, policy=policy)
+        told = [f"{100 * share:.1f}", less(own, full), "" if policy == "rkv" else less(own, rkv)]
         for level in ("masked", "forced"):
             told.append(f"{levels.filter(policy=policy, level=level)['kl_mean'].item():.3f}")
         table.append([f"`{policy}`", *told])
-    head = [f"of {len(full)} problems", "right, %", "less the full cache's, points"]
+    head = [f"of {len(full)} problems", "right, %", "less the full cache's, points", "less R-KV's, points"]
     return markdown_table([*head, "masked divergence", "forced divergence"], table)
 
 
