@@ -12,7 +12,7 @@ import polars as pl
 from simulator.budget import Budget
 from simulator.results.labels import asked_policies, is_policy
 from simulator.results.metric_names import COMPARED
-from simulator.results.tables import BUDGET, GROUP, bootstrap, budget_columns, comparable
+from simulator.results.tables import BUDGET, GROUP, beside_best, budget_columns, comparable
 from traces.errors import UserError
 
 
@@ -99,12 +99,11 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
         best = choose(values, key=lambda key: float(values[key].mean()))
         held = {key: float(own["bytes_mean"].to_numpy().mean()) for key, own in groups.items()}
         usual = float(np.median(list(held.values())))
-        for key, own in values.items():
-            low, high = bootstrap(own, rng, resamples)
-            behind_low, behind_high = bootstrap(own - values[best], rng, resamples)
+        for key, (low, high, is_tied) in beside_best(values, best, rng, resamples).items():
+            own = values[key]
             rows.append(
                 dict(zip(GROUP, key, strict=True))
                 | {"n_traces": len(own), "mean": float(own.mean()), "low": low, "high": high}
-                | {"memory": held[key] / usual - 1, "is_tied": behind_low <= 0 <= behind_high}
+                | {"memory": held[key] / usual - 1, "is_tied": is_tied}
             )
     return pl.DataFrame(rows, infer_schema_length=None)

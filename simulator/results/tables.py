@@ -278,6 +278,21 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> t
     return float(low), float(high)
 
 
+def beside_best(
+    values: Mapping[Any, np.ndarray], best: Any, rng: np.random.Generator, resamples: int
+) -> dict[Any, tuple[float, float, bool]]:
+    """Give the 95% interval of every mean, and whether it is not told apart from the best one.
+
+    ``values`` are float64 (n_traces,) of the same traces in the same order.
+    """
+    found = {}
+    for key, own in values.items():
+        low, high = bootstrap(own, rng, resamples)
+        behind_low, behind_high = bootstrap(own - values[best], rng, resamples)
+        found[key] = low, high, behind_low <= 0 <= behind_high
+    return found
+
+
 def require_sound_rows(table: pl.DataFrame, what: str) -> None:
     """Refuse rows from a file that no replay can have written: without numbers, or with impossible ones.
 

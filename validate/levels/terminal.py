@@ -12,7 +12,7 @@ from rich.table import Table
 
 from simulator.results.labels import told_apart, with_budget_label
 from simulator.results.layout import fitted
-from simulator.results.tables import BUDGET, GROUP, bootstrap, comparable
+from simulator.results.tables import BUDGET, GROUP, beside_best, comparable
 from simulator.results.terminal import say
 from traces.wording import counted
 
@@ -87,13 +87,10 @@ def _over_traces(same: pl.DataFrame) -> pl.DataFrame:
         groups = {key: own.sort("trace_id") for key, own in at_budget.group_by(GROUP, maintain_order=True)}
         values = {key: own["kl_mean"].to_numpy() for key, own in groups.items()}
         evicting = [key for key, own in groups.items() if own["n_evictions"].sum()]
-        least = min(evicting, key=lambda key: float(values[key].mean()), default=None)
-        for key, own in values.items():
-            low, high = bootstrap(own, rng, _RESAMPLES)
-            told[key] = f"{own.mean():.3f} ±{(high - low) / 2:.3f}"
-            if key in evicting and least is not None:
-                low, high = bootstrap(own - values[least], rng, _RESAMPLES)
-                told[key] = ("= " if low <= 0 <= high else "") + told[key]
+        least = min(evicting or values, key=lambda key: float(values[key].mean()))
+        for key, (low, high, is_tied) in beside_best(values, least, rng, _RESAMPLES).items():
+            mark = "= " if is_tied and key in evicting else ""
+            told[key] = f"{mark}{values[key].mean():.3f} ±{(high - low) / 2:.3f}"
     return means.with_columns(kl_mean=pl.Series([told[key] for key in means.select(GROUP).iter_rows()]))
 
 
