@@ -120,22 +120,17 @@ class FullPredictions:
         with torch.inference_mode():
             for block in logits:
                 steps = slice(step, step + len(block))
-                largest, likeliest = block.max(-1, keepdim=True)
-                # Against the likeliest token all numbers are small, and so is what rounding makes of sums.
-                relative = block.float().sub_(largest)
-                full = self._probabilities[steps].to(block.device)
-                expected = _products(full, relative)
-                if expected.isnan().any():
-                    # What has no chance in either must not become 0 times infinity.
-                    expected = _products(full, relative.masked_fill(full == 0, 0.0))
+                known = self._next_ids[steps]
+                # One step at a time: its numbers stay near the processor, however many pass over them.
+                found = [self._compared(row, step + i, known[i : i + 1]) for i, row in enumerate(block)]
+                likeliest, expected, sums, chosen = (
+                    torch.stack(part).cpu() for part in zip(*found, strict=True)
+                )
                 _require_numbers(expected)
-                known = self._next_ids[steps, None].to(block.device)
-                chosen = relative[: len(known)].gather(1, known)[:, 0].double().cpu()
-                # In place: what is written anew takes longer than what is computed.
-                sums = relative.exp_().sum(-1).double().log().cpu()
-                kl.append(sums - expected.double().cpu() - self._entropy[steps])
-                top.append(likeliest[:, 0].cpu())
-                own.append(chosen - sums[: len(known)])
+                sums = sums.double().log()
+                kl.append(sums - expected.double() - self._entropy[steps])
+                top.append(likeliest)
+                own.append((chosen.double() - sums)[: len(known)])
                 step += len(block)
         tops = torch.cat(top)
         return Divergence(
@@ -145,15 +140,30 @@ class FullPredictions:
             agrees=(tops[: len(self._next_ids)] == self._next_ids).numpy(),
         )
 
+    def _compared(self, row: torch.Tensor, step: int, known: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Reduce a step's logits, (n_vocabulary,), to four numbers.
+
+        They are the likeliest token, what the full cache expects of the logits, the sum of their exponents
+        and the logit of the trace's own token, all against the likeliest one's: there numbers are small, and
+        so is what rounding makes of sums.
+        """
+        relative = row.float()
+        largest, likeliest = relative.max(-1)
+        relative.sub_(largest)
+        full = self._probabilities[step].to(row.device)
+        # A dot product of vectors; one of matrices adds up in an order that loses three digits.
+        expected = torch.dot(full, relative)
+        if expected.isnan():
+            # What has no chance in either must not become 0 times infinity.
+            expected = torch.dot(full, relative.masked_fill(full == 0, 0.0))
+        # The last step has no token after it.
+        chosen = relative[int(known)].clone() if len(known) else torch.zeros_like(largest)
+        return likeliest, expected, relative.exp_().sum(), chosen
+
 
 def _require_numbers(values: torch.Tensor) -> None:
     if values.isnan().any():
         raise UserError("the model's logits hold a value that is no number; allowed: another --dtype perhaps")
-
-
-def _products(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Multiply every row with its own partner, without a matrix of terms in between; (n,)."""
-    return (mine[:, None] @ theirs[:, :, None])[:, 0, 0]
 
 
 def token_ids(model: PreTrainedModel, trace: Trace) -> torch.Tensor:
