@@ -63,14 +63,16 @@ def live(loaded: LoadedModel, rows: list[Prompt], n_new: int, policy: str, entri
     return sum(len(own.token_ids) for own in found), took
 
 
-def levels(loaded: LoadedModel, row: Prompt, n_new: int, entries: int) -> None:
+def levels(loaded: LoadedModel, row: Prompt, n_new: int, entries: int, buffer: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         record_row(loaded, row, Path(folder), RowSettings(max_new_tokens=n_new))
         trace = open_trace(next(Path(folder).glob("*.kvtrace")))
         baseline = baseline_of(loaded.model, trace)
         n_tokens = trace.total_tokens - trace.prompt_tokens
         for name in ("rkv", "snapkv"):
-            policy, first = parse_policy(name, buffer=32), None
+            policy, first = parse_policy(name, buffer=buffer), None
+            # What is compiled at a first call is not to be timed.
+            run_masked(loaded.model, trace, policy, entries, baseline=lambda: baseline)
             for what, run, most in (
                 ("forced, token by token", run_forced, 1),
                 ("forced, by spans", run_forced, 512),
@@ -78,7 +80,7 @@ def levels(loaded: LoadedModel, row: Prompt, n_new: int, entries: int) -> None:
             ):
                 validate.levels.runs._FORCED_TOKENS = most
                 took = seconds(lambda: run(loaded.model, trace, policy, entries, baseline=lambda: baseline))  # noqa: B023
-                rate = tell(f"{what}, {name} at {entries}", n_tokens, took, first)
+                rate = tell(f"{what}, {name} at {entries}, buffer {buffer}", n_tokens, took, first)
                 first = first or rate
 
 
@@ -89,13 +91,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--entries", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--levels-only", action="store_true", help="neither record nor decode live")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     rows = read_prompts(asked.prompts, 16)
     firsts: dict[str, float] = {}
     for dtype in ("float32", "bfloat16"):
         loaded = load_model(asked.model, dtype, "cpu")
-        for n_rows in (1, len(rows)):
+        for n_rows in () if asked.levels_only else (1, len(rows)):
             what = f"{dtype}, {n_rows} {'text' if n_rows == 1 else 'texts'}"
             took = record(loaded, rows[:n_rows], asked.tokens, n_rows > 1)
             rate = tell(f"record, {what}", *took, firsts.get("record"))
@@ -103,7 +106,8 @@ def main() -> None:
             took = live(loaded, rows[:n_rows], asked.tokens, "rkv", asked.entries)
             rate = tell(f"live, rkv at {asked.entries}, {what}", *took, firsts.get("live"))
             firsts.setdefault("live", rate)
-        levels(loaded, rows[0], 2 * asked.tokens, asked.entries)
+        for buffer in (32, 128):  # as in the other measurements, and as R-KV publishes it
+            levels(loaded, rows[0], 2 * asked.tokens, asked.entries, buffer)
 
 
 if __name__ == "__main__":

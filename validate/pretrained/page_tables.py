@@ -35,9 +35,11 @@ _LEVELS = {
 }
 
 
-def _divergence(model: str, metric: str = "kl_mean") -> str:
+def _divergence(model: str, metric: str = "kl_mean", *, shares_only: bool = False) -> str:
     """Rank policies by their divergence, budget by budget; bold where not told apart from the least."""
     rows = evicting_rows("masked", model)
+    if shares_only:
+        rows = rows.filter(budget_unit="%")
     budgets = rows["budget"].unique(maintain_order=True).to_list()
     found = standings(rows, metric).join(rows.select(*BUDGET, "budget").unique(), on=BUDGET)
     cells: dict[str, dict[str, str]] = {}
@@ -54,6 +56,17 @@ def _divergence(model: str, metric: str = "kl_mean") -> str:
     )
 
 
+def _texts() -> str:
+    """Count the texts behind every budget's numbers."""
+    budgets = _budgets()
+    table = []
+    for model in models_with("masked"):
+        rows = evicting_rows("masked", model)
+        counts = dict(rows.group_by("budget").agg(pl.col("trace_id").n_unique()).iter_rows())
+        table.append([model, *(str(counts.get(budget, "")) for budget in budgets)])
+    return markdown_table(["texts", *budgets], table)
+
+
 def _budgets() -> list[str]:
     """List the budgets of all models, shares first."""
     rows = pl.concat(
@@ -65,19 +78,16 @@ def _budgets() -> list[str]:
 
 def _levels() -> str:
     """Tell what each of ReasonAlloc's levels changes against uniform R-KV, with paired intervals."""
-    rng, budgets = np.random.default_rng(0), _budgets()
+    rng = np.random.default_rng(0)
     table = []
     for model in models_with("masked"):
         rows = evicting_rows("masked", model)
         base = rows.filter(policy="rkv").select("budget", "trace_id", base="kl_mean")
         joined = rows.join(base, on=["budget", "trace_id"])
-        for policy, label in _LEVELS.items():
+        for budget in rows["budget"].unique(maintain_order=True):
             told = []
-            for budget in budgets:
+            for policy in _LEVELS:
                 own = joined.filter(policy=policy, budget=budget)
-                if own.is_empty():
-                    told.append("")
-                    continue
                 difference = (own["kl_mean"] - own["base"]).to_numpy()
                 low, high = bootstrap(difference, rng, _RESAMPLES)
                 percent = [
@@ -85,8 +95,8 @@ def _levels() -> str:
                 ]
                 text = "{:+.0f} ({:+.0f} to {:+.0f})".format(*percent)
                 told.append(text if low <= 0 <= high else f"**{text}**")
-            table.append([model, label, *told])
-    return markdown_table(["model", "divergence less R-KV's, % of it", *budgets], table)
+            table.append([model, budget, *told])
+    return markdown_table(["model", "budget", *_LEVELS.values()], table)
 
 
 def _means(model: str) -> pl.DataFrame:
@@ -217,6 +227,11 @@ TABLES: dict[str, Callable[[], str]] = {
         f"top-changed-{model.replace('.', '-')}": partial(_divergence, model, "top_changed")
         for model in MODELS
     },
+    **{
+        f"divergence-{model.replace('.', '-')}-shares": partial(_divergence, model, shares_only=True)
+        for model in MODELS
+    },
+    "pretrained-texts": _texts,
     "pretrained-levels": _levels,
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
