@@ -14,7 +14,7 @@ OTHERS := rkv+adakv,rkv+cake,rkv:alpha=0.5,expected-attention,h2o,tova,snapkv-pa
 # The paper's policies, the controls and what others published, and what the search on the reasoner found.
 FOUND := rkv+cake:window=30,kernel_size=1,group_reduce=max_weights,alpha=0.1265,similarity_threshold=0.3718,cake_window=31,tau1=1.283,tau2=1.007
 STUDY := snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-prompt,recency,h2o,tova,keydiff,rkv+cake,$(FOUND)
-STUDIED := 10%,20%
+STUDIED := 5%,10%,20%,30%,50%,64,128,256
 STORED := validate/pretrained/results
 PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
 BUDGETS := 20%,30%,15%,40%,10%,50%
@@ -88,7 +88,7 @@ search: traces ## search policies for 15 minutes on 30 traces, judge them on 42 
 	cp runs/live-winners/accuracy.csv validate/reasoner/results/accuracy-winners.csv
 	cp runs/search/winners.json validate/reasoner/results/winners.json
 
-pretrained: .venv/.full ## waves of three pretrained models, and what eviction does to their predictions and answers (some hours, resumes)
+pretrained: .venv/.full ## waves of three pretrained models, and what eviction does to their predictions and answers (a day, resumes)
 	mkdir -p runs/pretrained $(STORED)/waves
 	$(BIN)/sim models fetch $(PRETRAINED)
 	set -e; for model in $(PRETRAINED); do \
@@ -105,7 +105,7 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --budget $(STUDIED) --buffer 32 \
 	    --out $$runs/masked -o $(STORED)/masked-$$model.parquet; done
 	$(BIN)/sim validate forced --model smollm2-135m $(foreach text,aime-2024-70 code-19-0 prose-08-0,--trace runs/pretrained/smollm2-135m/traces/$(text).kvtrace) \
-	  --policy $(STUDY) --budget $(STUDIED) --buffer 32 --out runs/pretrained/smollm2-135m/forced -o $(STORED)/forced-smollm2-135m.parquet
+	  --policy $(STUDY) --budget 10%,20% --buffer 32 --out runs/pretrained/smollm2-135m/forced -o $(STORED)/forced-smollm2-135m.parquet
 	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 \
 	  --policy rkv,reasonalloc,h2o,snapkv,random --budget 128 --buffer 32 --batch 100 --out runs/pretrained/graded -o $(STORED)/graded-qwen2.5-coder-0.5b.parquet
 	$(BIN)/python tests/tools/texts_to_rescore.py --model qwen2.5-coder-0.5b --prompts gsm8k-400 --from runs/pretrained/graded --most 24 --out runs/pretrained/graded.jsonl

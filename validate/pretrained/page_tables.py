@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import spearmanr
 
+from simulator.results.labels import with_budget_label
 from simulator.results.layout import markdown_table
 from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
@@ -27,7 +28,9 @@ from validate.pretrained.stored import (
 )
 
 _RESAMPLES = 2000
-_SOME = ("lost_lookup_rate", "lost_lookup_rms", "mass_mean", "mass_p05", "mass_min_head")
+_SOME = ("lost_lookup_rate", "mass_mean", "mass_p05", "mass_min_head")
+_GRADED = "qwen2.5-coder-0.5b"
+_SIZES = {"smollm2-135m": "0.1B", "qwen2.5-coder-0.5b": "0.5B", "qwen2.5-coder-1.5b": "1.5B"}
 _LEVELS = {
     "rkv+wave": "layers only (`rkv+wave`)",
     "rkv+utility": "heads only (`rkv+utility`)",
@@ -35,13 +38,30 @@ _LEVELS = {
 }
 
 
-def _divergence(model: str, metric: str = "kl_mean", *, shares_only: bool = False) -> str:
+def _divergence(model: str, metric: str = "kl_mean") -> str:
     """Rank policies by their divergence, budget by budget; bold where not told apart from the least."""
     rows = evicting_rows("masked", model)
-    if shares_only:
-        rows = rows.filter(budget_unit="%")
-    budgets = rows["budget"].unique(maintain_order=True).to_list()
-    found = standings(rows, metric).join(rows.select(*BUDGET, "budget").unique(), on=BUDGET)
+    return _ranked(_told(rows, metric), rows["budget"].unique(maintain_order=True).to_list())
+
+
+def _divergence_of_all(budgets: Sequence[str] = ("10%", "20%")) -> str:
+    """Rank policies by their divergence on all models, at the budgets that all texts were run at."""
+    found = [
+        _told(evicting_rows("masked", model).filter(pl.col("budget").is_in(budgets))).with_columns(
+            budget=pl.lit(f"{_SIZES[model]}, ") + pl.col("budget")
+        )
+        for model in models_with("masked")
+    ]
+    return _ranked(pl.concat(found), pl.concat(found)["budget"].unique(maintain_order=True).sort().to_list())
+
+
+def _told(rows: pl.DataFrame, metric: str = "kl_mean") -> pl.DataFrame:
+    """Give every policy's standing, with the budget as rows name it."""
+    return standings(rows, metric).join(rows.select(*BUDGET, "budget").unique(), on=BUDGET)
+
+
+def _ranked(found: pl.DataFrame, budgets: Sequence[str]) -> str:
+    """Lay standings out by policy and budget, policies by the geometric mean of their numbers."""
     cells: dict[str, dict[str, str]] = {}
     for own in found.iter_rows(named=True):
         told = f"{own['mean']:.3f}"
@@ -197,11 +217,17 @@ def _graded(model: str) -> str:
 
 def _drift() -> str:
     """Tell how far masked and forced divergence are apart, on the texts that both were run on."""
+    pairs = [
+        (model, evicting_rows("forced", model), evicting_rows("masked", model))
+        for model in models_with("forced")
+    ]
+    graded = with_budget_label(graded_divergence(_GRADED))
+    by_level = {level: graded.filter(level=level) for level in ("forced", "masked")}
+    pairs.append((f"{_GRADED}, graded texts", by_level["forced"], by_level["masked"]))
     table = []
-    for model in models_with("forced"):
-        forced = evicting_rows("forced", model)
+    for label, forced, masked in pairs:
         key = ["policy", "policy_params", "budget", "trace_id"]
-        both = forced.join(evicting_rows("masked", model), on=key, suffix="_masked")
+        both = forced.join(masked, on=key, suffix="_masked")
         means = both.group_by("policy", "budget").agg(pl.col("kl_mean", "kl_mean_masked").mean())
         ratio = (both["kl_mean"] / both["kl_mean_masked"]).to_numpy()
         ranks = [
@@ -210,14 +236,19 @@ def _drift() -> str:
         ]
         table.append(
             [
-                model,
-                str(both["trace_id"].n_unique()),
+                label,
+                f"{both['trace_id'].n_unique()}, {len(means)}",
                 f"{np.median(ratio):.2f} ({np.quantile(ratio, 0.05):.2f} to {np.quantile(ratio, 0.95):.2f})",
                 f"{spearmanr(both['kl_mean'], both['kl_mean_masked']).statistic:.3f}",
                 f"{np.mean(ranks):.2f} ({min(ranks):.2f})",
             ]
         )
-    head = ["model", "texts", "forced over masked divergence: median (5% to 95%)", "Spearman over all rows"]
+    head = [
+        "model",
+        "texts, cells",
+        "forced over masked divergence: median (5% to 95%)",
+        "Spearman over all rows",
+    ]
     return markdown_table([*head, "of policies within a budget: mean (least)"], table)
 
 
@@ -227,16 +258,13 @@ TABLES: dict[str, Callable[[], str]] = {
         f"top-changed-{model.replace('.', '-')}": partial(_divergence, model, "top_changed")
         for model in MODELS
     },
-    **{
-        f"divergence-{model.replace('.', '-')}-shares": partial(_divergence, model, shares_only=True)
-        for model in MODELS
-    },
+    "divergence-of-all": _divergence_of_all,
     "pretrained-texts": _texts,
     "pretrained-levels": _levels,
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
-    "graded": partial(_graded, "qwen2.5-coder-0.5b"),
+    "graded": partial(_graded, _GRADED),
     "masked-forced": _drift,
 }
