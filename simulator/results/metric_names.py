@@ -1,7 +1,8 @@
 """The numbers that may tell policies apart: one name each, and how far each can be trusted.
 
-How far is measured on one small model, by decoding with entries really evicted: ``fidelity.json`` beside this
-file, which ``sim reasoner trust`` makes from the stored tables.
+How far is measured on one small model, by decoding with entries really evicted, and on pretrained ones by
+the divergence of their predictions: ``fidelity.json`` beside this file, which ``sim reasoner trust`` makes
+from the stored tables.
 """
 
 from __future__ import annotations
@@ -93,26 +94,37 @@ def asked_metric(name: str | None) -> str:
 def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = ()) -> str:
     """Say in one line how far a number can be trusted, for whoever is about to choose a policy by it.
 
-    ``models`` are those of the traces at hand. Of ``policies``, those that the number is known to rank too
-    high are named.
+    ``models`` are those of the traces at hand, which may be among those that it was measured on. Of
+    ``policies``, those that the number is known to rank too high there are named.
     """
     if metric in MEASURED:
         return f"'{MEASURED[metric].label}' is measured, by sim validate, on the traces' own model."
     known, label = _fidelity(), METRICS[metric].label
-    measured = known["metrics"][metric]
+    measured, at_hand = known["metrics"][metric], set(models)
     where = f"{known['model']} ({known['parameters']} parameters)"
-    strange = sorted(set(models) - {known["model"]})
-    ranges = [f"{low:.2f} to {high:.2f}" for low, high in (measured["chosen"], measured["others"])]
+    own = {model: known["pretrained"][model] for model in sorted(at_hand & set(known["pretrained"]))}
+    strange = sorted(at_hand - {known["model"], *own})
+    ranges = [_span(measured[kind]) for kind in ("chosen", "others")]
     told = (
         f"'{label}' is no recommendation: when decoded with eviction on {where}, it ranked policies within a "
     )
     told += f"budget at {ranges[0]} (Spearman), other policies at {ranges[1]}"
     told += ", on which it was found" if measured["found_on_others"] else ""
+    for model, found in own.items():
+        span = _span(found["metrics"][metric]["divergence"])
+        told += f"; on {model} it ranked {found['policies']} policies by their divergence at {span}"
     told += f"; on {', '.join(strange)} it is unmeasured." if strange else "."
-    wrong = [name for name in measured["misjudged"] if name in set(policies)]
+    judged = [found["metrics"][metric] for found in own.values()]
+    # Where the model itself was measured, no other speaks for it.
+    judged += [measured] if len(own) < len(at_hand) else []
+    wrong = [name for each in judged for name in each["misjudged"] if name in set(policies)]
     if wrong:
-        told += f" Known to rank too high: {', '.join(wrong)}."
+        told += f" Known to rank too high: {', '.join(dict.fromkeys(wrong))}."
     return told
+
+
+def _span(ends: list[float]) -> str:
+    return "{:.2f} to {:.2f}".format(*ends)
 
 
 @cache

@@ -161,7 +161,7 @@ def trust(
     It reads the stored tables that ship with the package.
     """
     from simulator.results.output import require_place
-    from validate.reasoner.trust import measured_fidelity
+    from validate.pages.trust import measured_fidelity
 
     require_place(out, "--out")
     _write_json(out, measured_fidelity(), indent=1)

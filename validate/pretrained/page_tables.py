@@ -22,6 +22,7 @@ from validate.pretrained.stored import (
     evicting_rows,
     graded_divergence,
     graded_rows,
+    mean_rows,
     models_with,
     reasoner_errors,
     waves_of,
@@ -119,15 +120,9 @@ def _levels() -> str:
     return markdown_table(["model", "budget", *_LEVELS.values()], table)
 
 
-def _means(model: str) -> pl.DataFrame:
-    """Average rows over texts: one row per policy and budget."""
-    rows = evicting_rows("masked", model)
-    return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(*METRICS, "kl_mean").mean())
-
-
 def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
     """Tell how each number of a replay ranks policies by their measured divergence, within a budget."""
-    means = {model: _means(model) for model in models_with("masked")}
+    means = {model: mean_rows(model) for model in models_with("masked")}
     table = []
     for known in map(METRICS.__getitem__, metrics):
         told = []
@@ -145,7 +140,7 @@ def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
 
 def _agreement() -> str:
     """Tell how alike two models rank the policies by divergence, and the small reasoner by wrong answers."""
-    means, budgets = {model: _means(model) for model in models_with("masked")}, _budgets()
+    means, budgets = {model: mean_rows(model) for model in models_with("masked")}, _budgets()
     pairs = [
         (f"{one}, {other}", means[one], means[other], "kl_mean") for one, other in combinations(means, 2)
     ]

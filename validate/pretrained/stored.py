@@ -9,6 +9,7 @@ import polars as pl
 
 from simulator.policies.wave import Wave, read_wave
 from simulator.results.labels import with_budget_label
+from simulator.results.metric_names import METRICS
 from simulator.results.store import read_table
 from simulator.results.tables import comparable, with_budget_kind
 from traces.errors import UserError
@@ -54,6 +55,12 @@ def evicting_rows(level: str, model: str) -> pl.DataFrame:
     rows = rows.with_columns(policy=pl.when(is_found).then(pl.lit(FOUND)).otherwise("policy"))
     in_shares = pl.col("budget_unit") == "%"
     return rows.sort(~in_shares, "budget_asked", maintain_order=True)
+
+
+def mean_rows(model: str) -> pl.DataFrame:
+    """Average a replay's numbers and the masked divergence over texts; one row per policy and budget."""
+    rows = evicting_rows("masked", model)
+    return rows.group_by("policy", "budget", maintain_order=True).agg(pl.col(*METRICS, "kl_mean").mean())
 
 
 def mean_divergence(model: str) -> pl.DataFrame:

@@ -21,8 +21,7 @@ from traces.documents import parse_json, read_toml
 from validate.live.accuracy import ALL_FAMILIES
 from validate.live.fidelity import LIVE_HALF
 from validate.problems.families import FAMILIES
-from validate.reasoner.tables import result_table, stored_document
-from validate.reasoner.trust import MODEL
+from validate.reasoner.tables import MODEL, result_table, stored_document
 
 _LABELS = {name: own.label for name, own in METRICS.items()} | {LIVE_HALF: "*half of the problems, decoded*"}
 _LEVELS = {

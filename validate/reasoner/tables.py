@@ -18,6 +18,7 @@ from validate.live.accuracy import ALL_FAMILIES, CELL
 from validate.live.fidelity import Cells
 
 _HOME = resources.files("validate") / "reasoner"
+MODEL, PARAMETERS = "kvbudget-reasoner-v2", "2.3 M"
 
 
 def result_table(name: str) -> pl.DataFrame:

@@ -13,8 +13,8 @@ from sweeps import write_spec
 from simulator.engine.metrics import Metrics
 from simulator.results.metric_names import DEFAULT_METRIC, METRICS, asked_metric, fidelity_note
 from traces.errors import UserError
-from validate.reasoner.tables import judged_rows
-from validate.reasoner.trust import MODEL, measured_fidelity, misjudged
+from validate.pages.trust import measured_fidelity, misjudged
+from validate.reasoner.tables import MODEL, judged_rows
 
 NOTE = "is no recommendation: when decoded with eviction on kvbudget-reasoner-v2 (2.3 M parameters)"
 
@@ -64,6 +64,18 @@ def test_a_note_names_the_misjudged_at_hand_and_models_it_was_not_measured_on():
     assert "unmeasured" not in note
     assert "on big it is unmeasured." in fidelity_note("mass_mean", ["big", MODEL], ["rkv"])
     assert "on which it was found" in fidelity_note("lost_lookup_peak", [MODEL])
+
+
+def test_on_a_pretrained_model_a_note_tells_what_its_predictions_say():
+    known = measured_fidelity()["pretrained"]["qwen2.5-coder-0.5b"]["metrics"]["mass_mean"]
+    low, high = known["divergence"]
+    assert 0 < low < high < 0.8
+    assert known["misjudged"] == ["tova"]
+    note = fidelity_note("mass_mean", iter(["qwen2.5-coder-0.5b"]), ["rkv", "h2o", "tova"])
+    told = f"on qwen2.5-coder-0.5b it ranked 14 policies by their divergence at {low:.2f} to {high:.2f}"
+    assert note.endswith(f"; {told}. Known to rank too high: tova.")
+    beside = fidelity_note("mass_mean", ["qwen2.5-coder-0.5b", "big"], ["rkv", "h2o", "tova"])
+    assert beside.endswith(f"; {told}; on big it is unmeasured. Known to rank too high: tova, h2o.")
 
 
 @pytest.fixture
