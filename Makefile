@@ -17,6 +17,9 @@ STUDY := snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-p
 STUDIED := 5%,10%,20%,30%,50%,64,128,256
 STORED := validate/pretrained/results
 PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
+FORCED_smollm2-135m := aime-2024-70 code-19-0 prose-08-0
+FORCED_qwen2.5-coder-0.5b := aime-2024-60 aime-2024-89 math-algebra-2626 math-intermediate_algebra-1197 math-prealgebra-1655 math-precalculus-675
+FORCED_qwen2.5-coder-1.5b := math-algebra-1837 math-number_theory-1055
 BUDGETS := 20%,30%,15%,40%,10%,50%
 PROBLEMS ?= 768
 comma := ,
@@ -104,8 +107,9 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	  runs=runs/pretrained/$$model; \
 	  $(BIN)/sim validate masked --model $$model --trace $$runs/traces --policy $(STUDY) --budget $(STUDIED) --buffer 32 \
 	    --out $$runs/masked -o $(STORED)/masked-$$model.parquet; done
-	$(BIN)/sim validate forced --model smollm2-135m $(foreach text,aime-2024-70 code-19-0 prose-08-0,--trace runs/pretrained/smollm2-135m/traces/$(text).kvtrace) \
-	  --policy $(STUDY) --budget 10%,20% --buffer 32 --out runs/pretrained/smollm2-135m/forced -o $(STORED)/forced-smollm2-135m.parquet
+	set -e; $(foreach model,$(PRETRAINED),$(BIN)/sim validate forced --model $(model) --dtype bfloat16 \
+	  $(foreach text,$(FORCED_$(model)),--trace runs/pretrained/$(model)/traces/$(text).kvtrace) \
+	  --policy $(STUDY) --budget 10%,20% --buffer 32 --out runs/pretrained/$(model)/forced -o $(STORED)/forced-$(model).parquet;)
 	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 \
 	  --policy rkv,reasonalloc,h2o,snapkv,random --budget 128 --buffer 32 --batch 100 --out runs/pretrained/graded -o $(STORED)/graded-qwen2.5-coder-0.5b.parquet
 	$(BIN)/python tests/tools/texts_to_rescore.py --model qwen2.5-coder-0.5b --prompts gsm8k-400 --from runs/pretrained/graded --most 24 --out runs/pretrained/graded.jsonl

@@ -16,6 +16,7 @@ from simulator.results.metric_names import METRICS
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
+from validate.pretrained.judge import ceiling, judged, split
 from validate.pretrained.stored import (
     FOUND,
     MODELS,
@@ -29,7 +30,8 @@ from validate.pretrained.stored import (
 )
 
 _RESAMPLES = 2000
-_SOME = ("lost_lookup_rate", "mass_mean", "mass_p05", "mass_min_head")
+_SOME = ("lost_lookup_rate", "mass_mean", "mass_min_head")
+_CEILING = "*half of the texts, measured*"
 _GRADED = "qwen2.5-coder-0.5b"
 _SIZES = {"smollm2-135m": "0.1B", "qwen2.5-coder-0.5b": "0.5B", "qwen2.5-coder-1.5b": "1.5B"}
 _LEVELS = {
@@ -135,7 +137,31 @@ def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
             over_all = float(spearmanr(sign * own[known.column], own["kl_mean"]).statistic)
             told.append(f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}")
         table.append([known.label, *told])
-    return markdown_table(["the replay's number", *means], table)
+    halves = [ceiling(model, "all") for model in means]
+    told = [f"{np.mean(own.within):.2f} ({min(own.within):.2f}), {own.over_all:.2f}" for own in halves]
+    return markdown_table(["the replay's number", *means], [*table, [_CEILING, *told]])
+
+
+def _judged() -> str:
+    """Tell how numbers stand on models and policies that none was chosen on, and what is the most to hope."""
+    models = split()["models"]["judged"]
+    found = {
+        known.label: [judged(model, known.column, more_is_better=known.more_is_better) for model in models]
+        for known in METRICS.values()
+    }
+    found[_CEILING] = [ceiling(model) for model in models]
+    table = []
+    for label, each in found.items():
+        told = []
+        for own in each:
+            within = f"{np.mean(own.within):.2f} ({own.interval[0]:.2f} to {own.interval[1]:.2f})"
+            pairs = f"{100 * own.pairs[0] / own.pairs[1]:.0f}"
+            told += [within, f"{own.over_all:.2f}", pairs, f"{100 * np.mean(own.regret):.0f}"]
+        table.append([label, *told])
+    heads = ("within a budget", "over all cells", "pairs, %", "regret, %")
+    return markdown_table(
+        ["the replay's number", *(f"{_SIZES[model]}: {head}" for model in models for head in heads)], table
+    )
 
 
 def _agreement() -> str:
@@ -258,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-levels": _levels,
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
+    "pretrained-judged": _judged,
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
     "graded": partial(_graded, _GRADED),
