@@ -67,7 +67,12 @@ def divergence_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
             "kl_mean:Q",
             title="KL divergence, nats a step",
             scale=alt.Scale(type="log", domain=[0.8 * low, 1.25 * high], nice=False),
-            axis=alt.Axis(values=[n * 10.0**e for e in (-3, -2, -1, 0) for n in (1, 2, 5)], format="~g"),
+            axis=alt.Axis(
+                values=[n * 10.0**e for e in (-3, -2, -1, 0) for n in (1, 2, 5)],
+                format="~g",
+                labelOverlap="greedy",
+                labelSeparation=6,
+            ),
         )
         axis = alt.Axis(labels=i == 0, ticks=i == 0, grid=True)
         y = alt.Y("policy:N", sort=order, title=None, axis=axis)
