@@ -247,7 +247,8 @@ def _drift() -> str:
     pairs.append((f"{_GRADED}, graded texts", by_level["forced"], by_level["masked"]))
     table = []
     for label, forced, masked in pairs:
-        key = ["policy", "policy_params", "budget", "trace_id"]
+        # By the text: recorded on another machine, its numbers and so its id are not the same.
+        key = ["policy", "policy_params", "budget", "trace"]
         both = forced.join(masked, on=key, suffix="_masked")
         means = both.group_by("policy", "budget").agg(pl.col("kl_mean", "kl_mean_masked").mean())
         ratio = (both["kl_mean"] / both["kl_mean_masked"]).to_numpy()
@@ -258,7 +259,7 @@ def _drift() -> str:
         table.append(
             [
                 label,
-                f"{both['trace_id'].n_unique()}, {len(means)}",
+                f"{both['trace'].n_unique()}, {len(means)}",
                 f"{np.median(ratio):.2f} ({np.quantile(ratio, 0.05):.2f} to {np.quantile(ratio, 0.95):.2f})",
                 f"{spearmanr(both['kl_mean'], both['kl_mean_masked']).statistic:.3f}",
                 f"{np.mean(ranks):.2f} ({min(ranks):.2f})",
