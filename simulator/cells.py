@@ -21,6 +21,7 @@ from simulator.engine.loop import Engine
 from simulator.engine.metrics import measure
 from simulator.engine.request import Outcome, Request
 from simulator.engine.sampling import EVERYTHING, Sampling
+from simulator.engine.shift import Sensitivities
 from simulator.engine.trajectory import spans
 from simulator.policies.language import Policy, parse_policy, split_list
 from simulator.policies.parts import PolicyError
@@ -243,7 +244,10 @@ class PreparedTrace:
         oracle: bool = True,
     ) -> None:
         self.trace, self._jobs, self._sampling = trace, jobs, sampling
-        self._full = FullCache(trace, jobs, sampling.draw(trace, seed), oracle=oracle)
+        sample = sampling.draw(trace, seed)
+        self._full = FullCache(trace, jobs, sample, oracle=oracle)
+        is_told = trace.has_sensitivity and trace.has_values and sample.has_every_head
+        self._sensitivities = Sensitivities(trace, sample) if is_told else None
 
     @property
     def n_bytes(self) -> int:
@@ -281,6 +285,7 @@ class PreparedTrace:
                 waves=waves,
                 keep_retained=keep_retained,
                 sample=self._full.sample,
+                sensitivities=self._sensitivities,
             )
             (outcome,) = Engine([request], self._jobs).run()
             _require_capped(budget, policy, trace, outcome)

@@ -27,6 +27,8 @@ def write_trace(
     prompt_tokens: int,
     lse: Layers | None = None,
     values: Layers | None = None,
+    sensitivity: Layers | None = None,
+    draw_log_weights: Any = None,
     token_ids: Sequence[int] | np.ndarray | None = None,
     dtype: str = "float16",
     scale: float | None = None,
@@ -52,6 +54,10 @@ def write_trace(
         not given.
     values : array or sequence of arrays, optional
         As ``keys``.
+    sensitivity : array or sequence of arrays, optional
+        Per layer (n_draws, n_query_heads, n_steps, head_dim), see ``Trace.sensitivity``.
+    draw_log_weights : array, optional
+        (n_draws, n_steps), see ``Trace.draw_log_weights``; goes with ``sensitivity``.
     token_ids : sequence of int, optional
         ``0, 1, 2, ...`` if not given.
     dtype : str
@@ -75,7 +81,7 @@ def write_trace(
         if len(layers) == 0 or (first := as_numpy(layers[0], f"layer 0: {name}")).ndim != 3:
             found = "no layer" if len(layers) == 0 else f"shape {first.shape}"
             raise ValueError(f"{name}: {found} found; allowed: per layer (n_heads, total_tokens, head_dim)")
-    for name, layers in {"keys": keys, "lse": lse, "values": values}.items():
+    for name, layers in {"keys": keys, "lse": lse, "values": values, "sensitivity": sensitivity}.items():
         if layers is not None and len(layers) != len(queries):
             raise ValueError(f"{name} has {len(layers)} layers; allowed: {len(queries)}")
     n_query_heads, n_tokens, head_dim = map(int, queries[0].shape)
@@ -93,6 +99,10 @@ def write_trace(
                 layer_lse = as_numpy(lse[layer], f"layer {layer}: lse").astype(np.float32)
             layer_values = None if values is None else _rounded(values, layer, "values", dtype)
             writer.append(layer, stored_queries, stored_keys, layer_lse, layer_values)
+            if sensitivity is not None:
+                writer.write_sensitivity(layer, as_numpy(sensitivity[layer], f"layer {layer}: sensitivity"))
+        if draw_log_weights is not None:
+            writer.write_draws(as_numpy(draw_log_weights, "draw_log_weights"))
         return writer.finish(
             np.arange(n_tokens) if token_ids is None else token_ids,
             prompt_tokens=prompt_tokens,

@@ -10,7 +10,7 @@ import numpy as np
 
 from traces.errors import TraceError
 from traces.lse import causal_lse
-from traces.manifest import file_names, layer_name
+from traces.manifest import DRAWS_NAME, layer_name, sensitivity_name
 from traces.numbers import all_finite, to_float32
 from traces.trace import ARRAY_NAMES, Trace
 
@@ -64,8 +64,8 @@ def _check_identity(trace: Trace) -> str:
 
 def _check_checksums(trace: Trace) -> str:
     n_files = n_bytes = 0
-    for name in file_names(trace.shape.n_layers):
-        path, record = trace.path / name, trace.manifest.files[name]
+    for name, record in trace.manifest.all_files.items():
+        path = trace.path / name
         try:
             size, sha256 = _digest(path)
         except OSError as error:
@@ -99,6 +99,17 @@ def _check_finite(trace: Trace) -> str:
                         f"{trace.path / layer_name(layer)}: {name} of head {head} hold NaN or "
                         "infinity; allowed: finite numbers"
                     )
+        if trace.has_sensitivity:
+            for draw, array in enumerate(trace.stored_sensitivity(layer)):
+                if not all_finite(array, trace.manifest.sensitivity_dtype):
+                    raise TraceError(
+                        f"{trace.path / sensitivity_name(layer)}: draw {draw} holds NaN or infinity; "
+                        "allowed: finite numbers"
+                    )
+    if trace.has_sensitivity:
+        if not all_finite(trace.draw_log_weights, "float32"):
+            raise TraceError(f"{trace.path / DRAWS_NAME}: NaN or infinity found; allowed: finite numbers")
+        names.append("sensitivities")
     return f"all {', '.join(names)} are finite"
 
 

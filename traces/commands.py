@@ -178,7 +178,9 @@ def _facts(trace: Trace) -> dict[str, object]:
     facts: dict[str, object] = {"path": str(trace.path)}
     facts |= asdict(trace.manifest)
     del facts["files"], facts["vocabulary"]
-    n_bytes = sum(record["size"] for record in trace.manifest.files.values())
+    if trace.manifest.sensitivity is not None:
+        facts["sensitivity"] = {"n_draws": trace.manifest.sensitivity["n_draws"]}
+    n_bytes = sum(record["size"] for record in trace.manifest.all_files.values())
     facts["vocabulary_size"] = len(trace.manifest.vocabulary)
     facts["decoded_tokens"] = trace.total_tokens - trace.prompt_tokens
     facts["bytes_per_entry"] = trace.shape.bytes_per_entry

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
@@ -19,6 +19,7 @@ from traces.version import MINOR, VERSION
 FORMAT = "kvtrace"
 MANIFEST_NAME = "manifest.json"
 TOKENS_NAME = "tokens.safetensors"
+DRAWS_NAME = "draws.safetensors"
 ORIGINS = ("decoded", "rescored", "synthetic")
 
 _SHAPE_FIELDS = ("n_layers", "n_query_heads", "n_kv_heads", "head_dim", "dtype")
@@ -36,6 +37,13 @@ _TASK_TEXTS = ("id", "family", "answer", "decoded_answer")
 Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 TokenCount = Annotated[int, Meta(ge=1, lt=2**31)]
+
+
+class Sensitivity(TypedDict):
+    """How many draws a step sensitivities are of, and their files."""
+
+    n_draws: Annotated[int, Meta(ge=1, le=2**16)]
+    files: dict[str, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class Manifest:
     writer : dict
         Versions of the software that wrote the trace.
     files : dict of str to FileRecord
-        Of every file but the manifest.
+        Of every file but the manifest and those of sensitivities.
+    sensitivity : Sensitivity or None
+        Since version 1.2. The ``trace_id`` is the same with and without.
     minor : int
         Of the version; an older reader passes over what it added.
     manifest_sha256 : str or None
@@ -95,6 +105,7 @@ class Manifest:
     vocabulary: dict[Annotated[int, Meta(ge=0)], str]
     writer: dict[str, Any]
     files: dict[str, FileRecord]
+    sensitivity: Sensitivity | None = None
     minor: Annotated[int, Meta(ge=0)] = MINOR
     manifest_sha256: Sha256 | None = None
 
@@ -102,6 +113,16 @@ class Manifest:
     def shape(self) -> ModelShape:
         """Return the sizes of the model's attention."""
         return ModelShape(**{name: getattr(self, name) for name in _SHAPE_FIELDS})
+
+    @property
+    def all_files(self) -> dict[str, FileRecord]:
+        """Return the records of every file but the manifest."""
+        return self.files | ({} if self.sensitivity is None else self.sensitivity["files"])
+
+    @property
+    def sensitivity_dtype(self) -> str:
+        """Return the type that sensitivities are stored in; gradients have no place in a float16's range."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
     def to_json(self) -> str:
         """Write the fields as JSON text.
@@ -127,8 +148,13 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:03d}.safetensors"
 
 
+def sensitivity_name(layer: int) -> str:
+    """Return the file name of a layer's sensitivities."""
+    return f"sensitivity_{layer:03d}.safetensors"
+
+
 def file_names(n_layers: int) -> Iterator[str]:
-    """Yield the names of all files of a trace but the manifest."""
+    """Yield the names of all files of a trace but the manifest and those of sensitivities."""
     yield TOKENS_NAME
     for layer in range(n_layers):
         yield layer_name(layer)
@@ -262,6 +288,15 @@ def _check_files(path: Path | str, manifest: Manifest) -> None:
     for name in file_names(manifest.n_layers):
         if name not in manifest.files:
             raise TraceError(f"{path}: files lacks {name!r}")
+    if manifest.sensitivity is not None:
+        named = set(manifest.sensitivity["files"])
+        needed = {DRAWS_NAME, *map(sensitivity_name, range(manifest.n_layers))}
+        if named != needed:
+            wrong = min(named ^ needed)
+            how = "lacks" if wrong in needed else "lists"
+            raise TraceError(
+                f"{path}: sensitivity.files {how} {shown(wrong)}; allowed: {DRAWS_NAME} and one a layer"
+            )
     expected = content_id(
         manifest.shape,
         manifest.scale,

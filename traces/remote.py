@@ -15,7 +15,7 @@ from traces.cache import cache_folder
 from traces.errors import TraceError, UserError
 from traces.extras import require_extra
 from traces.lock import locked
-from traces.manifest import MANIFEST_NAME, Manifest, file_names, parse_manifest
+from traces.manifest import MANIFEST_NAME, Manifest, parse_manifest
 
 SUFFIX = ".kvtrace"
 _CHUNK_BYTES = 4 * 2**20
@@ -89,9 +89,9 @@ def fetch(url: str) -> Path:
     folder = cache_folder("traces") / manifest.trace_id / url.rstrip("/").rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, wait=True):
-        for name in file_names(manifest.n_layers):
-            if not _is_whole(folder / name, manifest.files[name]["sha256"]):
-                _fetch_file(f"{url}/{name}", folder / name, manifest.files[name]["sha256"])
+        for name, record in manifest.all_files.items():
+            if not _is_whole(folder / name, record["sha256"]):
+                _fetch_file(f"{url}/{name}", folder / name, record["sha256"])
         # Last: a trace without its manifest is unfinished.
         write_file(folder / MANIFEST_NAME, lambda temporary: temporary.write_bytes(content))
     return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from traces.container import TAGS, TensorLayout, read_layout
 from traces.errors import TraceError
-from traces.manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, file_names, read_manifest
+from traces.manifest import DRAWS_NAME, MANIFEST_NAME, TOKENS_NAME, Manifest, read_manifest
 from traces.remote import SUFFIX, fetch, find_remote, is_remote
 from traces.trace import Trace
 from traces.wording import near
@@ -49,9 +49,7 @@ def open_trace(path: str | Path) -> Trace:
         if not (path / MANIFEST_NAME).is_file():
             raise TraceError(f"{path}: {_what_else(path)}")
         manifest = read_manifest(path / MANIFEST_NAME)
-        layouts = {
-            name: _read_checked_layout(path / name, manifest) for name in file_names(manifest.n_layers)
-        }
+        layouts = {name: _read_checked_layout(path / name, manifest) for name in manifest.all_files}
     except (OSError, ValueError, RuntimeError) as error:
         # A name with a NUL byte is a ValueError, a name too long an OSError, links in a ring a RuntimeError.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -133,7 +131,7 @@ def _traces_at(path: Path) -> list[Path]:
 def _read_checked_layout(path: Path, manifest: Manifest) -> Mapping[str, TensorLayout]:
     if not path.is_file():
         raise TraceError(f"{path}: missing; the manifest names it")
-    size, expected_size = path.stat().st_size, manifest.files[path.name]["size"]
+    size, expected_size = path.stat().st_size, manifest.all_files[path.name]["size"]
     if size != expected_size:
         raise TraceError(f"{path}: {size} bytes found; the manifest says {expected_size}")
     layout = read_layout(path)
@@ -155,6 +153,13 @@ def expected_tensors(file_name: str, manifest: Manifest) -> dict[str, tuple[str,
     n_tokens, head_dim = manifest.total_tokens, manifest.head_dim
     if file_name == TOKENS_NAME:
         return {"token_ids": (TAGS["int32"], (n_tokens,))}
+    if manifest.sensitivity is not None and file_name in manifest.sensitivity["files"]:
+        n_steps = n_tokens - manifest.prompt_tokens
+        n_draws = manifest.sensitivity["n_draws"]
+        if file_name == DRAWS_NAME:
+            return {"log_weights": (TAGS["float32"], (n_draws, n_steps))}
+        shape = n_draws, manifest.n_query_heads, n_steps, head_dim
+        return {"sensitivity": (TAGS[manifest.sensitivity_dtype], shape)}
     tag = TAGS[manifest.dtype]
     expected = {
         "lse": (TAGS["float32"], (manifest.n_query_heads, n_tokens)),

@@ -11,7 +11,7 @@ import numpy as np
 
 from traces.container import TensorLayout, map_tensor
 from traces.errors import MissingDataError, TraceError
-from traces.manifest import TOKENS_NAME, Manifest, layer_name
+from traces.manifest import DRAWS_NAME, TOKENS_NAME, Manifest, layer_name, sensitivity_name
 from traces.numbers import to_float32
 from traces.shape import ModelShape
 
@@ -80,6 +80,11 @@ class Trace:
         return self.manifest.has_values
 
     @property
+    def has_sensitivity(self) -> bool:
+        """Tell whether the trace holds sensitivities."""
+        return self.manifest.sensitivity is not None
+
+    @property
     def token_ids(self) -> np.ndarray:
         """Return the token ids, int32 (total_tokens,)."""
         return np.array(self._map(TOKENS_NAME, "token_ids"))
@@ -101,6 +106,51 @@ class Trace:
             If the trace was recorded without values.
         """
         return self._converted(layer, "values", start, stop)
+
+    def sensitivity(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return how predictions depend on what the heads of a layer give, at decode steps.
+
+        Each draw took one token at random at every decode step. Its sensitivity is the gradient of the sum
+        of their log-probabilities by the output of every query head.
+
+        Parameters
+        ----------
+        layer : int
+        start, stop : int
+            Decode steps, from 0; all of them by default.
+
+        Returns
+        -------
+        float32 (n_draws, n_query_heads, n, head_dim)
+
+        Raises
+        ------
+        MissingDataError
+            If the trace was recorded without.
+        """
+        n_steps = self.total_tokens - self.prompt_tokens
+        stop = n_steps if stop is None else stop
+        if not 0 <= start <= stop <= n_steps:
+            raise ValueError(f"steps {start} to {stop} asked; allowed: a span of 0 to {n_steps}")
+        stored = self.stored_sensitivity(layer)[:, :, start:stop]
+        return to_float32(stored, self.manifest.sensitivity_dtype)
+
+    @property
+    def draw_log_weights(self) -> np.ndarray:
+        """Return how much more likely the model's prediction makes each drawn token than the draw did.
+
+        Returns
+        -------
+        float32 (n_draws, n_steps)
+            Logarithms of the ratio of both probabilities.
+
+        Raises
+        ------
+        MissingDataError
+            If the trace was recorded without sensitivities.
+        """
+        self._require_sensitivity()
+        return to_float32(self._map(DRAWS_NAME, "log_weights"), "float32")
 
     def lse(self, layer: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return log-sum-exps of tokens ``start`` to ``stop``, float32 (n_query_heads, n)."""
@@ -141,6 +191,23 @@ class Trace:
             )
         return self._map(layer_name(layer), name)
 
+    def stored_sensitivity(self, layer: int) -> np.ndarray:
+        """Map a layer's sensitivities as they are stored: bfloat16 as uint16 bit patterns, or float32.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer.
+        MissingDataError
+            If the trace was recorded without.
+        TraceError
+            If the file changed since the trace was opened.
+        """
+        if not 0 <= layer < self.manifest.n_layers:
+            raise ValueError(f"layer is {layer}; allowed: 0 to {self.manifest.n_layers - 1}")
+        self._require_sensitivity()
+        return self._map(sensitivity_name(layer), "sensitivity")
+
     @contextmanager
     def mapped(self) -> Iterator[None]:
         """Keep the files of all layers mapped and open, so that what was looked at need not be found again.
@@ -169,6 +236,12 @@ class Trace:
         start, stop = self._check_span(start, stop)
         return to_float32(self.stored(layer, name)[:, start:stop], self.manifest.dtype)
 
+    def _require_sensitivity(self) -> None:
+        if not self.has_sensitivity:
+            raise MissingDataError(
+                f"{self.path}: the trace holds no sensitivities; needed: one recorded with --sensitivity"
+            )
+
     def _check_span(self, start: int, stop: int | None) -> tuple[int, int]:
         stop = self.total_tokens if stop is None else stop
         if not 0 <= start <= stop <= self.total_tokens:
@@ -179,7 +252,7 @@ class Trace:
         path = self.path / file_name
         try:
             size = path.stat().st_size
-            if size != self.manifest.files[file_name]["size"]:
+            if size != self.manifest.all_files[file_name]["size"]:
                 raise TraceError(f"{path}: {size} bytes found; it changed since it was opened")
             return map_tensor(path, self.layouts[file_name][name])
         except OSError as error:

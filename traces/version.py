@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 # Of the trace format; a reader refuses another version, and passes over what a minor one added.
-VERSION, MINOR = 1, 1
+VERSION, MINOR = 1, 2
 
 
 def package_version() -> str:

@@ -13,8 +13,19 @@ import numpy as np
 from traces.container import TAGS, TensorSource, write_tensors
 from traces.errors import TraceError
 from traces.foreign import as_numpy
-from traces.manifest import ORIGINS, TOKENS_NAME, FileRecord, Manifest, content_id, layer_name, parse_fields
-from traces.numbers import STORAGE_DTYPES, all_finite, cast_exactly
+from traces.manifest import (
+    DRAWS_NAME,
+    ORIGINS,
+    TOKENS_NAME,
+    FileRecord,
+    Manifest,
+    Sensitivity,
+    content_id,
+    layer_name,
+    parse_fields,
+    sensitivity_name,
+)
+from traces.numbers import STORAGE_DTYPES, all_finite, cast_exactly, round_to_storage
 from traces.shape import ModelShape
 from traces.staging import Part
 from traces.store import open_trace
@@ -68,6 +79,9 @@ class TraceWriter:
             raise ValueError(f"scale is {self.scale}; allowed: a positive finite number")
         self._target = Target(Path(path), overwrite)
         self._n_tokens = [0] * shape.n_layers
+        # Draws and decode steps of the sensitivities of each layer that has been given them.
+        self._sensitivities: dict[int, tuple[tuple[int, ...], FileRecord]] = {}
+        self._drawn: tuple[tuple[int, ...], FileRecord] | None = None
         self._open = True
 
     def __enter__(self) -> TraceWriter:
@@ -137,6 +151,73 @@ class TraceWriter:
             raise
         self._n_tokens[layer] += n
 
+    def write_draws(self, log_weights: np.ndarray) -> None:
+        """Store how likely the tokens were that sensitivities are of; see ``Trace.draw_log_weights``.
+
+        Parameters
+        ----------
+        log_weights : np.ndarray
+            Finite floats, (n_draws, n_steps).
+
+        Raises
+        ------
+        ValueError
+            If the shape or type does not fit, or a number is not finite.
+        OSError
+            If the disk is full; the recording is then given up.
+        """
+        self._check_open()
+        array = as_numpy(log_weights, "log_weights")
+        if array.ndim != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(
+                f"log_weights are {array.dtype} {array.shape}; allowed: finite floats (n_draws, n_steps)"
+            )
+        source = TensorSource(TAGS["float32"], array.shape, [array])
+        self._drawn = array.shape, self._write(DRAWS_NAME, {"log_weights": source})
+
+    def _write(self, name: str, sources: Mapping[str, TensorSource]) -> FileRecord:
+        try:
+            return write_tensors(self._target.staging / name, sources)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write_sensitivity(self, layer: int, sensitivity: np.ndarray) -> None:
+        """Store a layer's sensitivities, of every decode step; see ``Trace.sensitivity``.
+
+        Parameters
+        ----------
+        layer : int
+        sensitivity : np.ndarray
+            (n_draws, n_query_heads, n_steps, head_dim), float32, or bfloat16 as uint16 bit patterns. It is
+            rounded to bfloat16 unless the trace is float32.
+
+        Raises
+        ------
+        ValueError
+            If the shape or type does not fit, a number is not finite, or the layer has been given them.
+        OSError
+            If the disk is full; the recording is then given up.
+        """
+        self._check_open()
+        if not 0 <= layer < self.shape.n_layers or layer in self._sensitivities:
+            raise ValueError(f"layer is {layer}; allowed: 0 to {self.shape.n_layers - 1}, once each")
+        array, shape = as_numpy(sensitivity, f"layer {layer}: sensitivity"), self.shape
+        n_draws, _, n_steps, _ = array.shape if array.ndim == 4 else (0, 0, 0, 0)
+        if n_draws < 1 or array.shape != (n_draws, shape.n_query_heads, n_steps, shape.head_dim):
+            allowed = f"(n_draws, {shape.n_query_heads}, n_steps, {shape.head_dim})"
+            raise ValueError(f"layer {layer}: sensitivity has shape {array.shape}; allowed: {allowed}")
+        dtype = "float32" if shape.dtype == "float32" else "bfloat16"
+        try:
+            stored = round_to_storage(array, dtype)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: sensitivity: {error}") from None
+        if not all_finite(stored, dtype):
+            raise ValueError(f"layer {layer}: sensitivity holds NaN or infinity; allowed: finite")
+        source = TensorSource(TAGS[dtype], stored.shape, [stored])
+        record = self._write(sensitivity_name(layer), {"sensitivity": source})
+        self._sensitivities[layer] = (n_draws, n_steps), record
+
     def finish(
         self,
         token_ids: Sequence[int] | np.ndarray,
@@ -198,6 +279,7 @@ class TraceWriter:
             "task": dict(task or {}),
             "vocabulary": as_vocabulary(vocabulary or {}),
             "writer": _own_versions() | dict(versions or {}),
+            "sensitivity": self._sensitivity(len(ids) - prompt_tokens),
         }
         # What could not be written, or not be read back, is refused before the long work, not after it.
         try:
@@ -251,6 +333,21 @@ class TraceWriter:
                 )
         if not isinstance(prompt_tokens, int | np.integer) or not 1 <= prompt_tokens <= n_ids:
             raise ValueError(f"prompt_tokens is {prompt_tokens!r}; allowed: 1 to {n_ids}")
+
+    def _sensitivity(self, n_steps: int) -> Sensitivity | None:
+        if self._drawn is None and not self._sensitivities:
+            return None
+        sizes = {layer: own for layer, (own, _) in sorted(self._sensitivities.items())}
+        drawn, record = self._drawn or ((), None)
+        is_whole = set(sizes) == set(range(self.shape.n_layers)) and {*sizes.values()} == {drawn}
+        if record is None or not is_whole or drawn[1] != n_steps:
+            raise ValueError(
+                f"sensitivities have (n_draws, n_steps) {sizes} by layer, and log_weights {drawn}; allowed: "
+                f"one n_draws and {n_steps} steps in all"
+            )
+        files = {DRAWS_NAME: record}
+        files |= {sensitivity_name(layer): own for layer, (_, own) in sorted(self._sensitivities.items())}
+        return {"n_draws": drawn[0], "files": files}
 
     def _part(self, layer: int, name: str) -> Part:
         dtype = STORAGE_DTYPES["float32" if name == "lse" else self.shape.dtype]

@@ -8,6 +8,7 @@ import numpy as np
 
 from simulator.engine.compression import Compressor, Held
 from simulator.engine.sampling import Sample
+from simulator.engine.shift import Sensitivities, head_outputs
 from simulator.kernels.ledger import Ledger
 from simulator.kernels.spans import WindowProducts, span_mass
 from simulator.kernels.widening import widen
@@ -15,6 +16,7 @@ from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
+from traces.numbers import to_float32
 from traces.trace import Trace
 
 # Tokens read at once; bounds the memory of long spans.
@@ -53,6 +55,8 @@ class LayerReplay:
         Decides who stays.
     mass : float32 (n_measured_heads, n_sampled)
         Retained attention mass of the measured query heads at the sampled decode steps.
+    shift : float32 (n_draws, n_sampled)
+        How much what the layer lost moves the log-probabilities of drawn tokens; see `Sensitivities`.
     held : int64 (n_steps,)
         Entries held during the attention of every decode step.
     retained : list of Retained
@@ -72,6 +76,7 @@ class LayerReplay:
         keep_retained: bool,
         sample: Sample,
         mass: np.ndarray,
+        sensitivities: Sensitivities | None = None,
         rope: Rope | None = None,
         table: np.ndarray | None = None,
     ) -> None:
@@ -94,7 +99,8 @@ class LayerReplay:
             rope=rope,
             table=table,
         )
-        self._with_values = policy.evicts and "values" in policy.scorer.needs
+        self._sensitivities = sensitivities
+        self._with_values = policy.evicts and ("values" in policy.scorer.needs or sensitivities is not None)
         # Without evictions nothing is scored and every mass is 1: no key will ever be read.
         width = shape.head_dim if policy.evicts else 0
         self.ledger = Ledger(
@@ -103,6 +109,8 @@ class LayerReplay:
         # A head that never evicted holds the full cache, whose mass is 1 by definition.
         self.mass = mass
         self.mass[:] = 1
+        n_draws = 0 if sensitivities is None else sensitivities.n_draws
+        self.shift = np.zeros((n_draws, len(sample.steps)), np.float32)
         self.held = np.zeros(n_steps, np.int64)
         self.retained: list[Retained] = []
         self.divisions: list[Division] = []
@@ -188,6 +196,14 @@ class LayerReplay:
         )
         by_head = self.mass.reshape(len(self._kv_heads), -1, self.mass.shape[1])
         by_head[slice(None) if is_every else rows, :, sampled] = mass
+        if self._sensitivities is not None:
+            keys, values = self.ledger.keys(), self.ledger.values()
+            for row in rows:
+                kv_head = self._kv_heads[row]
+                queries = to_float32(self._of_heads("queries", [kv_head], tokens)[0], self._shape.dtype)
+                seen = self.ledger.lengths[kv_head] - n_tokens + offsets + 1
+                outputs = head_outputs(queries, keys[kv_head], values[kv_head], seen, self._scale)
+                self.shift[:, sampled] += self._sensitivities.change(self.layer, kv_head, sampled, outputs)
 
     def _of_heads(self, name: str, kv_heads: slice | list[int], tokens: slice | np.ndarray) -> np.ndarray:
         """Give what is stored of query heads by KV head, (n_kv_heads, group_size, n_tokens, ...)."""

@@ -52,6 +52,11 @@ class Metrics:
         Decode steps, and entries evicted over all layers and KV heads.
     mass_error : float or None
         Half of the 95% interval of ``mass_mean`` where only a sample was measured.
+    shift_mean : float or None
+        How far evictions move predictions, from a trace's sensitivities: the mean over steps of
+        ``log(1 + m / 2)``, where ``m`` is the mean over draws of the square of how much the log-probability
+        of a drawn token moves, to first order and in nats. None without sensitivities or if only some heads
+        were measured.
     """
 
     entries_mean: float
@@ -71,6 +76,7 @@ class Metrics:
     n_steps: int
     n_evictions: int
     mass_error: float | None
+    shift_mean: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that no trace whose parts fit together can give.
@@ -93,7 +99,7 @@ _SHARE, _COUNT = (0.0, 1.05), (0.0, float(2**62))
 RANGES = {
     item.name: _COUNT if item.name.startswith(("entries_", "bytes_", "n_")) else _SHARE
     for item in fields(Metrics)
-} | {"gap": (-1.05, 1.05)}
+} | {"gap": (-1.05, 1.05), "shift_mean": (0.0, float("inf"))}
 
 
 def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
@@ -125,6 +131,7 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
         n_steps=len(held),
         n_evictions=outcome.n_evicted,
         mass_error=sample.half_width(mass),
+        shift_mean=_mean_shift(outcome.shift, sample),
     )
 
 
@@ -136,6 +143,14 @@ def _worst_step(lost: np.ndarray, lookups: np.ndarray) -> float:
     n_lost, n_tried = lost.sum(axis=(0, 1)), lookups.sum(axis=(0, 1))
     several = n_tried >= 2
     return float((n_lost[several] / n_tried[several]).max(initial=0.0))
+
+
+def _mean_shift(shift: np.ndarray, sample: Sample) -> float | None:
+    if not shift.shape[1]:
+        return None
+    # Layers move the same predictions; a logarithm, since no prediction moves as far as a straight line goes.
+    squares = np.square(shift.sum(axis=0, dtype=np.float64)).mean(axis=0)
+    return float(np.log1p(squares / 2) @ sample.step_weights)
 
 
 def lost_lookups(trace: Trace, outcome: Outcome, full: FullCache) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from simulator.engine.layer import Division, LayerReplay, Retained
 from simulator.engine.sampling import EVERYTHING, Sample
+from simulator.engine.shift import Sensitivities
 from simulator.policies.contract import (
     asked_allocator,
     checked_budgets,
@@ -32,6 +33,9 @@ class Outcome:
     ----------
     mass : float32 (n_layers, n_query_heads, n_steps)
         Retained attention mass: of all layers, query heads and decode steps, or of those of ``sample``.
+    shift : float32 (n_layers, n_draws, n_steps)
+        How much what each layer lost moves the log-probabilities of drawn tokens; no draws without
+        sensitivities.
     held : int64 (n_steps,)
         Entries over all layers and KV heads during every decode step.
     evicted_at : int32 (n_layers, n_kv_heads, total_tokens)
@@ -49,6 +53,7 @@ class Outcome:
     """
 
     mass: np.ndarray
+    shift: np.ndarray
     held: np.ndarray
     evicted_at: np.ndarray
     n_evicted: int
@@ -75,6 +80,8 @@ class Request:
         Keep who is retained after every compression.
     sample : Sample, optional
         What is measured; everything by default.
+    sensitivities : Sensitivities, optional
+        Of the trace and the sample, to tell how predictions move.
 
     Raises
     ------
@@ -99,6 +106,7 @@ class Request:
         waves: dict[str, Wave] | None = None,
         keep_retained: bool = False,
         sample: Sample | None = None,
+        sensitivities: Sensitivities | None = None,
     ) -> None:
         if arrival < 0:
             raise UserError(f"arrival is {arrival}; allowed: 0 or more")
@@ -141,6 +149,7 @@ class Request:
                 keep_retained=keep_retained,
                 sample=self._sample,
                 mass=unmeasured if rows[layer] is None else self._mass[rows[layer]],
+                sensitivities=sensitivities,
                 rope=rope,
                 table=None if table is None else table[layer],
             )
@@ -172,6 +181,7 @@ class Request:
         """Collect what the layers measured, after completion."""
         return Outcome(
             mass=self._mass,
+            shift=np.stack([layer.shift for layer in self.layers]),
             held=np.sum([layer.held for layer in self.layers], axis=0),
             evicted_at=np.stack([layer.ledger.evicted_at for layer in self.layers]),
             n_evicted=sum(layer.n_evicted for layer in self.layers),

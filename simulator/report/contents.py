@@ -12,7 +12,7 @@ from simulator.report.page import Report, Section, origin, page
 from simulator.report.quality import crowded, has_intervals, quality_figures, quality_rows
 from simulator.report.sources import Sources
 from simulator.report.tables import means_table, standings_table, verdict, what_was_replayed
-from simulator.results.metric_names import MEASURED, asked_metric, fidelity_note
+from simulator.results.metric_names import MEASURED, asked_metric, fidelity_note, why_missing
 from simulator.results.tables import usual_metric
 from traces.errors import UserError
 from traces.trace import Trace
@@ -85,7 +85,7 @@ def known_metrics(rows: pl.DataFrame, asked: Sequence[str]) -> list[str]:
         empty = rows.filter((pl.col("status") == "ok") & pl.col(metric).is_null())
         if len(empty):
             raise UserError(
-                f"{metric} is empty in {len(empty)} rows, of which only a sample was measured; "
+                f"{metric} is empty in {len(empty)} rows, as it is {why_missing(metric)}; "
                 "allowed: a metric that all rows have"
             )
     return list(dict.fromkeys(asked)) or [usual_metric(rows.filter(pl.col("status") == "ok"))]

@@ -6,7 +6,7 @@ import polars as pl
 from scipy import stats
 
 from simulator.results.labels import budget_label
-from simulator.results.metric_names import COMPARED
+from simulator.results.metric_names import COMPARED, ESTIMATED, MEASURED, METRICS
 from simulator.results.tables import BUDGET, GROUP, comparable, with_budget_kind
 
 # Digits after the point: far below what traces differ by.
@@ -24,8 +24,9 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
         family (empty for traces without one), the columns of ``results.GROUP``, ``n_traces``;
         the means of ``bytes_mean``, ``oracle_mass`` and of all of ``metric_names.COMPARED``.
     """
-    # Of a column that rows of an earlier version lack there is no mean.
-    numbers = [name for name in ("bytes_mean", "oracle_mass", *COMPARED) if name in rows.columns]
+    # Of a column that rows of an earlier version lack there is no mean, nor of one that nothing could tell.
+    numbers = [name for name in ("bytes_mean", "oracle_mass", *METRICS, *MEASURED) if name in rows.columns]
+    numbers += [name for name in ESTIMATED if name in rows.columns and rows[name].count()]
     done = comparable(rows).with_columns(pl.col("family").fill_null(""))
     means = done.group_by("family", *GROUP, maintain_order=True).agg(
         pl.len().alias("n_traces"), pl.col(numbers).mean().round(_DIGITS)

@@ -74,11 +74,23 @@ MEASURED = {
         Metric("forced_mass", "retained mass under eviction", True, "retains most attention under eviction"),
     )
 }
-COMPARED = METRICS | MEASURED
+# What a replay tells of a trace with sensitivities.
+ESTIMATED = {
+    metric.column: metric
+    for metric in (
+        Metric("shift_mean", "shift of predictions", False, "moves predictions least to first order"),
+    )
+}
+COMPARED = METRICS | MEASURED | ESTIMATED
 # Of all of them, taking the policy that it puts first costs the fewest answers, over all that were decoded.
 DEFAULT_METRIC = "lost_lookup_peak"
 # Which of them a sample of decode steps can tell.
 DEFAULT_OF_SAMPLES = "lost_lookup_rate"
+
+
+def why_missing(metric: str) -> str:
+    """Say of which replays a row has no such number."""
+    return "of traces without sensitivities" if metric in ESTIMATED else "of samples"
 
 
 def asked_metric(name: str | None) -> str:
@@ -99,6 +111,11 @@ def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = 
     """
     if metric in MEASURED:
         return f"'{MEASURED[metric].label}' is measured, by sim validate, on the traces' own model."
+    if metric in ESTIMATED:
+        return (
+            f"'{ESTIMATED[metric].label}' is no recommendation: it is an estimate to first order, and sim "
+            "validate masked measures how far predictions move."
+        )
     known, label = _fidelity(), METRICS[metric].label
     measured, at_hand = known["metrics"][metric], set(models)
     where = f"{known['model']} ({known['parameters']} parameters)"

@@ -50,6 +50,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "lost_lookup_peak": pl.Float64,
     "sampling": pl.String,
     "mass_error": pl.Float64,
+    "shift_mean": pl.Float64,
     "protection_binding": pl.Boolean,
 }
 

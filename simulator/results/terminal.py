@@ -31,6 +31,7 @@ _HEADERS = {
     "miss_rate": "miss\nrate",
     "lost_lookups": "lost\nlookups",
     "worst_step": "worst\nstep",
+    "shift": "\nshift",
     "oracle": "\noracle",
     "gap": "\ngap",
     "behind": "behind\nfirst",
@@ -192,6 +193,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     if sampled:
         interval = "" if several else "; ±95% is what that leaves open of the mass"
         lines.append(f"Only a sample was measured: {' or '.join(sorted(sampled))}{interval}.")
+    if "shift_mean" in done.columns and done["shift_mean"].count():
+        lines.append("Shift is how far predictions move, to first order; sim validate masked measures it.")
     if several:
         metric = usual_metric(done)
         lines.append(
@@ -220,6 +223,7 @@ def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
         "miss_rate": _four_digits(row["miss_rate"]),
         "lost_lookups": _four_digits(row["lost_lookup_rate"]),
         "worst_step": _four_digits(row["lost_lookup_peak"]),
+        "shift": _four_digits(row.get("shift_mean")),
         "oracle": _four_digits(row["oracle_mass"]),
         # A full cache may come out a rounding error above its bound.
         "gap": _four_digits(None if row["gap"] is None else max(0.0, row["gap"])),

@@ -151,7 +151,7 @@ def _described(source: str, name: str, read: Callable[[], Manifest]) -> SweepTra
         return SweepTrace(source, name, error=failed)
     if manifest.total_tokens == manifest.prompt_tokens:
         error = UserError(f"trace {source} has no decode step after its prompt; nothing to replay")
-    n_bytes = sum(record["size"] for record in manifest.files.values())
+    n_bytes = sum(record["size"] for record in manifest.all_files.values())
     signature = manifest.manifest_sha256 or digest(json.loads(manifest.to_json()), without="manifest_sha256")
     return SweepTrace(
         source=source,

@@ -22,7 +22,7 @@ def trace_path(make_trace):
 def test_versions_are_told(run_sim):
     code, out, _ = run_sim("--version")
     assert code == 0
-    assert out.splitlines()[:2] == [f"kvbudget {package_version()}", "trace format 1.1"]
+    assert out.splitlines()[:2] == [f"kvbudget {package_version()}", "trace format 1.2"]
     assert any(line.startswith("numba ") for line in out.splitlines())
 
 

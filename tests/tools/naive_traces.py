@@ -32,6 +32,11 @@ def small_trace(path, seed=0, n_layers=2, dtype="float16", n_tokens=24, with_val
     keys = rng.standard_normal((n_layers, 2, n_tokens, 8), dtype=np.float32)
     values = keys[:, :, ::-1] if with_values else None
     prompt_tokens = kw.pop("prompt_tokens", 7)
+    n_draws = kw.pop("n_draws", 0)
+    if n_draws:
+        drawn = (n_layers, n_draws, 4, n_tokens - prompt_tokens, 8)
+        kw["sensitivity"] = rng.standard_normal(drawn, dtype=np.float32)
+        kw["draw_log_weights"] = -np.abs(rng.standard_normal((n_draws, n_tokens - prompt_tokens)))
     return write_trace(path, queries, keys, values=values, prompt_tokens=prompt_tokens, dtype=dtype, **kw)
 
 

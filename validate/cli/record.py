@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Texts of a large model that are decoded together: one of half a billion parameters then writes several times
 # as many tokens a second on two cores as alone.
 _BATCH, _MOST_TOGETHER = 16, 4096
+_MOST_DRAWS = 64
 
 
 def record(
@@ -60,6 +61,10 @@ def record(
         ),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="Record values as well.")] = False,
+    sensitivity: Annotated[
+        int | None,
+        typer.Option(metavar="DRAWS", help="Record values and how predictions depend on heads."),
+    ] = None,
     no_chat: options.NoChat = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Record again what is there already.")
@@ -77,6 +82,8 @@ def record(
     for option, given in (("--max-new-tokens", max_new_tokens), ("--batch", batch)):
         if rescore and given is not None:
             raise UserError(f"{option} {given} contradicts --rescore, which decodes nothing")
+    if sensitivity is not None and not 1 <= sensitivity <= _MOST_DRAWS:
+        raise UserError(f"--sensitivity is {sensitivity}; allowed: 1 to {_MOST_DRAWS} draws")
     if batch is not None and not 1 <= batch <= _MOST_TOGETHER:
         raise UserError(f"--batch is {batch}; allowed: 1 to {_MOST_TOGETHER}")
     _require_sampling(temperature, top_p, seed, "--greedy" if greedy else "--rescore" if rescore else "")
@@ -101,7 +108,8 @@ def record(
             max_new_tokens=1024 if max_new_tokens is None else max_new_tokens,
             sampling=options.asked_sampling(temperature, top_p, seed or 0),
             use_chat_template=not no_chat,
-            with_values=values,
+            with_values=values or sensitivity is not None,
+            n_draws=sensitivity or 0,
             overwrite=overwrite,
         )
         prompts = prompts_file(prompts)

@@ -1,7 +1,7 @@
 """How well a number foretells divergence on models and policies that none was chosen on.
 
 ``split.json`` says which those are. It was written before any number was made for the purpose; whoever
-proposes one looks at the judged side once, and adds its name to ``openings``.
+proposes one looks at the judged side once, and says so under ``openings``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from simulator.results.labels import with_budget_label
 from simulator.results.layout import markdown_table
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED, METRICS, Metric
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
@@ -31,6 +31,7 @@ from validate.pretrained.stored import (
 
 _RESAMPLES = 2000
 _SOME = ("lost_lookup_rate", "mass_mean", "mass_min_head")
+_BESIDE_SHIFT = ("shift_mean", "mass_mean", "mass_p05", "lost_lookup_rate", "miss_rate")
 _CEILING = "*half of the texts, measured*"
 _GRADED = "qwen2.5-coder-0.5b"
 _SIZES = {"smollm2-135m": "0.1B", "qwen2.5-coder-0.5b": "0.5B", "qwen2.5-coder-1.5b": "1.5B"}
@@ -127,19 +128,37 @@ def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
     means = {model: mean_rows(model) for model in models_with("masked")}
     table = []
     for known in map(METRICS.__getitem__, metrics):
-        told = []
-        sign = -1 if known.more_is_better else 1
-        for own in means.values():
-            ranks = [
-                float(spearmanr(sign * same[known.column], same["kl_mean"]).statistic)
-                for _, same in own.group_by("budget", maintain_order=True)
-            ]
-            over_all = float(spearmanr(sign * own[known.column], own["kl_mean"]).statistic)
-            told.append(f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}")
-        table.append([known.label, *told])
+        table.append([known.label, *(_ranks(own, known) for own in means.values())])
     halves = [ceiling(model, "all") for model in means]
     told = [f"{np.mean(own.within):.2f} ({min(own.within):.2f}), {own.over_all:.2f}" for own in halves]
     return markdown_table(["the replay's number", *means], [*table, [_CEILING, *told]])
+
+
+def _shifts() -> str:
+    """Tell how the shift ranks policies by their divergence, beside other numbers on the same few texts."""
+    key = ["policy", "policy_params", "budget", "trace"]
+    table = []
+    for model in models_with("shift"):
+        # Divergence is of the texts' own recordings, whose numbers are not these to the bit.
+        truth = evicting_rows("masked", model).select(*key, "kl_mean")
+        rows = evicting_rows("shift", model).join(truth, on=key)
+        means = rows.group_by("policy", "budget", maintain_order=True).agg(
+            pl.col(*_BESIDE_SHIFT, "kl_mean").mean()
+        )
+        label = f"{model}, {rows['trace'].n_unique()} texts, {means['budget'].n_unique()} budgets"
+        table.append([label, *(_ranks(means, COMPARED[name]) for name in _BESIDE_SHIFT)])
+    return markdown_table(["", *(COMPARED[name].label for name in _BESIDE_SHIFT)], table)
+
+
+def _ranks(means: pl.DataFrame, number: Metric) -> str:
+    """Correlate a number with the divergence: within a budget, mean and (least), then over all cells."""
+    sign = -1 if number.more_is_better else 1
+    ranks = [
+        float(spearmanr(sign * own[number.column], own["kl_mean"]).statistic)
+        for _, own in means.group_by("budget", maintain_order=True)
+    ]
+    over_all = float(spearmanr(sign * means[number.column], means["kl_mean"]).statistic)
+    return f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}"
 
 
 def _judged() -> str:
@@ -286,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
     "pretrained-judged": _judged,
+    "pretrained-shift": _shifts,
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
     "graded": partial(_graded, _GRADED),

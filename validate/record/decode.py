@@ -19,7 +19,8 @@ from validate.models.load import LENGTH_DEPENDENT_ROPE, rope_parameters, stop_to
 from validate.models.next_token import Sampling, forward_settings
 from validate.models.vocabulary import n_token_ids, vocabulary_of
 from validate.problems.grading import graded
-from validate.record.recorder import TraceRecorder, observed_shape
+from validate.record.recorder import TraceRecorder, observed_shape, to_numpy
+from validate.record.sensitivity import sensitivities
 
 CHUNK = 512
 # Decoded tokens of a layer that wait to be written together. A write per layer and step costs a
@@ -41,6 +42,7 @@ def record_decode(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
     with_values: bool = False,
+    n_draws: int = 0,
     chunk: int = CHUNK,
     overwrite: bool = False,
     model_name: str = "custom",
@@ -69,6 +71,8 @@ def record_decode(
         Token ids that end the text; by default the model's own.
     with_values : bool
         As `TraceWriter`.
+    n_draws : int
+        Of sensitivities that are recorded as well; 0 for none. See `sensitivities`.
     chunk : int
     overwrite : bool
         As `TraceWriter`.
@@ -89,7 +93,7 @@ def record_decode(
     stops = set(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
     generator = sampling.generator()
     longest = len(prompt_ids) + max_new_tokens
-    with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
+    with _open_run(model, path, longest, with_values, n_draws, chunk, overwrite, on_tokens) as run:
         logits = run.read(prompt_ids)
         for _ in range(max_new_tokens):
             token = sampling.choose(logits, generator)
@@ -116,6 +120,7 @@ def record_rescore(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     with_values: bool = False,
+    n_draws: int = 0,
     chunk: int = CHUNK,
     overwrite: bool = False,
     model_name: str = "custom",
@@ -141,7 +146,7 @@ def record_rescore(
         raise UserError("the completion has 0 tokens; allowed: 1 or more")
     longest = len(prompt_ids) + len(completion_ids)
     refuse_length_dependent_rope(model, longest)
-    with _open_run(model, path, longest, with_values, chunk, overwrite, on_tokens) as run:
+    with _open_run(model, path, longest, with_values, n_draws, chunk, overwrite, on_tokens) as run:
         # Attention does not see where one pass over the text ends and the next begins.
         run.read(prompt_ids)
         run.read(completion_ids)
@@ -164,11 +169,13 @@ class _FullCacheRun:
         self,
         model: PreTrainedModel,
         recorder: TraceRecorder,
+        n_draws: int,
         chunk: int,
         on_tokens: Callable[[int], None] | None,
     ) -> None:
         self.model = model
         self.recorder = recorder
+        self.n_draws = n_draws
         self.chunk = chunk
         self.on_tokens = on_tokens
         self.token_ids: list[int] = []
@@ -211,6 +218,12 @@ class _FullCacheRun:
             (text,) = tokenizer.batch_decode([self.token_ids[prompt_tokens:]], skip_special_tokens=True)
             task = graded(task, text)
         self.recorder.flush()
+        if self.n_draws:
+            found, weights = sensitivities(self.model, self.token_ids, prompt_tokens, self.n_draws)
+            self.recorder.writer.write_draws(weights.numpy())
+            for layer, own in enumerate(found):
+                is_half = own.dtype == torch.float16
+                self.recorder.writer.write_sensitivity(layer, to_numpy(own.float() if is_half else own))
         return self.recorder.writer.finish(
             self.token_ids,
             prompt_tokens=prompt_tokens,
@@ -232,6 +245,7 @@ def _open_run(
     path: str | Path,
     longest: int,
     with_values: bool,
+    n_draws: int,
     chunk: int,
     overwrite: bool,
     on_tokens: Callable[[int], None] | None,
@@ -244,7 +258,7 @@ def _open_run(
     with TraceWriter(path, shape, scale=scale, with_values=with_values, overwrite=overwrite) as writer:
         recorder = TraceRecorder(writer, hold)
         with torch.inference_mode(), recording(model, recorder.observe):
-            yield _FullCacheRun(model, recorder, chunk, on_tokens)
+            yield _FullCacheRun(model, recorder, n_draws, chunk, on_tokens)
 
 
 def require_full_cache(model: PreTrainedModel, longest: int) -> tuple[ModelShape, float]:

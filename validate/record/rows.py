@@ -37,6 +37,7 @@ class RowSettings:
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     use_chat_template: bool = True
     with_values: bool = False
+    n_draws: int = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -173,6 +174,7 @@ def _record(
         )
     trace = record(
         with_values=settings.with_values,
+        n_draws=settings.n_draws,
         overwrite=settings.overwrite,
         model_name=loaded.name,
         model_revision=loaded.revision,
@@ -210,6 +212,13 @@ def _refuse_other_recording(
         asked["sampling"] = sampling.as_fields() | {"max_new_tokens": settings.max_new_tokens}
     if settings.with_values:
         asked["has_values"] = True
+    sensitivity = manifest.sensitivity
+    if settings.n_draws and (sensitivity is None or sensitivity["n_draws"] != settings.n_draws):
+        found = "none" if sensitivity is None else sensitivity["n_draws"]
+        raise UserError(
+            f"{trace.path} is another recording: its sensitivities have {found} draws, asked "
+            f"{settings.n_draws}; allowed: --overwrite, or another --out"
+        )
     for name, value in asked.items():
         found = getattr(manifest, name)
         if found != value:

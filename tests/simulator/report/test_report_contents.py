@@ -199,7 +199,7 @@ def test_what_a_sample_cannot_tell_is_left_empty(replayed):
     assert "worst step" not in means_table(table)["head"]
     some = pl.concat([replayed.table.head(4), table.tail(4)], how="diagonal_relaxed")
     assert any("" in line for line in means_table(some)["lines"])
-    with pytest.raises(UserError, match="lost_lookup_peak is empty in 8 rows, of which only a sample"):
+    with pytest.raises(UserError, match="lost_lookup_peak is empty in 8 rows, as it is of samples"):
         report(sources, ["lost_lookup_peak"])
 
 

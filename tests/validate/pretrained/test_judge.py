@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from validate.pretrained import judge
 from validate.pretrained.stored import FOUND, MODELS, evicting_rows
 
@@ -81,4 +81,6 @@ def test_the_split_parts_what_there_is():
     assert not {*policies["fitted"]} & {*policies["judged"]}
     assert {*models["judged"]} < {*MODELS}
     assert not {*models["fitted"]} & {*models["judged"]}
-    assert set(found["openings"]) <= set(METRICS)
+    for opening in found["openings"]:
+        assert opening["number"] in COMPARED
+        assert opening["model"] in models["judged"]
