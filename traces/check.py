@@ -10,7 +10,7 @@ import numpy as np
 
 from traces.errors import TraceError
 from traces.lse import causal_lse
-from traces.manifest import DRAWS_NAME, layer_name, sensitivity_name
+from traces.manifest import DRAWS_NAME, layer_name, sensitivity_dtype, sensitivity_name
 from traces.numbers import all_finite, to_float32
 from traces.trace import ARRAY_NAMES, Trace
 
@@ -101,7 +101,7 @@ def _check_finite(trace: Trace) -> str:
                     )
         if trace.has_sensitivity:
             for draw, array in enumerate(trace.stored_sensitivity(layer)):
-                if not all_finite(array, trace.manifest.sensitivity_dtype):
+                if not all_finite(array, sensitivity_dtype(trace.shape.dtype)):
                     raise TraceError(
                         f"{trace.path / sensitivity_name(layer)}: draw {draw} holds NaN or infinity; "
                         "allowed: finite numbers"

@@ -178,8 +178,7 @@ def _facts(trace: Trace) -> dict[str, object]:
     facts: dict[str, object] = {"path": str(trace.path)}
     facts |= asdict(trace.manifest)
     del facts["files"], facts["vocabulary"]
-    if trace.manifest.sensitivity is not None:
-        facts["sensitivity"] = {"n_draws": trace.manifest.sensitivity["n_draws"]}
+    facts["sensitivity"] = {"n_draws": trace.manifest.n_draws} if trace.has_sensitivity else None
     n_bytes = sum(record["size"] for record in trace.manifest.all_files.values())
     facts["vocabulary_size"] = len(trace.manifest.vocabulary)
     facts["decoded_tokens"] = trace.total_tokens - trace.prompt_tokens

@@ -120,9 +120,9 @@ class Manifest:
         return self.files | ({} if self.sensitivity is None else self.sensitivity["files"])
 
     @property
-    def sensitivity_dtype(self) -> str:
-        """Return the type that sensitivities are stored in; gradients have no place in a float16's range."""
-        return "float32" if self.dtype == "float32" else "bfloat16"
+    def n_draws(self) -> int:
+        """Return how many draws a step sensitivities are of; 0 without them."""
+        return 0 if self.sensitivity is None else self.sensitivity["n_draws"]
 
     def to_json(self) -> str:
         """Write the fields as JSON text.
@@ -146,6 +146,11 @@ class Manifest:
 def layer_name(layer: int) -> str:
     """Return the file name of a layer."""
     return f"layer_{layer:03d}.safetensors"
+
+
+def sensitivity_dtype(dtype: str) -> str:
+    """Return the type of sensitivities beside numbers of ``dtype``; gradients may leave a float16's range."""
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def sensitivity_name(layer: int) -> str:

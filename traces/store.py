@@ -10,7 +10,7 @@ from pathlib import Path
 
 from traces.container import TAGS, TensorLayout, read_layout
 from traces.errors import TraceError
-from traces.manifest import DRAWS_NAME, MANIFEST_NAME, TOKENS_NAME, Manifest, read_manifest
+from traces.manifest import DRAWS_NAME, MANIFEST_NAME, TOKENS_NAME, Manifest, read_manifest, sensitivity_dtype
 from traces.remote import SUFFIX, fetch, find_remote, is_remote
 from traces.trace import Trace
 from traces.wording import near
@@ -155,11 +155,11 @@ def expected_tensors(file_name: str, manifest: Manifest) -> dict[str, tuple[str,
         return {"token_ids": (TAGS["int32"], (n_tokens,))}
     if manifest.sensitivity is not None and file_name in manifest.sensitivity["files"]:
         n_steps = n_tokens - manifest.prompt_tokens
-        n_draws = manifest.sensitivity["n_draws"]
+        n_draws = manifest.n_draws
         if file_name == DRAWS_NAME:
             return {"log_weights": (TAGS["float32"], (n_draws, n_steps))}
         shape = n_draws, manifest.n_query_heads, n_steps, head_dim
-        return {"sensitivity": (TAGS[manifest.sensitivity_dtype], shape)}
+        return {"sensitivity": (TAGS[sensitivity_dtype(manifest.dtype)], shape)}
     tag = TAGS[manifest.dtype]
     expected = {
         "lse": (TAGS["float32"], (manifest.n_query_heads, n_tokens)),

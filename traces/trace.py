@@ -11,7 +11,7 @@ import numpy as np
 
 from traces.container import TensorLayout, map_tensor
 from traces.errors import MissingDataError, TraceError
-from traces.manifest import DRAWS_NAME, TOKENS_NAME, Manifest, layer_name, sensitivity_name
+from traces.manifest import DRAWS_NAME, TOKENS_NAME, Manifest, layer_name, sensitivity_dtype, sensitivity_name
 from traces.numbers import to_float32
 from traces.shape import ModelShape
 
@@ -133,7 +133,7 @@ class Trace:
         if not 0 <= start <= stop <= n_steps:
             raise ValueError(f"steps {start} to {stop} asked; allowed: a span of 0 to {n_steps}")
         stored = self.stored_sensitivity(layer)[:, :, start:stop]
-        return to_float32(stored, self.manifest.sensitivity_dtype)
+        return to_float32(stored, sensitivity_dtype(self.manifest.dtype))
 
     @property
     def draw_log_weights(self) -> np.ndarray:

@@ -23,6 +23,7 @@ from traces.manifest import (
     content_id,
     layer_name,
     parse_fields,
+    sensitivity_dtype,
     sensitivity_name,
 )
 from traces.numbers import STORAGE_DTYPES, all_finite, cast_exactly, round_to_storage
@@ -189,7 +190,7 @@ class TraceWriter:
         ----------
         layer : int
         sensitivity : np.ndarray
-            (n_draws, n_query_heads, n_steps, head_dim), float32, or bfloat16 as uint16 bit patterns. It is
+            (n_draws, n_query_heads, n_steps, head_dim), floats, or bfloat16 as uint16 bit patterns. They are
             rounded to bfloat16 unless the trace is float32.
 
         Raises
@@ -207,7 +208,7 @@ class TraceWriter:
         if n_draws < 1 or array.shape != (n_draws, shape.n_query_heads, n_steps, shape.head_dim):
             allowed = f"(n_draws, {shape.n_query_heads}, n_steps, {shape.head_dim})"
             raise ValueError(f"layer {layer}: sensitivity has shape {array.shape}; allowed: {allowed}")
-        dtype = "float32" if shape.dtype == "float32" else "bfloat16"
+        dtype = sensitivity_dtype(shape.dtype)
         try:
             stored = round_to_storage(array, dtype)
         except ValueError as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from simulator.engine.sampling import Sample
 from simulator.kernels.widening import widen
+from traces.manifest import sensitivity_dtype
 from traces.numbers import to_float32
 from traces.trace import Trace
 
@@ -70,7 +71,7 @@ class Sensitivities:
 
     def __init__(self, trace: Trace, sample: Sample) -> None:
         self._trace, self._steps = trace, sample.steps
-        self.n_draws = len(trace.stored_sensitivity(0))
+        self.n_draws = trace.manifest.n_draws
         self._full = [np.stack(list(self._of_layer(layer))) for layer in range(trace.shape.n_layers)]
 
     def change(self, layer: int, kv_head: int, sampled: slice, outputs: np.ndarray) -> np.ndarray:
@@ -97,7 +98,7 @@ class Sensitivities:
         stored = self._trace.stored_sensitivity(layer)[:, kv_head * size : (kv_head + 1) * size]
         is_run = len(steps) == steps[-1] - steps[0] + 1
         own = stored[:, :, steps[0] : steps[-1] + 1] if is_run else stored[:, :, steps]
-        return to_float32(own, self._trace.manifest.sensitivity_dtype)
+        return to_float32(own, sensitivity_dtype(self._trace.shape.dtype))
 
     def _of_layer(self, layer: int) -> Iterator[np.ndarray]:
         """Yield for every KV head what the full cache gives, times sensitivity; (n_draws, n_sampled)."""

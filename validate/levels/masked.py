@@ -17,10 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from simulator.engine.layer import Retained
-from traces.errors import UserError
 from traces.trace import Trace
 from validate.levels.divergence import Divergence, FullPredictions, decode_logits
-from validate.models.attention_hook import layer_index, replaced_attention, scale_of, unsupported_feature
+from validate.models.attention_hook import layer_index, replaced_attention, require_plain, scale_of
 
 _IMPLEMENTATION = "kvbudget_masked"
 _ATTRIBUTE = "_kvbudget_masks"
@@ -104,9 +103,7 @@ def _attend_masked(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend from one text's new tokens to what its masks let them see; registered as ``kvbudget_masked``."""
-    found = unsupported_feature(module, settings, key.shape[2], dropout)
-    if found:
-        raise UserError(f"layer {layer_index(module)} has {found}; only plain causal attention can be masked")
+    require_plain(module, settings, key.shape[2], dropout, "only plain causal attention can be masked")
     masks: Masks = getattr(module, _ATTRIBUTE)
     n_kv_heads, n_seen, n_new = masks.n_kv_heads, key.shape[2], query.shape[2]
     seen = masks.of(layer_index(module), n_seen - n_new, n_new).to(query.device)

@@ -123,6 +123,20 @@ def unsupported_feature(
     return next((words for name, words in UNRECORDABLE.items() if given.get(name) is not None), None)
 
 
+def require_plain(
+    module: torch.nn.Module, settings: Mapping[str, Any], n_tokens: int, dropout: float, otherwise: str
+) -> None:
+    """Refuse a call that is more than `unsupported_feature` allows; ``otherwise`` says what is then not done.
+
+    Raises
+    ------
+    UserError
+    """
+    found = unsupported_feature(module, settings, n_tokens, dropout)
+    if found:
+        raise UserError(f"layer {layer_index(module)} has {found}; {otherwise}")
+
+
 def _unrecordable_input(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> str | None:

@@ -222,8 +222,7 @@ class _FullCacheRun:
             found, weights = sensitivities(self.model, self.token_ids, prompt_tokens, self.n_draws)
             self.recorder.writer.write_draws(weights.numpy())
             for layer, own in enumerate(found):
-                is_half = own.dtype == torch.float16
-                self.recorder.writer.write_sensitivity(layer, to_numpy(own.float() if is_half else own))
+                self.recorder.writer.write_sensitivity(layer, to_numpy(own))
         return self.recorder.writer.finish(
             self.token_ids,
             prompt_tokens=prompt_tokens,

@@ -212,13 +212,8 @@ def _refuse_other_recording(
         asked["sampling"] = sampling.as_fields() | {"max_new_tokens": settings.max_new_tokens}
     if settings.with_values:
         asked["has_values"] = True
-    sensitivity = manifest.sensitivity
-    if settings.n_draws and (sensitivity is None or sensitivity["n_draws"] != settings.n_draws):
-        found = "none" if sensitivity is None else sensitivity["n_draws"]
-        raise UserError(
-            f"{trace.path} is another recording: its sensitivities have {found} draws, asked "
-            f"{settings.n_draws}; allowed: --overwrite, or another --out"
-        )
+    if settings.n_draws:
+        asked["n_draws"] = settings.n_draws
     for name, value in asked.items():
         found = getattr(manifest, name)
         if found != value:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from traces.errors import UserError
-from validate.models.attention_hook import layer_index, replaced_attention, scale_of, unsupported_feature
+from validate.models.attention_hook import layer_index, replaced_attention, require_plain, scale_of
 
 _IMPLEMENTATION = "kvbudget_sensitivity"
 _ATTRIBUTE = "_kvbudget_outputs"
@@ -135,9 +135,7 @@ def _attend(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend causally and keep the output; registered as ``kvbudget_sensitivity``."""
-    found = unsupported_feature(module, settings, key.shape[2], dropout)
-    if found:
-        raise UserError(f"layer {layer_index(module)} has {found}; sensitivities cannot be recorded")
+    require_plain(module, settings, key.shape[2], dropout, "sensitivities cannot be recorded")
     output = scaled_dot_product_attention(
         query,
         key.repeat_interleave(query.shape[1] // key.shape[1], 1),

@@ -20,7 +20,7 @@ from simulator.policies.language import parse_policy
 def naive_shift(trace, retained, steps):
     """Give (n_layers, n_draws, n_steps): sums over heads of sensitivity times what an output loses."""
     shape, prompt = trace.shape, trace.prompt_tokens
-    n_draws = trace.manifest.sensitivity["n_draws"]
+    n_draws = trace.manifest.n_draws
     found = np.zeros((shape.n_layers, n_draws, len(steps)))
     for layer in range(shape.n_layers):
         queries, keys, values = (

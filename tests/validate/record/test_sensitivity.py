@@ -120,7 +120,7 @@ def test_the_verb_records_them_and_a_replay_tells_the_shift(tmp_path, run_sim):
     assert trace.sensitivity(0).shape[:2] == (2, 4)
     assert run_sim("record", *asked, "--sensitivity", 2)[0] == 0
     code, _, error = run_sim("record", *asked, "--sensitivity", 3)
-    assert (code, "its sensitivities have 2 draws, asked 3; allowed: --overwrite" in error) == (1, True)
+    assert (code, "its n_draws is 2, asked 3; allowed: --overwrite" in error) == (1, True)
     assert "n_draws=2" in run_sim("trace", "info", path)[1]
     cells = ["-t", out, "-p", "rkv:window=4,recency", "-b", 20, "--buffer", 8]
     code, shown, _ = run_sim("replay", *cells)
