@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
-from scipy.stats import spearmanr
 
 from simulator.results.metric_names import METRICS
-from validate.pretrained.stored import FOUND, mean_rows, models_with
+from validate.pretrained.stored import FOUND, mean_rows, models_with, ranks_within
 from validate.reasoner.tables import MODEL, PARAMETERS, judged_rows, result_table
 
 # Found in a search over the other policies, whose figure is then no test of it.
@@ -57,11 +56,7 @@ def _by_divergence(model: str) -> dict[str, Any]:
     wrong = _too_high(means.with_columns(truth="kl_mean"), ["budget"])
     metrics = {}
     for metric, own in METRICS.items():
-        sign = -1 if own.more_is_better else 1
-        ranks = [
-            float(spearmanr(sign * same[metric], same["kl_mean"]).statistic)
-            for _, same in means.group_by("budget", maintain_order=True)
-        ]
+        ranks = ranks_within(means, own)
         span = [round(min(ranks), 2), round(max(ranks), 2)]
         # What a search found goes by the name of what it began with.
         named = [policy for policy in wrong[metric] if policy != FOUND]

@@ -25,6 +25,7 @@ from validate.pretrained.stored import (
     graded_rows,
     mean_rows,
     models_with,
+    ranks_within,
     reasoner_errors,
     waves_of,
 )
@@ -153,10 +154,7 @@ def _shifts() -> str:
 def _ranks(means: pl.DataFrame, number: Metric) -> str:
     """Correlate a number with the divergence: within a budget, mean and (least), then over all cells."""
     sign = -1 if number.more_is_better else 1
-    ranks = [
-        float(spearmanr(sign * own[number.column], own["kl_mean"]).statistic)
-        for _, own in means.group_by("budget", maintain_order=True)
-    ]
+    ranks = ranks_within(means, number)
     over_all = float(spearmanr(sign * means[number.column], means["kl_mean"]).statistic)
     return f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}"
 
