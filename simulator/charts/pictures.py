@@ -11,7 +11,6 @@ import polars as pl
 from simulator.charts.style import (
     COLOURS,
     DASHES,
-    METRIC_NAMES,
     SHAPES,
     cycled,
     ordered_policies,
@@ -73,7 +72,9 @@ def front_chart(found: pl.DataFrame, metric: str, title: str) -> alt.LayerChart:
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("memory:Q", title="memory held on average, MiB", scale=scale)
     )
-    y = alt.Y("value:Q", title=METRIC_NAMES[metric], scale=scale, axis=alt.Axis(format=".3~%", tickCount=6))
+    own = COMPARED[metric]
+    axis = alt.Axis(format=".3~%" if own.is_share else ".3~g", tickCount=6)
+    y = alt.Y("value:Q", title=own.title, scale=scale, axis=axis)
     on_front = base.transform_filter("datum.is_front")
     layers: list[Any] = [
         on_front.mark_line(interpolate="step-after", color="#bdbdbd", strokeWidth=3).encode(y=y)

@@ -18,9 +18,9 @@ def policies(incomplete: str) -> list[str]:
 
 def metrics(incomplete: str) -> list[str]:
     """Complete a metric of replays, or the last of a comma list of them."""
-    from simulator.results.metric_names import METRICS
+    from simulator.results.metric_names import ESTIMATED, METRICS
 
-    return _last_of_list(incomplete, METRICS)
+    return _last_of_list(incomplete, (*METRICS, *ESTIMATED))
 
 
 def compared(incomplete: str) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 
 from simulator.cli import shared
 from simulator.cli.completion import metrics, policies
-from simulator.results.metric_names import DEFAULT_METRIC, METRICS
+from simulator.results.metric_names import DEFAULT_METRIC, ESTIMATED, METRICS
 from traces.progress import progress, shows_progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def search(
     ],
     metric: Annotated[
         str,
-        typer.Option(help=f"What is to be better: {', '.join(METRICS)}.", autocompletion=metrics),
+        typer.Option(
+            help=f"What is to be better: {', '.join((*METRICS, *ESTIMATED))}.", autocompletion=metrics
+        ),
     ] = DEFAULT_METRIC,
     minutes: Annotated[float, typer.Option(help="How long this run searches.")] = 15.0,
     trials: Annotated[
@@ -103,7 +105,7 @@ def search(
     others = [text for text in split_list(also) if text]
     for text in (against, *others):
         space.parse(text)
-    _require_searchable(searched, judging, check)
+    _require_searchable(searched, judging, metric, check)
     paths = tuple(str(own.path) for own in searched.values())
     question = Question(paths, metric, against, space, known, seed)
     judge = question.judge()
@@ -124,11 +126,13 @@ def _open_traces(paths: list[str]) -> dict[str, Trace]:
     return {own.trace_id: own for own in map(open_trace, find_traces(paths))}
 
 
-def _require_searchable(searched: dict[str, Trace], judging: dict[str, Trace], check: bool) -> None:
-    """Refuse traces that are on both sides, without a decode step, damaged, or of several models."""
+def _require_searchable(
+    searched: dict[str, Trace], judging: dict[str, Trace], metric: str, check: bool
+) -> None:
+    """Refuse traces on both sides, without a decode step, without what is asked of them, damaged or mixed."""
     from simulator.results.tables import require_one_model
     from traces.check import check_trace
-    from traces.errors import UserError
+    from traces.errors import MissingDataError, UserError
 
     for trace_id, own in judging.items():
         if trace_id in searched:
@@ -138,6 +142,11 @@ def _require_searchable(searched: dict[str, Trace], judging: dict[str, Trace], c
     for own in [*searched.values(), *judging.values()]:
         if own.total_tokens == own.prompt_tokens:
             raise UserError(f"trace {own.path} has no decode step after its prompt; nothing to replay")
+        if metric in ESTIMATED and not (own.has_values and own.has_sensitivity):
+            raise MissingDataError(
+                f"--metric is '{metric}', and trace {own.path} has no sensitivities; allowed: traces of "
+                "sim record --sensitivity"
+            )
         if check:
             check_trace(own)
     require_one_model(own.model for own in [*searched.values(), *judging.values()])

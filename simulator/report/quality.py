@@ -156,19 +156,21 @@ def looks(
 def _quality_axis(metric: str) -> alt.Y:
     import altair as alt
 
-    axis = alt.Axis(format="%", title=METRIC_NAMES[metric], tickCount=6)
+    own = COMPARED[metric]
+    axis = alt.Axis(format="%" if own.is_share else ".3~g", title=own.title, tickCount=6)
     return alt.Y("mean:Q", scale=alt.Scale(zero=False), axis=axis)
 
 
 def _tooltip(metric: str, memory: str) -> list[alt.Tooltip]:
     import altair as alt
 
+    form = ".2%" if COMPARED[metric].is_share else ".3~g"
     return [
         alt.Tooltip("policy:N"),
         alt.Tooltip("budget:N"),
-        alt.Tooltip("mean:Q", title=METRIC_NAMES[metric], format=".2%"),
-        alt.Tooltip("low:Q", title="from", format=".2%"),
-        alt.Tooltip("high:Q", title="to", format=".2%"),
+        alt.Tooltip("mean:Q", title=COMPARED[metric].title, format=form),
+        alt.Tooltip("low:Q", title="from", format=form),
+        alt.Tooltip("high:Q", title="to", format=form),
         alt.Tooltip("memory:Q", title=f"memory, {memory}", format=".3~r"),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simulator.report.page import Section
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.store import read_table
 from simulator.search.verdict import FRONT_SCHEMA, VERDICT_SCHEMA
 from traces.documents import read_json
@@ -28,7 +28,7 @@ def search_section(path: Path) -> Section:
     verdicts = read_table(path / _VERDICTS, str(path / _VERDICTS), VERDICT_SCHEMA)
     front = read_table(path / _FRONT, str(path / _FRONT), FRONT_SCHEMA)
     winners = read_json(path / _WINNERS, str(path / _WINNERS), list[dict[str, str | float | int | None]])
-    metric = next((str(own["metric"]) for own in winners if own.get("metric") in METRICS), None)
-    name = "the number searched by" if metric is None else f"{METRICS[metric].label} ({metric})"
+    metric = next((str(own["metric"]) for own in winners if own.get("metric") in COMPARED), None)
+    name = "the number searched by" if metric is None else f"{COMPARED[metric].label} ({metric})"
     values = {"metric": name, "verdicts": verdicts.to_dicts(), "front": front.sort("bytes_mean").to_dicts()}
     return Section("What the search found", "search.html", values)

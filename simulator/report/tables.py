@@ -13,7 +13,7 @@ from simulator.results.metric_names import COMPARED
 from simulator.results.tables import BUDGET, GROUP, comparable
 from simulator.results.terminal import format_bytes
 
-# Columns of the table of means, and what they are called; bytes are written with a unit, the rest in percent.
+# Columns of the table of means, and what they are called.
 _MEANS = {
     "bytes_mean": "memory, mean",
     "bytes_peak": "memory, peak",
@@ -26,7 +26,9 @@ _MEANS = {
     "lost_lookup_peak": "worst step",
     "oracle_mass": "oracle",
     "gap": "gap",
+    "shift_mean": "shift",
 }
+_ORACLE = COMPARED["mass_mean"]
 
 
 def what_was_replayed(rows: pl.DataFrame) -> str:
@@ -109,7 +111,10 @@ def standings_table(found: pl.DataFrame, metric: str) -> dict[str, list[dict[str
         ranked = own.sort(sign * pl.col("mean"), maintain_order=True)
         for place, row in enumerate(ranked.iter_rows(named=True)):
             mark = "=\N{NO-BREAK SPACE}" if place and several and row["is_tied"] else ""
-            cells[row["policy"], budget] = {"text": mark + _percent(row["mean"]), "is_first": place == 0}
+            cells[row["policy"], budget] = {
+                "text": mark + COMPARED[metric].written(row["mean"]),
+                "is_first": place == 0,
+            }
     nothing = {"text": "", "is_first": False}
     return {
         policy: [cells.get((policy, budget), nothing) for budget in budgets] for policy in means["policy"]
@@ -128,15 +133,14 @@ def means_table(rows: pl.DataFrame) -> dict[str, list[Any]]:
             row["policy"],
             row_budget(row),
             str(row["n_traces"]),
-            *(format_bytes(row[name]) if name.startswith("bytes") else _percent(row[name]) for name in shown),
+            *(_written(name, row[name]) for name in shown),
         ]
         for row in means.iter_rows(named=True)
     ]
     return {"head": ["policy", "budget", "traces", *(_MEANS[name] for name in shown)], "lines": lines}
 
 
-def _percent(share: float | None) -> str:
-    """Write a share with three digits or so: small ones differ in the second decimal."""
-    if share is None:
+def _written(name: str, value: float | None) -> str:
+    if value is None:
         return ""
-    return f"{share:.1%}" if abs(share) >= 0.0995 else f"{share:.2%}"
+    return format_bytes(value) if name.startswith("bytes") else COMPARED.get(name, _ORACLE).written(value)

@@ -31,12 +31,26 @@ class Metric:
     more_is_better : bool
     leads : str
         What the policy that this number puts first does.
+    is_share : bool
+        Whether it is a share, written in percent; else it is in nats.
     """
 
     column: str
     label: str
     more_is_better: bool
     leads: str
+    is_share: bool = True
+
+    @property
+    def title(self) -> str:
+        """Name it on an axis, with its unit."""
+        return self.label if self.is_share else f"{self.label}, nats"
+
+    def written(self, value: float) -> str:
+        """Write a value with three digits or so: small shares differ in the second decimal."""
+        if not self.is_share:
+            return f"{value:.3g}"
+        return f"{value:.1%}" if abs(value) >= 0.0995 else f"{value:.2%}"
 
 
 METRICS = {
@@ -59,17 +73,22 @@ METRICS = {
 MEASURED = {
     metric.column: metric
     for metric in (
-        Metric("kl_mean", "divergence of predictions, mean", False, "moves predictions least"),
+        Metric("kl_mean", "divergence of predictions, mean", False, "moves predictions least", False),
         Metric(
             "kl_p95",
             "divergence of predictions, 95th percentile",
             False,
             "moves predictions least at its worst",
+            False,
         ),
-        Metric("kl_worst", "divergence of predictions, worst step", False, "moves no prediction far"),
+        Metric("kl_worst", "divergence of predictions, worst step", False, "moves no prediction far", False),
         Metric("top_changed", "steps with another top token", False, "changes the top token least often"),
         Metric(
-            "log_likelihood_change", "change of the text's log-likelihood", True, "keeps the text most likely"
+            "log_likelihood_change",
+            "change of the text's log-likelihood",
+            True,
+            "keeps the text most likely",
+            False,
         ),
         Metric("forced_mass", "retained mass under eviction", True, "retains most attention under eviction"),
     )
@@ -78,7 +97,7 @@ MEASURED = {
 ESTIMATED = {
     metric.column: metric
     for metric in (
-        Metric("shift_mean", "shift of predictions", False, "moves predictions least to first order"),
+        Metric("shift_mean", "shift of predictions", False, "moves predictions least to first order", False),
     )
 }
 COMPARED = METRICS | MEASURED | ESTIMATED

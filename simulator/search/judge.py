@@ -14,7 +14,7 @@ from simulator.cells import PreparedTrace
 from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED, ESTIMATED, METRICS
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -25,7 +25,7 @@ _PREPARED_BYTES = 10**9
 # What only the whole tells: it is judged on fewer traces first, but on all of their steps.
 _WHOLE_ONLY = ("lost_lookup_peak",)
 # What needs the oracle, which a search does without.
-SEARCHABLE = tuple(name for name in METRICS if name != "gap")
+SEARCHABLE = (*(name for name in METRICS if name != "gap"), *ESTIMATED)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Judge:
     @property
     def sign(self) -> int:
         """1 if less of the metric is better, else -1."""
-        return -1 if METRICS[self._metric].more_is_better else 1
+        return -1 if COMPARED[self._metric].more_is_better else 1
 
     def worth(self, policy: Policy, budget: str, rung: int) -> Worth:
         """Estimate a policy's worth from the traces and steps of a rung, -1 for the highest.

@@ -6,7 +6,7 @@ import polars as pl
 from rich.console import Console
 
 from simulator.results.layout import empty_table, plain_console
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.terminal import format_bytes, say
 from simulator.search.study import Question
 from traces.wording import counted
@@ -25,7 +25,7 @@ def print_search(
 ) -> None:
     """Print the front on the search's own traces, and the verdict of the held-out ones."""
     console = console or plain_console(160)
-    better = "more" if METRICS[question.metric].more_is_better else "less"
+    better = "more" if COMPARED[question.metric].more_is_better else "less"
     fixed = "".join(f", {name} {value}" for name, value in question.space.fixed.items())
     say(
         console,

@@ -14,7 +14,7 @@ from simulator.budget import parse_budget
 from simulator.cells import PreparedTrace
 from simulator.policies.language import split_name
 from simulator.results.labels import with_parameters
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED
 from simulator.results.tables import bootstrap, result_table
 from simulator.search.judge import Worth
 from simulator.search.study import Question, Tried
@@ -108,7 +108,7 @@ def judge_held_out(
         If the base failed on some trace.
     """
     rng = np.random.default_rng(seed)
-    better = 1 if METRICS[metric].more_is_better else -1
+    better = 1 if COMPARED[metric].more_is_better else -1
     found = []
     for role, own in chosen:
         mine, bases = (_of(rows, text, own.budget) for text in (own.policy, base))

@@ -49,8 +49,9 @@ class Masks:
                 # In force for the token that is read next, until the compression after it.
                 row = max(0, kept.n_tokens - first)
                 if row < n_new:
-                    seen[kv_head, row:, : kept.n_tokens] = False
-                    seen[kv_head, row:, torch.from_numpy(kept.positions).long()] = True
+                    is_kept = torch.zeros(kept.n_tokens, dtype=torch.bool)
+                    is_kept[torch.from_numpy(kept.positions).long()] = True
+                    seen[kv_head, row:, : kept.n_tokens] = is_kept
         return seen
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy import stats
+from scipy.stats import kendalltau
 
 from simulator.results.metric_names import METRICS
+from simulator.results.ranking import spearman
 from traces.errors import UserError
 from validate.live.accuracy import CELL, solved_shares
 
@@ -127,20 +128,20 @@ def rank(metric: np.ndarray, accuracy: np.ndarray, budgets: Sequence[np.ndarray]
     within = [(metric[cells], accuracy[cells]) for cells in telling]
     regrets = [own_accuracy.max() - own_accuracy[own_metric.argmax()] for own_metric, own_accuracy in within]
     return Ranking(
-        _correlation(stats.spearmanr, metric, accuracy),
-        _correlation(stats.kendalltau, metric, accuracy),
-        _mean([_correlation(stats.spearmanr, *pair) for pair in within]),
-        _mean([_correlation(stats.kendalltau, *pair) for pair in within]),
+        spearman(metric, accuracy),
+        _kendall(metric, accuracy),
+        _mean([spearman(*pair) for pair in within]),
+        _mean([_kendall(*pair) for pair in within]),
         _mean(regrets),
         max(regrets, default=float("nan")),
     )
 
 
-def _correlation(measure: Any, metric: np.ndarray, accuracy: np.ndarray) -> float:
+def _kendall(metric: np.ndarray, accuracy: np.ndarray) -> float:
     """Correlate, with 0 for a metric that tells nothing apart."""
     if np.ptp(metric) == 0 or np.ptp(accuracy) == 0:
         return 0.0
-    return float(measure(metric, accuracy).statistic)
+    return float(kendalltau(metric, accuracy).statistic)
 
 
 def _mean(values: Sequence[float]) -> float:

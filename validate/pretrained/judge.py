@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.stats import rankdata
 
+from simulator.results.ranking import spearman
 from simulator.results.tables import bootstrap
 from traces.documents import read_json
 from validate.pretrained.stored import HOME, evicting_rows
@@ -77,7 +77,7 @@ def judged(model: str, number: str, *, more_is_better: bool, side: str = "judged
     for truth, foretold in cells:
         n_texts = truth.shape[1]
         counts = rng.multinomial(n_texts, np.full(n_texts, 1 / n_texts), size=_RESAMPLES).T
-        drawn.append(_spearman(truth @ counts, foretold @ counts))
+        drawn.append(spearman(truth @ counts, foretold @ counts))
     return _standing(cells, [_told_apart(truth, rng) for truth, _ in cells], np.mean(drawn, axis=0))
 
 
@@ -142,9 +142,9 @@ def _standing(
         for one, other in pairs
     ]
     return Standing(
-        within=tuple(float(_spearman(*own)) for own in means),
+        within=tuple(spearman(*own) for own in means),
         interval=_interval(drawn),
-        over_all=float(_spearman(*(np.concatenate(own) for own in zip(*means, strict=True)))),
+        over_all=spearman(*(np.concatenate(own) for own in zip(*means, strict=True))),
         pairs=(int(np.sum(right)), len(right)),
         regret=tuple(float(truth[foretold.argmin()] / truth.min() - 1) for truth, foretold in means),
     )
@@ -153,12 +153,3 @@ def _standing(
 def _interval(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _spearman(one: np.ndarray, other: np.ndarray) -> Any:
-    """Correlate ranks along the first axis: one number, or one for each column."""
-    ranks = [rankdata(own, axis=0) - (len(own) + 1) / 2 for own in (one, other)]
-    product, *squares = (
-        np.sum(left * right, axis=0) for left, right in (ranks, ranks[:1] * 2, ranks[1:] * 2)
-    )
-    return product / np.sqrt(squares[0] * squares[1])

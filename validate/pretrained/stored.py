@@ -6,11 +6,11 @@ from importlib import resources
 from pathlib import Path
 
 import polars as pl
-from scipy.stats import spearmanr
 
 from simulator.policies.wave import Wave, read_wave
 from simulator.results.labels import with_budget_label
 from simulator.results.metric_names import METRICS, Metric
+from simulator.results.ranking import spearman
 from simulator.results.store import read_table
 from simulator.results.tables import comparable, with_budget_kind
 from traces.errors import UserError
@@ -68,7 +68,7 @@ def ranks_within(means: pl.DataFrame, number: Metric) -> list[float]:
     """Correlate a number with the divergence over policies, Spearman, at each budget of rows of means."""
     sign = -1 if number.more_is_better else 1
     return [
-        float(spearmanr(sign * own[number.column], own["kl_mean"]).statistic)
+        spearman((sign * own[number.column]).to_numpy(), own["kl_mean"].to_numpy())
         for _, own in means.group_by("budget", maintain_order=True)
     ]
 

@@ -8,10 +8,10 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from simulator.engine.full_cache import group_weights, sampled_steps
 from simulator.policies.wave import entries_to_hold
+from simulator.results.ranking import spearman
 from traces.check import check_trace
 from traces.errors import UserError
 from traces.trace import Trace
@@ -93,11 +93,9 @@ def by_family(demands: Sequence[Demand]) -> dict[str, list[Demand]]:
     return {family: families[family] for family in dict.fromkeys([*known, *families])}
 
 
-def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Correlate two vectors by rank, (n,) each, ties at their mean rank; None where one is constant."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    return float(spearmanr(first, second).statistic)
+def correlation(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Correlate two vectors by rank, (n,) each; None where one is constant."""
+    return None if np.ptp(first) == 0 or np.ptp(second) == 0 else float(spearman(first, second))
 
 
 def describe_demand(families: dict[str, list[Demand]]) -> dict[str, Any]:
@@ -144,8 +142,8 @@ def _mean_entries(demands: Sequence[Demand]) -> np.ndarray:
 
 def _correlations(first: np.ndarray, second: np.ndarray) -> dict[str, float | None]:
     found = {
-        "heads": spearman(first.ravel(), second.ravel()),
-        "layers": spearman(first.mean(axis=1), second.mean(axis=1)),
+        "heads": correlation(first.ravel(), second.ravel()),
+        "layers": correlation(first.mean(axis=1), second.mean(axis=1)),
     }
     return {name: None if value is None else round(value, 4) for name, value in found.items()}
 

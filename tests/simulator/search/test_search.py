@@ -11,6 +11,7 @@ import optuna
 import polars as pl
 import pytest
 from judges import made_judge
+from naive_traces import small_trace
 from optuna.trial import TrialState
 
 from simulator.search import judge as judging
@@ -46,6 +47,42 @@ def asked(make_trace, tmp_path):
     for path in paths[5:]:
         options += ["--held-out", path]
     return ["search", *options]
+
+
+def test_what_is_searched_may_be_the_shift_of_traces_with_sensitivities(tmp_path, run_sim):
+    for i in range(4):
+        small_trace(tmp_path / f"{i}.kvtrace", seed=i, n_tokens=40 + i, n_draws=2, dtype="float32")
+    small_trace(tmp_path / "without.kvtrace", seed=9, n_tokens=40, dtype="float32")
+    asked = ["search", "--metric", "shift_mean", "--scorers", "recency,snapkv", "--layers", "uniform"]
+    asked += [
+        "--heads",
+        "uniform",
+        "--against",
+        "recency",
+        "--buffer",
+        4,
+        "-b",
+        16,
+        "--trials",
+        3,
+        "--jobs",
+        1,
+    ]
+    asked += ["--out", tmp_path / "out"] + [
+        part for i in (0, 1) for part in ("-t", tmp_path / f"{i}.kvtrace")
+    ]
+    judging = [part for i in (2, 3) for part in ("--held-out", tmp_path / f"{i}.kvtrace")]
+    code, out, err = run_sim(*asked, *judging)
+    assert code == 0, err
+    assert "judged by shift_mean (less is better)" in out
+    verdicts = pl.read_parquet(tmp_path / "out" / "verdicts.parquet")
+    rows = pl.read_parquet(tmp_path / "out" / "held-out.parquet")
+    base = verdicts.filter(role="base").row(0, named=True)
+    assert base["held_out"] == pytest.approx(rows.filter(policy="recency")["shift_mean"].mean())
+    asked[-4:] = []
+    code, _, err = run_sim(*asked, "-t", tmp_path / "without.kvtrace", *judging)
+    assert code == 4
+    assert "without.kvtrace has no sensitivities; allowed: traces of sim record --sensitivity" in err
 
 
 class TestSearch:

@@ -132,13 +132,13 @@ def test_demand_is_the_slow_count_and_that_of_the_wave(make_run):
     np.testing.assert_allclose(found.entries / 5, wave.head_demand, atol=5e-4)
 
 
-def test_spearman_by_hand():
+def test_correlation_by_hand():
     # Ranks 1, 2.5, 2.5, 4 and 4, 2, 3, 1: covariance -4.5, squares 4.5 and 5.
-    assert profile.spearman(np.array([1.0, 5, 5, 9]), np.array([8.0, 2, 3, 1])) == pytest.approx(
+    assert profile.correlation(np.array([1.0, 5, 5, 9]), np.array([8.0, 2, 3, 1])) == pytest.approx(
         -4.5 / math.sqrt(4.5 * 5)
     )
-    assert profile.spearman(np.arange(5.0), np.arange(5.0) ** 3) == pytest.approx(1)
-    assert profile.spearman(np.ones(3), np.arange(3.0)) is None
+    assert profile.correlation(np.arange(5.0), np.arange(5.0) ** 3) == pytest.approx(1)
+    assert profile.correlation(np.ones(3), np.arange(3.0)) is None
 
 
 @pytest.mark.parametrize(
