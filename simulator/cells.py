@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
@@ -27,6 +27,7 @@ from simulator.policies.language import Policy, parse_policy, split_list
 from simulator.policies.parts import PolicyError
 from simulator.policies.plugins import failure
 from simulator.policies.wave import Wave, known_waves, read_wave, require_fitting
+from simulator.results.calibration import Calibration, known_calibrations, predicted_divergence
 from simulator.results.tables import budget_columns, result_table, retained_table, trajectory_table
 from traces.check import check_trace
 from traces.errors import UserError
@@ -39,6 +40,7 @@ _ROOT = Path(__file__).parents[1]
 _MAKES_ROWS = (
     *(f"simulator/{room}/**/*.py" for room in ("kernels", "policies", "engine")),
     *("simulator/waves/*.json", "simulator/budget.py", "simulator/cells.py", "traces/**/*.py"),
+    *("simulator/results/calibration.py", "simulator/results/calibrations/*.json"),
 )
 
 
@@ -126,6 +128,7 @@ def run_replay(
     seed: int = 0,
     jobs: int = 1,
     waves: str | Path | Iterable[str | Path] = (),
+    calibrations: str | Path | Iterable[str | Path] = (),
     keep_retained: bool = False,
     keep_trajectory: bool = False,
     sampling: Sampling = EVERYTHING,
@@ -146,6 +149,8 @@ def run_replay(
         Threads over layers.
     waves : iterable of paths
         Demand profiles beside those that ship with the package.
+    calibrations : iterable of paths
+        What shifts of predictions are in divergence, beside those that ship with the package.
     keep_retained : bool
         Keep who is retained after every compression.
     keep_trajectory : bool
@@ -186,12 +191,13 @@ def run_replay(
         raise UserError("a replay needs at least one trace, one policy and one budget")
     known = known_waves(_as_list(waves))
     measured = {wave.model: wave for wave in map(read_wave, _as_list(waves))}
+    calibrated = known_calibrations(_as_list(calibrations))
     for trace in opened:
         require_fitting(measured, trace.model, trace.shape)
     cells = []
     for trace in opened:
         with trace.mapped():
-            prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed)
+            prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed, calibrations=calibrated)
             for policy, budget in product(parsed, asked):
                 cells.append(
                     prepared.replay(
@@ -227,6 +233,8 @@ class PreparedTrace:
         For the sample.
     oracle : bool
         Whether rows get the oracle and the gap to it, which take memory.
+    calibrations : mapping of str to Calibration, optional
+        By model; without it those that ship with the package.
 
     Raises
     ------
@@ -242,12 +250,14 @@ class PreparedTrace:
         sampling: Sampling = EVERYTHING,
         seed: int = 0,
         oracle: bool = True,
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         self.trace, self._jobs, self._sampling = trace, jobs, sampling
         sample = sampling.draw(trace, seed)
         self._full = FullCache(trace, jobs, sample, oracle=oracle)
         is_told = trace.has_sensitivity and trace.has_values and sample.has_every_head
         self._sensitivities = Sensitivities(trace, sample) if is_told else None
+        self._calibrations = known_calibrations() if calibrations is None else calibrations
 
     @property
     def n_bytes(self) -> int:
@@ -290,6 +300,8 @@ class PreparedTrace:
             (outcome,) = Engine([request], self._jobs).run()
             _require_capped(budget, policy, trace, outcome)
             cell.row |= asdict(measure(trace, outcome, self._full))
+            shift = cell.row["shift_mean"]
+            cell.row["predicted_kl"] = predicted_divergence(trace, shift, self._calibrations)
             cell.row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
             cell.row["status"] = "ok"
             cell.retained = outcome.retained

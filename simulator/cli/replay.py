@@ -37,6 +37,7 @@ def replay(
     ] = None,
     buffer: shared.Buffer = None,
     wave: shared.Waves = None,
+    calibration: shared.Calibrations = None,
     retained: Annotated[
         Path | None, typer.Option(help="Write who is retained after every compression (Parquet).")
     ] = None,
@@ -95,6 +96,7 @@ def replay(
             seed=seed,
             jobs=workers,
             waves=wave or [],
+            calibrations=calibration or [],
             keep_retained=retained is not None,
             keep_trajectory=trajectory is not None,
             sampling=sampling,

@@ -14,7 +14,7 @@ import typer
 
 from simulator.cli import shared
 from simulator.cli.completion import metrics, policies
-from simulator.results.metric_names import DEFAULT_METRIC, ESTIMATED, METRICS
+from simulator.results.metric_names import DEFAULT_METRIC, METRICS, SHIFT
 from traces.progress import progress, shows_progress
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def search(
     ],
     metric: Annotated[
         str,
-        typer.Option(
-            help=f"What is to be better: {', '.join((*METRICS, *ESTIMATED))}.", autocompletion=metrics
-        ),
+        typer.Option(help=f"What is to be better: {', '.join((*METRICS, SHIFT))}.", autocompletion=metrics),
     ] = DEFAULT_METRIC,
     minutes: Annotated[float, typer.Option(help="How long this run searches.")] = 15.0,
     trials: Annotated[
@@ -142,7 +140,7 @@ def _require_searchable(
     for own in [*searched.values(), *judging.values()]:
         if own.total_tokens == own.prompt_tokens:
             raise UserError(f"trace {own.path} has no decode step after its prompt; nothing to replay")
-        if metric in ESTIMATED and not (own.has_values and own.has_sensitivity):
+        if metric == SHIFT and not (own.has_values and own.has_sensitivity):
             raise MissingDataError(
                 f"--metric is '{metric}', and trace {own.path} has no sensitivities; allowed: traces of "
                 "sim record --sensitivity"

@@ -24,6 +24,10 @@ Buffer = Annotated[
     int | None, typer.Option(help="Entries added between compressions, for every policy (default 128).")
 ]
 Waves = Annotated[list[Path] | None, typer.Option("--wave", help="Wave made by sim calibrate; repeats.")]
+Calibrations = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="Of predicted divergence: of sim validate calibrate; repeats."),
+]
 Check = Annotated[bool, typer.Option(help="Check checksums and invariants of every trace first.")]
 Format = Annotated[str | None, typer.Option("--format", help="table, csv, json or parquet.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write rows to this file.")]

@@ -7,7 +7,7 @@ from scipy import stats
 
 from simulator.results.labels import budget_label
 from simulator.results.metric_names import COMPARED, ESTIMATED, MEASURED, METRICS
-from simulator.results.tables import BUDGET, GROUP, comparable, with_budget_kind
+from simulator.results.tables import BUDGET, GROUP, comparable, mean_over_traces, with_budget_kind
 
 # Digits after the point: far below what traces differ by.
 _DIGITS = 7
@@ -29,7 +29,7 @@ def cell_means(rows: pl.DataFrame) -> pl.DataFrame:
     numbers += [name for name in ESTIMATED if name in rows.columns and rows[name].count()]
     done = comparable(rows).with_columns(pl.col("family").fill_null(""))
     means = done.group_by("family", *GROUP, maintain_order=True).agg(
-        pl.len().alias("n_traces"), pl.col(numbers).mean().round(_DIGITS)
+        pl.len().alias("n_traces"), *(mean_over_traces(name).round(_DIGITS) for name in numbers)
     )
     return means.with_columns(pl.col("bytes_mean").round(0).cast(pl.Int64))
 

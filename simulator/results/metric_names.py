@@ -93,11 +93,13 @@ MEASURED = {
         Metric("forced_mass", "retained mass under eviction", True, "retains most attention under eviction"),
     )
 }
+SHIFT = "shift_mean"
 # What a replay tells of a trace with sensitivities.
 ESTIMATED = {
     metric.column: metric
     for metric in (
-        Metric("shift_mean", "shift of predictions", False, "moves predictions least to first order", False),
+        Metric(SHIFT, "shift of predictions", False, "moves predictions least to first order", False),
+        Metric("predicted_kl", "predicted divergence", False, "should move predictions least", False),
     )
 }
 COMPARED = METRICS | MEASURED | ESTIMATED
@@ -109,6 +111,8 @@ DEFAULT_OF_SAMPLES = "lost_lookup_rate"
 
 def why_missing(metric: str) -> str:
     """Say of which replays a row has no such number."""
+    if metric == "predicted_kl":
+        return "where no calibration of the model speaks of such a shift"
     return "of traces without sensitivities" if metric in ESTIMATED else "of samples"
 
 

@@ -51,6 +51,7 @@ ROW_SCHEMA: dict[str, Any] = {
     "sampling": pl.String,
     "mass_error": pl.Float64,
     "shift_mean": pl.Float64,
+    "predicted_kl": pl.Float64,
     "protection_binding": pl.Boolean,
 }
 
@@ -184,11 +185,19 @@ def summarise(table: pl.DataFrame, seed: int = 0, resamples: int = 2000) -> pl.D
         for name, kind in ROW_SCHEMA.items()
         if kind.is_numeric() and name not in (*GROUP, *peaks) and name in done.columns
     ]
-    means = done.group_by(GROUP, maintain_order=True).agg(pl.col(averaged).mean(), pl.col(peaks).max())
+    means = done.group_by(GROUP, maintain_order=True).agg(
+        *map(mean_over_traces, averaged), pl.col(peaks).max()
+    )
     found = pl.DataFrame(intervals, infer_schema_length=None)
     asked = table.select(GROUP).unique(maintain_order=True)
     joined = asked.join(means, on=GROUP, how="inner", maintain_order="left")
     return joined.join(found, on=GROUP, maintain_order="left")
+
+
+def mean_over_traces(name: str) -> pl.Expr:
+    """Average a column of rows; a prediction only if there is one of every trace."""
+    mean = pl.col(name).mean()
+    return mean if name != "predicted_kl" else pl.when(pl.col(name).null_count() == 0).then(mean).alias(name)
 
 
 def usual_metric(table: pl.DataFrame) -> str:

@@ -32,6 +32,7 @@ _HEADERS = {
     "lost_lookups": "lost\nlookups",
     "worst_step": "worst\nstep",
     "shift": "\nshift",
+    "predicted": "predicted\nKL",
     "oracle": "\noracle",
     "gap": "\ngap",
     "behind": "behind\nfirst",
@@ -195,6 +196,14 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
         lines.append(f"Only a sample was measured: {' or '.join(sorted(sampled))}{interval}.")
     if "shift_mean" in done.columns and done["shift_mean"].count():
         lines.append("Shift is how far predictions move, to first order; sim validate masked measures it.")
+        evicting = done.filter(pl.col("n_evictions") > 0)
+        # Rows of an earlier version have no such column.
+        missing = len(evicting) - (evicting["predicted_kl"].count() if "predicted_kl" in done.columns else 0)
+        if missing:
+            lines.append(
+                f"For {missing} of {len(evicting)} cells no divergence is predicted: no calibration of "
+                "the model speaks of such shifts (sim validate calibrate makes one)."
+            )
     if several:
         metric = usual_metric(done)
         lines.append(
@@ -224,6 +233,7 @@ def _cells(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, str]:
         "lost_lookups": _four_digits(row["lost_lookup_rate"]),
         "worst_step": _four_digits(row["lost_lookup_peak"]),
         "shift": _four_digits(row.get("shift_mean")),
+        "predicted": _four_digits(row.get("predicted_kl")),
         "oracle": _four_digits(row["oracle_mass"]),
         # A full cache may come out a rounding error above its bound.
         "gap": _four_digits(None if row["gap"] is None else max(0.0, row["gap"])),

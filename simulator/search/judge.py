@@ -14,7 +14,7 @@ from simulator.cells import PreparedTrace
 from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.results.metric_names import COMPARED, ESTIMATED, METRICS
+from simulator.results.metric_names import COMPARED, METRICS, SHIFT
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -25,7 +25,7 @@ _PREPARED_BYTES = 10**9
 # What only the whole tells: it is judged on fewer traces first, but on all of their steps.
 _WHOLE_ONLY = ("lost_lookup_peak",)
 # What needs the oracle, which a search does without.
-SEARCHABLE = (*(name for name in METRICS if name != "gap"), *ESTIMATED)
+SEARCHABLE = (*(name for name in METRICS if name != "gap"), SHIFT)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from traces.extras import explained
 from traces.version import MINOR, VERSION, package_version
 from validate.cli import models, reasoner
 from validate.cli.bench import bench as device_bench
+from validate.cli.calibrate import calibrate as calibrate_divergence
 from validate.cli.forced import forced
 from validate.cli.live import live
 from validate.cli.masked import masked
@@ -104,6 +105,12 @@ _add(
     validation,
     protocol,
     "validate protocol --config validate/configs/reasonalloc_paper.toml --out runs/paper",
+)
+_add(
+    validation,
+    calibrate_divergence,
+    "validate calibrate --trace runs/a --shifts shifts.parquet --measured masked.parquet --out mine.json",
+    "calibrate",
 )
 _add(validation, device_bench, "validate bench --out runs/bench")
 reasoning = _group(

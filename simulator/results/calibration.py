@@ -1,0 +1,175 @@
+"""What a shift of predictions is in nats of divergence: measured once per model, and stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+from msgspec import Meta
+
+from simulator.results.tables import GROUP
+from traces.atomic import write_text
+from traces.documents import convert, digest, read_json, require_known, shown
+from traces.errors import MissingDataError, UserError
+from traces.trace import Trace
+
+FORMAT, VERSION = "kvbudget-calibration", 1
+_DIGEST = "sha256"
+_SHIPPED = Path(__file__).parent / "calibrations"
+# Of one text the same policy at the same budget.
+_CELL = [*GROUP, "trace"]
+Above0 = Annotated[float, Meta(gt=0)]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The divergence that a model's shifts came with: ``exp(intercept) * shift ** slope``.
+
+    Attributes
+    ----------
+    model, model_revision : str
+    n_draws : int
+        Of the sensitivities that shifts are from.
+    slope, intercept : float
+        A line through the logarithms of both, moved so that means agree.
+    spread : float
+        Standard deviation of the logarithm of what was measured over what the line says, text by text.
+    least, most : float
+        The shifts that it was measured at; beyond them nothing is predicted.
+    policies : tuple of str
+    trace_ids : tuple of str
+        Of the texts; on these nothing is predicted.
+    n_rows : int
+    """
+
+    model: str
+    model_revision: str
+    n_draws: Annotated[int, Meta(ge=1)]
+    slope: Above0
+    intercept: float
+    spread: Annotated[float, Meta(ge=0)]
+    least: Above0
+    most: Above0
+    policies: tuple[str, ...]
+    trace_ids: tuple[str, ...]
+    n_rows: Annotated[int, Meta(ge=1)]
+
+    def divergence(self, shift: float) -> float | None:
+        """Give the mean divergence in nats; 0 where nothing shifts, None where nothing was measured."""
+        if shift == 0:
+            return 0.0
+        if not self.least <= shift <= self.most:
+            return None
+        return float(np.exp(self.intercept) * shift**self.slope)
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON with a digest of itself, atomically."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_text(path, json.dumps(content | {_DIGEST: digest(content)}, indent=1) + "\n")
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """Read a stored calibration.
+
+    Raises
+    ------
+    MissingDataError
+        If the file is missing, changed, or is no calibration of this version.
+    """
+    what = f"calibration {path}"
+    stored: dict[str, Any] = read_json(path, what, dict[str, Any], MissingDataError)
+    if (stored.get("format"), stored.get("version")) != (FORMAT, VERSION):
+        raise MissingDataError(
+            f"{what}: format {shown(stored.get('format'))} {shown(stored.get('version'))} found; allowed: "
+            f"{FORMAT} {VERSION}, as sim validate calibrate writes it"
+        )
+    if stored.get(_DIGEST) != digest(stored, without=_DIGEST):
+        raise MissingDataError(
+            f"{what} was changed since it was written; allowed: one that agrees with its {_DIGEST}"
+        )
+    require_known(stored, ["format", "version", _DIGEST, *(item.name for item in fields(Calibration))], what)
+    found: Calibration = convert(stored, what, Calibration, MissingDataError)
+    return found
+
+
+def known_calibrations(paths: Sequence[str | Path] = ()) -> dict[str, Calibration]:
+    """Collect the calibrations that ship with the package and those given, which win; by model name."""
+    return _shipped() | {own.model: own for own in map(read_calibration, paths)}
+
+
+@cache
+def _shipped() -> dict[str, Calibration]:
+    return {own.model: own for own in map(read_calibration, sorted(_SHIPPED.glob("*.json")))}
+
+
+def predicted_divergence(trace: Trace, shift: float | None, known: Mapping[str, Calibration]) -> float | None:
+    """Give the divergence that a shift on a trace came with elsewhere, in nats.
+
+    None where no calibration speaks of it: of the model in this revision, with as many draws, from other
+    traces, at such a shift.
+    """
+    own = known.get(trace.model)
+    if own is None or shift is None or trace.trace_id in own.trace_ids:
+        return None
+    asked = (trace.manifest.model_revision, trace.manifest.n_draws)
+    return own.divergence(shift) if asked == (own.model_revision, own.n_draws) else None
+
+
+def calibrate(traces: Sequence[Trace], shifts: pl.DataFrame, measured: pl.DataFrame) -> Calibration:
+    """Fit a line through the logarithms of shift and divergence of all rows on some traces.
+
+    Parameters
+    ----------
+    traces : sequence of Trace
+        Of one model, with as many draws of sensitivities each.
+    shifts : polars.DataFrame
+        Rows of a replay of these traces.
+    measured : polars.DataFrame
+        Rows of a masked or forced validation of the same texts, cells joined by the names of traces: their
+        ids differ between machines.
+
+    Raises
+    ------
+    UserError
+        If traces are of several models or fewer than three cells are in both tables.
+    """
+    kinds = {(own.model, own.manifest.model_revision, own.manifest.n_draws) for own in traces}
+    if len(kinds) != 1:
+        found = ", ".join(f"'{model}' {revision} with {n} draws" for model, revision, n in sorted(kinds))
+        raise UserError(f"traces are of {found or 'nothing'}; allowed: one model, and as many draws of each")
+    ((model, revision, n_draws),) = kinds
+    ids = {own.path.name: own.trace_id for own in traces}
+    told = shifts.filter((pl.col("status") == "ok") & pl.col("trace").is_in(list(ids)))
+    truth = measured.filter(pl.col("status") == "ok").select(*_CELL, "kl_mean")
+    both = told.join(truth, on=_CELL, suffix="_measured").filter(
+        (pl.col("shift_mean") > 0) & (pl.col("kl_mean") > 0)
+    )
+    if len(both) < 3:
+        raise UserError(
+            f"{len(both)} cells have both a shift and a divergence; allowed: at least 3, of the same "
+            "policies, budgets and traces"
+        )
+    shift, divergence = (both[name].to_numpy() for name in ("shift_mean", "kl_mean"))
+    slope, intercept = np.polyfit(np.log(shift), np.log(divergence), 1)
+    if slope <= 0:
+        raise UserError(f"{model}: divergence falls with the shift (slope {slope:.2f}); allowed: it rises")
+    ratio = np.log(divergence) - slope * np.log(shift) - intercept
+    return Calibration(
+        model=model,
+        model_revision=revision,
+        n_draws=n_draws,
+        slope=float(slope),
+        intercept=float(np.log(divergence.sum() / (shift**slope).sum())),
+        spread=float(ratio.std()),
+        least=float(shift.min()),
+        most=float(shift.max()),
+        policies=tuple(both["policy"].unique().sort().to_list()),
+        trace_ids=tuple(sorted(ids[name] for name in both["trace"].unique())),
+        n_rows=len(both),
+    )
