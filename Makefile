@@ -17,8 +17,11 @@ STUDY := snapkv,rkv,pyramid-rkv,rkv+wave,rkv+utility,reasonalloc,random,random-p
 STUDIED := 5%,10%,20%,30%,50%,64,128,256
 STORED := validate/pretrained/results
 PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
-# Texts of the 0.5B model whose sensitivities are recorded.
-SHIFTED := aime-2024-60|math-algebra-2626|math-intermediate_algebra-1197|math-precalculus-675
+# Texts whose sensitivities are recorded.
+SHIFTED_smollm2-135m := code-08-2|code-09-2|code-10-1|code-11-2|code-12-4|prose-08-0|prose-17-0|math-geometry-172|aime-2024-65|math-intermediate_algebra-964
+SHIFTED_qwen2.5-coder-0.5b := aime-2024-60|aime-2024-69|aime-2024-83|aime-2024-89|math-algebra-2626|math-algebra-297|math-intermediate_algebra-1197|math-intermediate_algebra-956|math-prealgebra-1655|math-precalculus-675
+SHIFTED_qwen2.5-coder-1.5b := aime-2024-61|aime-2024-63|math-algebra-1837|math-algebra-2427|math-intermediate_algebra-1197|math-intermediate_algebra-1994
+FITTED := rkv,rkv+wave,rkv+utility,reasonalloc,pyramid-rkv,snapkv,random
 # Texts that are decoded with entries really evicted.
 FORCED_smollm2-135m := aime-2024-70 code-19-0 prose-08-0
 FORCED_qwen2.5-coder-0.5b := aime-2024-60 math-algebra-2626 math-intermediate_algebra-1197 math-precalculus-675
@@ -120,9 +123,13 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	set -e; for level in masked forced; do \
 	  $(BIN)/sim validate $$level --model qwen2.5-coder-0.5b --trace runs/pretrained/graded-traces --policy rkv,reasonalloc,h2o,snapkv,random \
 	    --budget 128 --buffer 32 --out runs/pretrained/graded-$$level -o $(STORED)/graded-$$level-qwen2.5-coder-0.5b.parquet; done
-	grep -E '"id": "($(SHIFTED))"' validate/pretrained/texts/qwen2.5-coder-0.5b.jsonl > runs/pretrained/shifted.jsonl
-	$(BIN)/sim record --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts runs/pretrained/shifted.jsonl --rescore --sensitivity 8 --out runs/pretrained/shifted
-	$(BIN)/sim replay --trace runs/pretrained/shifted --policy $(STUDY) --budget 10%,20%,64 --buffer 32 -o $(STORED)/shift-qwen2.5-coder-0.5b.parquet
+	set -e; $(foreach model,$(PRETRAINED),\
+	  grep -E '"id": "($(SHIFTED_$(model)))"' validate/pretrained/texts/$(model).jsonl > runs/pretrained/$(model)/shifted.jsonl; \
+	  $(BIN)/sim record --model $(model) --dtype bfloat16 --prompts runs/pretrained/$(model)/shifted.jsonl --rescore --sensitivity 8 \
+	    --out runs/pretrained/$(model)/shifted; \
+	  $(BIN)/sim replay --trace runs/pretrained/$(model)/shifted --policy $(STUDY) --budget $(STUDIED) --buffer 32 -o $(STORED)/shift-$(model).parquet; \
+	  $(BIN)/sim validate calibrate --trace runs/pretrained/$(model)/shifted --policy $(FITTED) --shifts $(STORED)/shift-$(model).parquet \
+	    --measured $(STORED)/masked-$(model).parquet --out simulator/results/calibrations/$(model).json;)
 	$(BIN)/sim models charts --out $(STORED)
 	$(BIN)/sim reasoner pages
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from simulator.engine.sampling import Sample
+from simulator.kernels.products import products
 from simulator.kernels.widening import widen
 from traces.manifest import sensitivity_dtype
 from traces.numbers import to_float32
@@ -50,14 +51,6 @@ def head_outputs(
     return outputs
 
 
-def products(sensitivity: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Sum sensitivity times output over the query heads of a group; float32 (n_draws, n_tokens).
-
-    ``sensitivity`` is (n_draws, group_size, n_tokens, head_dim), ``outputs`` without the first axis.
-    """
-    return np.einsum("kgtd,gtd->kt", sensitivity, outputs)
-
-
 class Sensitivities:
     """A trace's sensitivities at the sampled steps, with what the full cache's heads give; once per trace.
 
@@ -72,6 +65,9 @@ class Sensitivities:
     def __init__(self, trace: Trace, sample: Sample) -> None:
         self._trace, self._steps = trace, sample.steps
         self.n_draws = trace.manifest.n_draws
+        self._dtype = sensitivity_dtype(trace.shape.dtype)
+        # Looked up once: there are many short spans.
+        self._stored = [np.asarray(trace.stored_sensitivity(layer)) for layer in range(trace.shape.n_layers)]
         self._full = [np.stack(list(self._of_layer(layer))) for layer in range(trace.shape.n_layers)]
 
     def change(self, layer: int, kv_head: int, sampled: slice, outputs: np.ndarray) -> np.ndarray:
@@ -90,15 +86,14 @@ class Sensitivities:
         float32 (n_draws, n_tokens)
         """
         own = self._of_head(layer, kv_head, self._steps[sampled])
-        return products(own, outputs) - self._full[layer][kv_head, :, sampled]
+        return products(own, self._dtype, outputs) - self._full[layer][kv_head, :, sampled]
 
     def _of_head(self, layer: int, kv_head: int, steps: np.ndarray) -> np.ndarray:
-        """Give the sensitivities of a group; float32 (n_draws, group_size, n_steps, head_dim)."""
+        """Give the sensitivities of a group as they are stored; (n_draws, group_size, n_steps, head_dim)."""
         size = self._trace.shape.group_size
-        stored = self._trace.stored_sensitivity(layer)[:, kv_head * size : (kv_head + 1) * size]
+        stored = self._stored[layer][:, kv_head * size : (kv_head + 1) * size]
         is_run = len(steps) == steps[-1] - steps[0] + 1
-        own = stored[:, :, steps[0] : steps[-1] + 1] if is_run else stored[:, :, steps]
-        return to_float32(own, sensitivity_dtype(self._trace.shape.dtype))
+        return stored[:, :, steps[0] : steps[-1] + 1] if is_run else stored[:, :, steps]
 
     def _of_layer(self, layer: int) -> Iterator[np.ndarray]:
         """Yield for every KV head what the full cache gives, times sensitivity; (n_draws, n_sampled)."""
@@ -117,5 +112,5 @@ class Sensitivities:
                     queries, keys[kv_head, :n_seen], values[kv_head, :n_seen], own + 1, trace.scale
                 )
                 steps = self._steps[first : first + n_at_once]
-                found.append(products(self._of_head(layer, kv_head, steps), outputs))
+                found.append(products(self._of_head(layer, kv_head, steps), self._dtype, outputs))
             yield np.concatenate(found, axis=1)

@@ -156,20 +156,32 @@ def calibrate(traces: Sequence[Trace], shifts: pl.DataFrame, measured: pl.DataFr
             "policies, budgets and traces"
         )
     shift, divergence = (both[name].to_numpy() for name in ("shift_mean", "kl_mean"))
-    slope, intercept = np.polyfit(np.log(shift), np.log(divergence), 1)
+    slope, intercept, spread = line(shift, divergence)
     if slope <= 0:
         raise UserError(f"{model}: divergence falls with the shift (slope {slope:.2f}); allowed: it rises")
-    ratio = np.log(divergence) - slope * np.log(shift) - intercept
     return Calibration(
         model=model,
         model_revision=revision,
         n_draws=n_draws,
-        slope=float(slope),
-        intercept=float(np.log(divergence.sum() / (shift**slope).sum())),
-        spread=float(ratio.std()),
+        slope=slope,
+        intercept=intercept,
+        spread=spread,
         least=float(shift.min()),
         most=float(shift.max()),
         policies=tuple(both["policy"].unique().sort().to_list()),
         trace_ids=tuple(sorted(ids[name] for name in both["trace"].unique())),
         n_rows=len(both),
     )
+
+
+def line(shift: np.ndarray, divergence: np.ndarray) -> tuple[float, float, float]:
+    """Fit a line through the logarithms, (n,) each, and move it so that the means agree.
+
+    Returns
+    -------
+    slope, intercept, spread : float
+        As of `Calibration`.
+    """
+    slope, intercept = np.polyfit(np.log(shift), np.log(divergence), 1)
+    spread = (np.log(divergence) - slope * np.log(shift) - intercept).std()
+    return float(slope), float(np.log(divergence.sum() / (shift**slope).sum())), float(spread)

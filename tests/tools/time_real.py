@@ -72,7 +72,9 @@ def levels(loaded: LoadedModel, row: Prompt, n_new: int, entries: int, buffer: i
         for name in ("rkv", "snapkv"):
             policy, first = parse_policy(name, buffer=buffer), None
             # What is compiled at a first call is not to be timed.
-            run_masked(loaded.model, trace, policy, entries, baseline=lambda: baseline)
+            validate.levels.runs._FORCED_TOKENS = 512
+            for run in (run_masked, run_forced):
+                run(loaded.model, trace, policy, entries, baseline=lambda: baseline)
             for what, run, most in (
                 ("forced, token by token", run_forced, 1),
                 ("forced, by spans", run_forced, 512),

@@ -76,15 +76,17 @@ def fetch(
 
 
 def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")]) -> None:
-    """Draw the stored results: waves and divergence."""
+    """Draw the stored results: waves, divergence, and what was predicted of it."""
     require_extra("a figure", "altair", "vl_convert")
     from simulator.charts.style import styled
-    from validate.pretrained.charts import divergence_chart, wave_chart
+    from validate.pretrained.charts import divergence_chart, predicted_chart, wave_chart
+    from validate.pretrained.judge import predicted_means
     from validate.pretrained.stored import MODELS, mean_divergence, models_with, waves_of
 
     made = {
         "waves": wave_chart({model: waves_of(model) for model in MODELS}),
         "divergence": divergence_chart({model: mean_divergence(model) for model in models_with("masked")}),
+        "predicted": predicted_chart({model: predicted_means(model) for model in models_with("shift")}),
     }
     make_folder(out)
     for name, chart in made.items():

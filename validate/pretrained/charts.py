@@ -12,6 +12,7 @@ from simulator.charts.style import COLOURS, DASHES, over_plot
 from simulator.policies.wave import Wave
 
 _WIDTH, _HEIGHT = 300, 220
+_POINT = ("predicted", "kl_mean", "is_judged")
 
 
 def wave_chart(waves: Mapping[str, Mapping[str, Wave]]) -> alt.HConcatChart:
@@ -80,4 +81,42 @@ def divergence_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
         base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y)
         chart = base.mark_point(filled=True, size=60, opacity=1).encode(color=colour, shape=shape)
         panels.append(chart.properties(width=240, height=17 * len(order), title=over_plot(model)))
+    return alt.hconcat(*panels, spacing=16)
+
+
+def predicted_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
+    """Draw measured against predicted divergence, a panel per model, a colour per budget, a point per policy.
+
+    ``means`` are by model: policy, budget, predicted and kl_mean in nats a step, and is_judged, whether the
+    prediction is of a policy that it was not made on.
+    """
+    budgets = pl.concat(own.select("budget") for own in means.values())["budget"].unique(maintain_order=True)
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(budgets))]
+    colour = alt.Color(
+        "budget:N",
+        scale=alt.Scale(domain=budgets.to_list(), range=colours),
+        legend=alt.Legend(title="budget"),
+    )
+    panels = []
+    for i, (model, own) in enumerate(means.items()):
+        found = own.select("predicted", "kl_mean").to_numpy()
+        ends = [0.8 * float(found.min()), 1.25 * float(found.max())]
+        scale = alt.Scale(type="log", domain=ends, nice=False)
+        ticks = alt.Axis(
+            values=[n * 10.0**e for e in (-3, -2, -1, 0) for n in (1, 2, 5)],
+            format="~g",
+            labelOverlap="greedy",
+        )
+        x = alt.X("predicted:Q", title="predicted, nats a step", scale=scale, axis=ticks)
+        y = alt.Y("kl_mean:Q", title="measured" if i == 0 else None, scale=scale, axis=ticks)
+        equal = alt.Data(values=[{"predicted": end, "kl_mean": end} for end in ends])
+        diagonal = alt.Chart(equal).mark_line(color="#888888", strokeWidth=1).encode(x=x, y=y)
+        base = alt.Chart(alt.Data(values=own.select("policy", "budget", *_POINT).to_dicts()))
+        points = base.encode(x=x, y=y, color=colour)
+        chart = alt.layer(
+            diagonal,
+            points.transform_filter("!datum.is_judged").mark_point(size=34, filled=False, strokeWidth=1.2),
+            points.transform_filter("datum.is_judged").mark_point(size=46, filled=True, opacity=1),
+        )
+        panels.append(chart.properties(width=250, height=250, title=over_plot(model)))
     return alt.hconcat(*panels, spacing=16)

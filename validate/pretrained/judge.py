@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from simulator.results.calibration import line
 from simulator.results.ranking import spearman
 from simulator.results.tables import bootstrap
 from traces.documents import read_json
-from validate.pretrained.stored import HOME, evicting_rows
+from validate.pretrained.stored import HOME, shifted_rows
 
 _RESAMPLES = 500
 _TRUTH = "kl_mean"
@@ -58,12 +59,13 @@ def split() -> dict[str, Any]:
     return found
 
 
-def judged(model: str, number: str, *, more_is_better: bool, side: str = "judged") -> Standing:
-    """Hold a column of the masked rows of a model against the measured divergence.
+def judged(rows: pl.DataFrame, number: str, *, more_is_better: bool, side: str = "judged") -> Standing:
+    """Hold a column of a model's rows against the measured divergence.
 
     Parameters
     ----------
-    model : str
+    rows : polars.DataFrame
+        Of `stored.evicting_rows` or `stored.shifted_rows`.
     number : str
         A column.
     more_is_better : bool
@@ -71,7 +73,7 @@ def judged(model: str, number: str, *, more_is_better: bool, side: str = "judged
         Of the policies: ``judged``, ``fitted`` or ``all``.
     """
     sign = -1 if more_is_better else 1
-    cells = [(truth, sign * foretold) for truth, foretold in _by_budget(model, number, side)]
+    cells = [(truth, sign * foretold) for truth, foretold in _by_budget(rows, number, side)]
     rng = np.random.default_rng(0)
     drawn = []
     for truth, foretold in cells:
@@ -81,10 +83,13 @@ def judged(model: str, number: str, *, more_is_better: bool, side: str = "judged
     return _standing(cells, [_told_apart(truth, rng) for truth, _ in cells], np.mean(drawn, axis=0))
 
 
-def ceiling(model: str, side: str = "judged", halvings: int = 100) -> Standing:
-    """Hold the divergence of one half of the texts against that of the other: means over random halvings."""
+def ceiling(rows: pl.DataFrame, side: str = "judged", halvings: int = 100) -> Standing:
+    """Hold the divergence of one half of the texts against that of the other: means over random halvings.
+
+    ``rows`` and ``side`` are as of `judged`.
+    """
     rng = np.random.default_rng(0)
-    cells = [truth for truth, _ in _by_budget(model, _TRUTH, side)]
+    cells = [truth for truth, _ in _by_budget(rows, _TRUTH, side)]
     told = [_told_apart(truth, rng) for truth in cells]
     found = []
     for _ in range(halvings):
@@ -105,18 +110,22 @@ def ceiling(model: str, side: str = "judged", halvings: int = 100) -> Standing:
     )
 
 
-def _by_budget(model: str, number: str, side: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _by_budget(rows: pl.DataFrame, number: str, side: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Give the truth and a number of every budget; float64 (n_policies, n_texts) each."""
-    known = split()["policies"]
-    policies = known[side] if side in known else [*known["fitted"], *known["judged"]]
-    rows = evicting_rows("masked", model).filter(pl.col("policy").is_in(policies))
-    for _, own in rows.group_by("budget", maintain_order=True):
+    for _, own in of_side(rows, side).group_by("budget", maintain_order=True):
         wide = own.sort("policy", "trace_id")
         n_policies = wide["policy"].n_unique()
         yield (
             wide[_TRUTH].to_numpy().reshape(n_policies, -1),
             wide[number].to_numpy().reshape(n_policies, -1),
         )
+
+
+def of_side(rows: pl.DataFrame, side: str) -> pl.DataFrame:
+    """Keep rows of policies that numbers are made on, ``fitted``, or judged on, ``judged``, or ``all``."""
+    known = split()["policies"]
+    policies = known[side] if side in known else [*known["fitted"], *known["judged"]]
+    return rows.filter(pl.col("policy").is_in(policies))
 
 
 def _told_apart(truth: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -153,3 +162,53 @@ def _standing(
 def _interval(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
+
+
+def predicted_elsewhere(rows: pl.DataFrame) -> pl.DataFrame:
+    """Predict every text's divergence under the judged policies from the fitted ones on all other texts.
+
+    Parameters
+    ----------
+    rows : polars.DataFrame
+        Of `stored.shifted_rows`.
+
+    Returns
+    -------
+    polars.DataFrame
+        Its rows of the judged policies, with ``predicted`` in nats.
+    """
+    fitted, found = of_side(rows, "fitted"), []
+    for (text,), own in of_side(rows, "judged").group_by("trace", maintain_order=True):
+        others = fitted.filter(pl.col("trace") != text)
+        found.append(own.with_columns(predicted=on_line(line_of(others))))
+    return pl.concat(found)
+
+
+def predicted_means(model: str) -> pl.DataFrame:
+    """Average what the fitted policies' line predicts beside what was measured.
+
+    Returns
+    -------
+    polars.DataFrame
+        policy, budget, predicted and kl_mean in nats; ``is_judged``, whether the line is of other policies
+        and other texts.
+    """
+    rows = shifted_rows(model)
+    fitted = of_side(rows, "fitted")
+    found = [
+        fitted.with_columns(predicted=on_line(line_of(fitted)), is_judged=False),
+        predicted_elsewhere(rows).with_columns(is_judged=True),
+    ]
+    means = pl.concat(found, how="diagonal").group_by("policy", "budget", "is_judged", maintain_order=True)
+    return means.agg(pl.col("predicted", "kl_mean").mean())
+
+
+def line_of(rows: pl.DataFrame) -> tuple[float, float, float]:
+    """Fit `simulator.results.calibration.line` to the shifts and the divergence of rows."""
+    return line(*(rows[name].to_numpy() for name in ("shift_mean", "kl_mean")))
+
+
+def on_line(found: tuple[float, float, float]) -> pl.Expr:
+    """Give the divergence that a line of `line_of` predicts for the shift of a row."""
+    slope, intercept, _ = found
+    return np.exp(intercept) * pl.col("shift_mean") ** slope

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -16,7 +16,16 @@ from simulator.results.metric_names import COMPARED, METRICS, Metric
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
-from validate.pretrained.judge import ceiling, judged, split
+from validate.pretrained.judge import (
+    Standing,
+    ceiling,
+    judged,
+    line_of,
+    of_side,
+    on_line,
+    predicted_elsewhere,
+    split,
+)
 from validate.pretrained.stored import (
     FOUND,
     MODELS,
@@ -27,6 +36,7 @@ from validate.pretrained.stored import (
     models_with,
     ranks_within,
     reasoner_errors,
+    shifted_rows,
     waves_of,
 )
 
@@ -130,25 +140,73 @@ def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
     table = []
     for known in map(METRICS.__getitem__, metrics):
         table.append([known.label, *(_ranks(own, known) for own in means.values())])
-    halves = [ceiling(model, "all") for model in means]
+    halves = [ceiling(evicting_rows("masked", model), "all") for model in means]
     told = [f"{np.mean(own.within):.2f} ({min(own.within):.2f}), {own.over_all:.2f}" for own in halves]
     return markdown_table(["the replay's number", *means], [*table, [_CEILING, *told]])
 
 
 def _shifts() -> str:
-    """Tell how the shift ranks policies by their divergence, beside other numbers on the same few texts."""
-    key = ["policy", "policy_params", "budget", "trace"]
+    """Tell how the shift ranks policies by their divergence, beside other numbers on the same texts."""
+    rows = {model: shifted_rows(model) for model in models_with("shift")}
+    found = _standings(rows, _BESIDE_SHIFT, "all")
     table = []
-    for model in models_with("shift"):
-        # Divergence is of the texts' own recordings, whose numbers are not these to the bit.
-        truth = evicting_rows("masked", model).select(*key, "kl_mean")
-        rows = evicting_rows("shift", model).join(truth, on=key)
-        means = rows.group_by("policy", "budget", maintain_order=True).agg(
-            pl.col(*_BESIDE_SHIFT, "kl_mean").mean()
-        )
-        label = f"{model}, {rows['trace'].n_unique()} texts, {means['budget'].n_unique()} budgets"
-        table.append([label, *(_ranks(means, COMPARED[name]) for name in _BESIDE_SHIFT)])
-    return markdown_table(["", *(COMPARED[name].label for name in _BESIDE_SHIFT)], table)
+    for label, each in found.items():
+        told = []
+        for own in each:
+            within = f"{np.mean(own.within):.2f} ({min(own.within):.2f})"
+            told += [within, f"{own.over_all:.2f}", f"{100 * np.mean(own.regret):.0f}"]
+        table.append([label, *told])
+    heads = ("within a budget", "over all cells", "regret, %")
+    return markdown_table(
+        [
+            "",
+            *(
+                f"{_SIZES[model]}, {own['trace'].n_unique()} texts: {head}"
+                for model, own in rows.items()
+                for head in heads
+            ),
+        ],
+        table,
+    )
+
+
+def _standings(
+    rows: Mapping[str, pl.DataFrame], numbers: Sequence[str], side: str
+) -> dict[str, list[Standing]]:
+    """Judge numbers by the rows of every model, and what half of the texts say; by label."""
+    known = [COMPARED[name] for name in numbers]
+    found = {
+        number.label: [
+            judged(own, number.column, more_is_better=number.more_is_better, side=side)
+            for own in rows.values()
+        ]
+        for number in known
+    }
+    return found | {_CEILING: [ceiling(own, side) for own in rows.values()]}
+
+
+def _calibrated() -> str:
+    """Hold predicted divergence against measured, of policies and texts that no line was fitted on."""
+    rows = {model: shifted_rows(model) for model in models_with("shift")}
+    lines = {model: line_of(of_side(own, "fitted")) for model, own in rows.items()}
+    first = next(model for model in split()["models"]["fitted"] if model in rows)
+    table = []
+    for model, own in rows.items():
+        slope, intercept, spread = lines[model]
+        text = f"{np.exp(intercept):.2f} x shift^{slope:.2f}, a factor of {np.exp(1.96 * spread):.1f}"
+        told = [text, _predicted_over_measured(predicted_elsewhere(own))]
+        by_first = of_side(own, "judged").with_columns(predicted=on_line(lines[first]))
+        told.append("" if model == first else _predicted_over_measured(by_first))
+        table.append([model, *told])
+    head = "predicted over measured, judged policies on left-out texts: median (5% to 95%)"
+    fitted = "line through the fitted policies, 95% of single texts within"
+    return markdown_table(["model", fitted, head, f"the same by the line of {first}"], table)
+
+
+def _predicted_over_measured(rows: pl.DataFrame) -> str:
+    means = rows.group_by("policy", "budget").agg(pl.col("predicted", "kl_mean").mean())
+    ratio = (means["predicted"] / means["kl_mean"]).to_numpy()
+    return f"{np.median(ratio):.2f} ({np.quantile(ratio, 0.05):.2f} to {np.quantile(ratio, 0.95):.2f})"
 
 
 def _ranks(means: pl.DataFrame, number: Metric) -> str:
@@ -159,16 +217,14 @@ def _ranks(means: pl.DataFrame, number: Metric) -> str:
     return f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}"
 
 
-def _judged() -> str:
+def _judged(level: str, numbers: Sequence[str]) -> str:
     """Tell how numbers stand on models and policies that none was chosen on, and what is the most to hope."""
-    models = split()["models"]["judged"]
-    found = {
-        known.label: [judged(model, known.column, more_is_better=known.more_is_better) for model in models]
-        for known in METRICS.values()
+    models = [model for model in split()["models"]["judged"] if model in models_with(level)]
+    rows = {
+        model: shifted_rows(model) if level == "shift" else evicting_rows(level, model) for model in models
     }
-    found[_CEILING] = [ceiling(model) for model in models]
     table = []
-    for label, each in found.items():
+    for label, each in _standings(rows, numbers, "judged").items():
         told = []
         for own in each:
             within = f"{np.mean(own.within):.2f} ({own.interval[0]:.2f} to {own.interval[1]:.2f})"
@@ -302,8 +358,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-levels": _levels,
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
-    "pretrained-judged": _judged,
+    "pretrained-judged": partial(_judged, "masked", tuple(METRICS)),
     "pretrained-shift": _shifts,
+    "pretrained-shift-judged": partial(_judged, "shift", _BESIDE_SHIFT),
+    "pretrained-calibration": _calibrated,
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
     "graded": partial(_graded, _GRADED),

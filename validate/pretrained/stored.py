@@ -58,6 +58,16 @@ def evicting_rows(level: str, model: str) -> pl.DataFrame:
     return rows.sort(~in_shares, "budget_asked", maintain_order=True)
 
 
+def shifted_rows(model: str) -> pl.DataFrame:
+    """Read rows of texts with sensitivities, with the ``kl_mean`` that was measured on the same texts.
+
+    Those were recorded apart, so they are joined by name: their numbers are not the same to the bit.
+    """
+    key = ["policy", "policy_params", "budget", "trace"]
+    truth = evicting_rows("masked", model).select(*key, "kl_mean")
+    return evicting_rows("shift", model).join(truth, on=key, maintain_order="left")
+
+
 def mean_rows(model: str) -> pl.DataFrame:
     """Average a replay's numbers and the masked divergence over texts; one row per policy and budget."""
     rows = evicting_rows("masked", model)

@@ -30,14 +30,13 @@ def rows(monkeypatch):
         for kl in [scale * (1 + place / 2) * rng.uniform(0.7, 1.3)]
     ]
     table = pl.DataFrame(made).sample(fraction=1, shuffle=True, seed=1)
-    monkeypatch.setattr(judge, "evicting_rows", lambda level, model: table.sort("budget"))
     monkeypatch.setattr(judge, "split", lambda: {"policies": {"judged": POLICIES, "fitted": []}})
-    return table
+    return table.sort("budget")
 
 
 @pytest.mark.parametrize("number", ["noisy", "wrong"])
 def test_a_standing_is_what_counting_gives(rows, number):
-    found = judge.judged("any", number, more_is_better=False)
+    found = judge.judged(rows, number, more_is_better=False)
     means = rows.group_by("policy", "budget").agg(pl.col("kl_mean", number).mean()).sort("policy")
     within, regret = [], []
     for budget in BUDGETS:
@@ -55,21 +54,37 @@ def test_a_standing_is_what_counting_gives(rows, number):
 
 
 def test_more_may_be_better(rows):
-    found = judge.judged("any", "wrong", more_is_better=True)
+    found = judge.judged(rows, "wrong", more_is_better=True)
     assert found.within == pytest.approx([1, 1, 1])
     assert found.pairs[0] == found.pairs[1]
     assert found.regret == (0, 0, 0)
 
 
-def test_the_ceiling_is_what_half_of_the_texts_say_of_the_others(rows, monkeypatch):
-    found = judge.ceiling("any", halvings=20)
+def test_the_ceiling_is_what_half_of_the_texts_say_of_the_others(rows):
+    found = judge.ceiling(rows, halvings=20)
     assert 0.9 < np.mean(found.within) <= 1
     assert found.pairs[0] / found.pairs[1] > 0.95
     same_text = rows.with_columns(kl_mean=pl.col("kl_mean").mean().over("policy", "budget"))
-    monkeypatch.setattr(judge, "evicting_rows", lambda level, model: same_text.sort("budget"))
-    exact = judge.ceiling("any", halvings=2)
+    exact = judge.ceiling(same_text, halvings=2)
     assert exact.within == pytest.approx([1, 1, 1])
     assert exact.regret == (0, 0, 0)
+
+
+def test_a_text_is_predicted_from_other_texts_and_policies(monkeypatch):
+    """On the text at hand, and of the policies that are judged, the divergence is another altogether."""
+    known = {"fitted": POLICIES[:3], "judged": POLICIES[3:]}
+    monkeypatch.setattr(judge, "split", lambda: {"policies": known})
+    made = [
+        {"policy": policy, "budget": "10%", "trace": text, "shift_mean": shift, "kl_mean": kl}
+        for text in "abc"
+        for policy, shift in zip(POLICIES, (0.1, 0.2, 0.4, 0.15, 0.3, 0.6), strict=True)
+        for kl in [2 * shift**1.5 if text != "c" and policy in known["fitted"] else 7.0]
+    ]
+    found = judge.predicted_elsewhere(pl.DataFrame(made))
+    assert sorted(found["policy"].unique()) == known["judged"]
+    on_c = found.filter(trace="c")
+    assert on_c["predicted"].to_list() == pytest.approx([2 * shift**1.5 for shift in on_c["shift_mean"]])
+    assert (found.filter(trace="a")["predicted"] - on_c["predicted"]).abs().min() > 0.1
 
 
 def test_the_split_parts_what_there_is():
