@@ -35,7 +35,7 @@ space := $(empty) $(empty)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-real nightly traces results policies validate others grid search pretrained wave card notebooks gpu lint format clean
+.PHONY: help demo quick test test-real nightly traces results policies validate others shifts grid search pretrained wave card notebooks gpu lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -84,6 +84,14 @@ others: traces ## the same for 8 policies and 256 problems that no number was ch
 	  --out runs/live-others --simulated runs/simulated-others.parquet
 	for name in accuracy fidelity; do cp runs/live-others/$$name.csv validate/reasoner/results/$$name-others.csv; done
 	$(BIN)/sim results runs/simulated-others.parquet --means -o validate/reasoner/results/simulated-others.csv
+
+shifts: .venv/.full ## record sensitivities of 30 of those problems, replay all 17 policies on them (15 minutes)
+	mkdir -p runs
+	$(BIN)/sim reasoner problems --count 72 --seed 2 | grep -E '"id": "[^"]*-s2-00[0-2]."' > runs/shifted.jsonl
+	$(BIN)/sim record --model reference --prompts runs/shifted.jsonl --sensitivity 8 --out runs/shifted
+	$(BIN)/sim replay --trace runs/shifted --policy $(POLICIES) --budget $(BUDGETS) --buffer 32 -o runs/shifts.parquet
+	$(BIN)/sim replay --trace runs/shifted --policy $(OTHERS) --budget 15%,20%,30%,50% --buffer 32 -o runs/shifts-others.parquet
+	for name in shifts shifts-others; do $(BIN)/sim results runs/$$name.parquet --means -o validate/reasoner/results/$$name.csv; done
 
 grid: traces ## replay 24 variants of R-KV on ten held-out walks, for a notebook (1 minute)
 	$(BIN)/sim replay --trace 'runs/heldout/walk-*-s2-00[0-2]?.kvtrace' --policy $(subst $(space),$(comma),$(GRID)) --budget 10%,20%,40% --buffer 32 -o runs/grid.parquet

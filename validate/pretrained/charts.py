@@ -90,11 +90,14 @@ def predicted_chart(means: Mapping[str, pl.DataFrame]) -> alt.HConcatChart:
     ``means`` are by model: policy, budget, predicted and kl_mean in nats a step, and is_judged, whether the
     prediction is of a policy that it was not made on.
     """
-    budgets = pl.concat(own.select("budget") for own in means.values())["budget"].unique(maintain_order=True)
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(budgets))]
+    every = pl.concat(own.select("budget", "kl_mean") for own in means.values())
+    # From the least cache to the most.
+    budgets = (
+        every.group_by("budget").agg(pl.col("kl_mean").mean()).sort("kl_mean", descending=True)["budget"]
+    )
     colour = alt.Color(
         "budget:N",
-        scale=alt.Scale(domain=budgets.to_list(), range=colours),
+        scale=alt.Scale(domain=budgets.to_list(), scheme="turbo"),
         legend=alt.Legend(title="budget"),
     )
     panels = []

@@ -24,6 +24,7 @@ from validate.pretrained.judge import (
     of_side,
     on_line,
     predicted_elsewhere,
+    predicted_means,
     split,
 )
 from validate.pretrained.stored import (
@@ -203,6 +204,24 @@ def _calibrated() -> str:
     return markdown_table(["model", fitted, head, f"the same by the line of {first}"], table)
 
 
+def _left_over() -> str:
+    """Tell what the line of each model leaves over, by policy: measured over predicted, over all budgets."""
+    ratio = (pl.col("kl_mean") / pl.col("predicted")).log().mean().exp()
+    models = models_with("shift")
+    found = {
+        model: dict(predicted_means(model).group_by("policy").agg(ratio=ratio).iter_rows())
+        for model in models
+    }
+    ranked = sorted(found[models[0]], key=lambda policy: np.prod([own[policy] for own in found.values()]))
+    return markdown_table(
+        ["measured over predicted", *models],
+        [
+            [name if name == FOUND else f"`{name}`", *(f"{own[name]:.2f}" for own in found.values())]
+            for name in ranked
+        ],
+    )
+
+
 def _predicted_over_measured(rows: pl.DataFrame) -> str:
     means = rows.group_by("policy", "budget").agg(pl.col("predicted", "kl_mean").mean())
     ratio = (means["predicted"] / means["kl_mean"]).to_numpy()
@@ -362,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-shift": _shifts,
     "pretrained-shift-judged": partial(_judged, "shift", _BESIDE_SHIFT),
     "pretrained-calibration": _calibrated,
+    "pretrained-left-over": _left_over,
     "pretrained-agreement": _agreement,
     "wave-stability": _stability,
     "graded": partial(_graded, _GRADED),

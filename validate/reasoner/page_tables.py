@@ -15,13 +15,13 @@ from simulator.policies.language import parse_policy
 from simulator.policies.wave import known_waves
 from simulator.results.labels import with_budget_label
 from simulator.results.layout import markdown_table
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED, METRICS, SHIFT
 from simulator.results.terminal import print_standings
 from traces.documents import parse_json, read_toml
 from validate.live.accuracy import ALL_FAMILIES
-from validate.live.fidelity import LIVE_HALF
+from validate.live.fidelity import LIVE_HALF, rank
 from validate.problems.families import FAMILIES
-from validate.reasoner.tables import MODEL, result_table, stored_document
+from validate.reasoner.tables import MODEL, cells_of, judged_rows, result_table, stored_document
 
 _LABELS = {name: own.label for name, own in METRICS.items()} | {LIVE_HALF: "*half of the problems, decoded*"}
 _LEVELS = {
@@ -54,6 +54,29 @@ def _predictors() -> str:
         rows.append(row)
     head = ["the replay's number", "9 policies: correlation", "points lost"]
     return markdown_table([*head, "8 others: correlation", "points lost"], rows)
+
+
+def _shifts() -> str:
+    """Set the shift of predictions beside other numbers: correlation with accuracy and points lost."""
+    first, others = judged_rows(), judged_rows(others=True)
+    shared = set(first["budget"]) & set(others["budget"])
+    together = pl.concat([first, others], how="diagonal").filter(pl.col("budget").is_in(list(shared)))
+    found = [cells_of(rows) for rows in (first, others, together)]
+    table = []
+    for metric in (SHIFT, "lost_lookup_peak", "lost_lookup_rms", "lost_lookup_rate", "mass_mean"):
+        row = [COMPARED[metric].label]
+        for families in found:
+            ranked = [
+                rank(own.simulated[metric][:, 0], own.solved[:, 0], own.budgets) for own in families.values()
+            ]
+            row += [
+                _span(own.spearman_within for own in ranked),
+                _span((100 * own.regret for own in ranked), 1),
+            ]
+        table.append(row)
+    head = ["the replay's number", "9 policies: correlation", "points lost"]
+    head += ["8 others: correlation", "points lost", "all 17: correlation", "points lost"]
+    return markdown_table(head, table)
 
 
 def _fidelity(table: str) -> str:
@@ -225,6 +248,7 @@ def _card_wave() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "predictors": _predictors,
+    "reasoner-shift": _shifts,
     "fidelity": partial(_fidelity, "fidelity"),
     "fidelity-others": partial(_fidelity, "fidelity-others"),
     "trust": _trust,

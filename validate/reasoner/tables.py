@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from simulator.results.labels import with_budget_label
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import COMPARED, METRICS, SHIFT
 from simulator.results.store import read_table
 from simulator.results.tables import with_budget_kind
 from traces.documents import parse_json
@@ -56,8 +56,8 @@ def judged_rows(others: bool = False) -> pl.DataFrame:
     Returns
     -------
     polars.DataFrame
-        One row per family, policy and budget: means of the replay's numbers (`simulator.results.means`), and
-        ``accuracy`` with its 95% interval ``low`` to ``high``.
+        One row per family, policy and budget: means of the replay's numbers (`simulator.results.means`), the
+        shift of predictions on the same problems, and ``accuracy`` with its 95% interval ``low`` to ``high``.
     """
     suffix = "-others" if others else ""
     key = ["family", *CELL]
@@ -66,7 +66,8 @@ def judged_rows(others: bool = False) -> pl.DataFrame:
     )
     live = accuracy.select(*key, "n_problems", "accuracy", "low", "high")
     joined = result_table(f"simulated{suffix}").join(live, on=key, how="inner", maintain_order="left")
-    return with_budget_label(joined)
+    shifts = result_table(f"shifts{suffix}").select(*key, SHIFT)
+    return with_budget_label(joined.join(shifts, on=key, how="left", maintain_order="left"))
 
 
 def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
@@ -78,7 +79,7 @@ def cells_of(judged: pl.DataFrame) -> dict[str, Cells]:
     for (family,), own in judged.group_by("family", maintain_order=True):
         simulated = {
             name: own[name].to_numpy()[:, None] * (1 if metric.more_is_better else -1)
-            for name, metric in METRICS.items()
+            for name, metric in (METRICS | {SHIFT: COMPARED[SHIFT]}).items()
         }
         found[str(family)] = Cells(own.select(CELL).rows(), simulated, own["accuracy"].to_numpy()[:, None])
     return dict(sorted(found.items()))
