@@ -134,15 +134,14 @@ def fidelity_note(metric: str, models: Iterable[str], policies: Iterable[str] = 
     """
     if metric in MEASURED:
         return f"'{MEASURED[metric].label}' is measured, by sim validate, on the traces' own model."
-    if metric in ESTIMATED:
-        return (
-            f"'{ESTIMATED[metric].label}' is no recommendation: it is an estimate to first order, and sim "
-            "validate masked measures how far predictions move."
-        )
-    known, label = _fidelity(), METRICS[metric].label
+    label, known = COMPARED[metric].label, _fidelity()
+    # Predicted divergence orders policies as the shift that it is made from.
+    metric = SHIFT if metric in ESTIMATED else metric
     measured, at_hand = known["metrics"][metric], set(models)
     where = f"{known['model']} ({known['parameters']} parameters)"
-    own = {model: known["pretrained"][model] for model in sorted(at_hand & set(known["pretrained"]))}
+    pretrained = known["pretrained"]
+    own = {model: pretrained[model] for model in sorted(at_hand & set(pretrained))}
+    own = {model: found for model, found in own.items() if metric in found["metrics"]}
     strange = sorted(at_hand - {known["model"], *own})
     ranges = [_span(measured[kind]) for kind in ("chosen", "others")]
     told = (

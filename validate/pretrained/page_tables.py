@@ -42,7 +42,7 @@ from validate.pretrained.stored import (
 )
 
 _RESAMPLES = 2000
-_SOME = ("lost_lookup_rate", "mass_mean", "mass_min_head")
+_SOME = ("lost_lookup_rate", "mass_mean")
 _BESIDE_SHIFT = ("shift_mean", "mass_mean", "mass_p05", "lost_lookup_rate", "miss_rate")
 _CEILING = "*half of the texts, measured*"
 _GRADED = "qwen2.5-coder-0.5b"

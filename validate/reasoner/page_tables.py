@@ -15,7 +15,7 @@ from simulator.policies.language import parse_policy
 from simulator.policies.wave import known_waves
 from simulator.results.labels import with_budget_label
 from simulator.results.layout import markdown_table
-from simulator.results.metric_names import COMPARED, METRICS, SHIFT
+from simulator.results.metric_names import COMPARED, SHIFT
 from simulator.results.terminal import print_standings
 from traces.documents import parse_json, read_toml
 from validate.live.accuracy import ALL_FAMILIES
@@ -23,7 +23,7 @@ from validate.live.fidelity import LIVE_HALF, rank
 from validate.problems.families import FAMILIES
 from validate.reasoner.tables import MODEL, cells_of, judged_rows, result_table, stored_document
 
-_LABELS = {name: own.label for name, own in METRICS.items()} | {LIVE_HALF: "*half of the problems, decoded*"}
+_LABELS = {name: own.label for name, own in COMPARED.items()} | {LIVE_HALF: "*half of the problems, decoded*"}
 _LEVELS = {
     "rkv+wave": "layers only (`rkv+wave`)",
     "rkv+utility": "heads only (`rkv+utility`)",
