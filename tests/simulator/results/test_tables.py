@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from simulator.results.metric_names import METRICS
+from simulator.results.metric_names import METRICS, SHIFT
 from traces.errors import UserError
 from validate.live.fidelity import rank
 from validate.reasoner.tables import cells_of, choices, differences, judged_rows, result_table, stored_profile
@@ -19,7 +19,9 @@ def test_stored_means_give_the_stored_correlations(others, n_cells):
     assert list(cells) == ["machine", "program", "walk"]
     for family, own in cells.items():
         assert len(own.labels) == n_cells
-        for metric, values in own.simulated.items():
+        assert set(own.simulated) == {*METRICS, SHIFT}
+        for metric in METRICS:
+            values = own.simulated[metric]
             found = rank(values.mean(1), own.solved.mean(1), own.budgets)
             stored = fidelity.filter(family=family, metric=metric).row(0, named=True)
             assert found.spearman == pytest.approx(stored["spearman"], abs=1e-6)

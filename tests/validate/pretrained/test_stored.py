@@ -11,10 +11,12 @@ import pytest
 from scipy.stats import spearmanr
 
 from simulator.policies.wave import known_waves
+from simulator.results.calibration import known_calibrations
 from traces.errors import UserError
 from validate.models.pretrained import pretrained_models
 from validate.pages.write import page_table
-from validate.pretrained.charts import divergence_chart, wave_chart
+from validate.pretrained.charts import divergence_chart, predicted_chart, wave_chart
+from validate.pretrained.judge import of_side, predicted_means, split
 from validate.pretrained.stored import (
     FOUND,
     HOME,
@@ -24,11 +26,14 @@ from validate.pretrained.stored import (
     graded_rows,
     mean_divergence,
     models_with,
+    shifted_rows,
     stored_rows,
     waves_of,
 )
 
 LEAST_TEXTS = {"smollm2-135m": 40, "qwen2.5-coder-0.5b": 40, "qwen2.5-coder-1.5b": 16}
+# At budgets other than 10% and 20%.
+LEAST_ELSEWHERE = {"smollm2-135m": 33, "qwen2.5-coder-0.5b": 10, "qwen2.5-coder-1.5b": 6}
 MEASURED = models_with("masked")
 
 
@@ -67,7 +72,8 @@ def test_rows_are_of_enough_long_texts_of_the_model(model):
     assert not prompts & {text["prompt"] for text in texts}
     counts = rows.group_by("policy", "policy_params", "budget").agg(pl.col("trace_id").n_unique().alias("n"))
     assert set(counts.filter(pl.col("budget").is_in(["10%", "20%"]))["n"]) == {len(named)}
-    assert counts["n"].min() >= 6
+    assert counts["n"].min() >= LEAST_ELSEWHERE[model]
+    assert set(rows["level"]) == {"masked"}
 
 
 def test_the_number_of_texts_is_told():
@@ -120,7 +126,27 @@ def test_predictors_are_rank_correlations():
         assert float(found[model].rpartition(" ")[2]) == pytest.approx(over_all, abs=0.006)
 
 
+@pytest.mark.parametrize("model", MEASURED)
+def test_shifts_are_of_the_measured_texts_and_their_calibration_ships(model):
+    rows, own = shifted_rows(model), known_calibrations()[model]
+    assert rows["trace"].n_unique() >= 6
+    assert rows["budget"].n_unique() == 8
+    assert len(rows) == len(evicting_rows("shift", model))
+    fitted = of_side(rows, "fitted")
+    assert set(own.trace_ids) == set(rows["trace_id"])
+    assert (set(own.policies), own.n_rows) == (set(split()["policies"]["fitted"]), len(fitted))
+    slope, _ = np.polyfit(*(np.log(fitted[name]) for name in ("shift_mean", "kl_mean")), 1)
+    assert own.slope == pytest.approx(slope)
+    predicted = [own.divergence(shift) for shift in fitted["shift_mean"]]
+    assert np.mean(predicted) == pytest.approx(fitted["kl_mean"].mean())
+
+
 def test_charts_are_drawn_from_them():
+    predicted = {model: predicted_means(model) for model in MEASURED}
+    panels = predicted_chart(predicted).to_dict()["hconcat"]
+    assert [len(panel["layer"]) for panel in panels] == [3] * len(MEASURED)
+    for own in predicted.values():
+        assert set(own.filter("is_judged")["policy"]) == set(split()["policies"]["judged"])
     waves = {model: waves_of(model) for model in MODELS}
     assert all(set(own) == {"code", "gsm8k", "math", "prose"} for own in waves.values())
     assert len(wave_chart(waves).to_dict()["hconcat"]) == 3
