@@ -21,6 +21,9 @@ PRETRAINED := smollm2-135m qwen2.5-coder-0.5b qwen2.5-coder-1.5b
 SHIFTED_smollm2-135m := code-08-2|code-09-2|code-10-1|code-11-2|code-12-4|prose-08-0|prose-17-0|math-geometry-172|aime-2024-65|math-intermediate_algebra-964
 SHIFTED_qwen2.5-coder-0.5b := aime-2024-60|aime-2024-69|aime-2024-83|aime-2024-89|math-algebra-2626|math-algebra-297|math-intermediate_algebra-1197|math-intermediate_algebra-956|math-prealgebra-1655|math-precalculus-675
 SHIFTED_qwen2.5-coder-1.5b := aime-2024-61|aime-2024-63|math-algebra-1837|math-algebra-2427|math-intermediate_algebra-1197|math-intermediate_algebra-1994
+# What a search chooses on, and judges by; what it finds is measured on all texts that it did not choose on.
+SEARCHED := aime-2024-60 aime-2024-69 math-algebra-2626 math-intermediate_algebra-1197 math-precalculus-675
+HELD_OUT := aime-2024-83 aime-2024-89 math-algebra-297 math-intermediate_algebra-956 math-prealgebra-1655
 FITTED := rkv,rkv+wave,rkv+utility,reasonalloc,pyramid-rkv,snapkv,random
 # Texts that are decoded with entries really evicted.
 FORCED_smollm2-135m := aime-2024-70 code-19-0 prose-08-0
@@ -138,6 +141,13 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	  $(BIN)/sim replay --trace runs/pretrained/$(model)/shifted --policy $(STUDY) --budget $(STUDIED) --buffer 32 -o $(STORED)/shift-$(model).parquet; \
 	  $(BIN)/sim validate calibrate --trace runs/pretrained/$(model)/shifted --policy $(FITTED) --shifts $(STORED)/shift-$(model).parquet \
 	    --measured $(STORED)/masked-$(model).parquet --out simulator/results/calibrations/$(model).json;)
+	$(BIN)/sim search --metric shift_mean $(foreach text,$(SEARCHED),--trace runs/pretrained/qwen2.5-coder-0.5b/shifted/$(text).kvtrace) \
+	  $(foreach text,$(HELD_OUT),--held-out runs/pretrained/qwen2.5-coder-0.5b/shifted/$(text).kvtrace) \
+	  --budget 10%,20% --buffer 32 --minutes 15 --also reasonalloc,h2o --out runs/pretrained/search
+	cp runs/pretrained/search/winners.json $(STORED)/winners-qwen2.5-coder-0.5b.json
+	$(BIN)/sim validate masked --model qwen2.5-coder-0.5b --dtype bfloat16 --configs runs/pretrained/search/winners.json \
+	  $$(ls -d runs/pretrained/qwen2.5-coder-0.5b/traces/* | grep -v -E '/($(subst $(space),|,$(SEARCHED)))\.' | sed 's/^/--trace /') \
+	  --out runs/pretrained/searched -o $(STORED)/searched-qwen2.5-coder-0.5b.parquet
 	$(BIN)/sim models charts --out $(STORED)
 	$(BIN)/sim reasoner pages
 

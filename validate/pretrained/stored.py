@@ -19,6 +19,8 @@ from validate.models.pretrained import pretrained_models
 HOME = Path(str(resources.files("validate.pretrained")))
 MODELS = tuple(pretrained_models())
 FOUND = "found by search"
+# What tables call the models.
+SIZES = {"smollm2-135m": "0.1B", "qwen2.5-coder-0.5b": "0.5B", "qwen2.5-coder-1.5b": "1.5B"}
 
 
 def models_with(level: str) -> list[str]:

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
+from simulator.policies.language import parse_policy
 from simulator.policies.wave import known_waves
 from simulator.results.calibration import known_calibrations
 from traces.errors import UserError
@@ -180,3 +181,19 @@ def test_answers_are_counted_and_paired():
         for level in ("masked", "forced"):
             kept = graded_divergence("qwen2.5-coder-0.5b").filter(policy=policy, level=level)
             assert float(own[f"{level} divergence"]) == pytest.approx(kept["kl_mean"].mean(), abs=6e-4)
+
+
+def test_what_a_search_found_was_measured_on_texts_that_it_had_not_seen():
+    winners = json.loads((HOME / "results" / "winners-qwen2.5-coder-0.5b.json").read_text())
+    lines = [line.strip("|").split("|") for line in page_table("pretrained-searched").splitlines()[2:]]
+    assert len(lines) == len([own for own in winners if own["role"] != "base"])
+    rows = evicting_rows("searched", "qwen2.5-coder-0.5b")
+    assert rows["trace"].n_unique() >= 9
+    known = evicting_rows("masked", "qwen2.5-coder-0.5b").join(rows.select("trace").unique(), on="trace")
+    for budget, _, policy, *_, divergence, less, _ in lines:
+        own = rows.filter(
+            budget=budget.strip(), policy_params=parse_policy(policy.strip(" `")).parameters_json
+        )
+        assert float(divergence) == pytest.approx(own["kl_mean"].mean(), abs=6e-4)
+        base = known.filter(budget=budget.strip(), policy="rkv")["kl_mean"].mean()
+        assert float(less.split("(")[0]) == pytest.approx(own["kl_mean"].mean() - base, abs=6e-4)
