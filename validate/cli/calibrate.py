@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import polars as pl
 import typer
 
 from simulator.cli import shared
@@ -37,6 +35,10 @@ def calibrate(
     A replay of other traces of the model with sensitivities then predicts divergence, within the shifts that
     were measured.
     """
+    from math import exp
+
+    import polars as pl
+
     from simulator.policies.language import split_list
     from simulator.results.calibration import calibrate as fit
     from simulator.results.output import require_place
@@ -64,9 +66,9 @@ def calibrate(
         f"{found.model}: {counted(found.n_rows, 'cell')} of {len(found.policies)} policies on "
         f"{counted(len(found.trace_ids), 'text')}"
     )
-    factor = np.exp(1.96 * found.spread)
+    factor = exp(1.96 * found.spread)
     print(
-        f"divergence = {np.exp(found.intercept):.3f} x shift^{found.slope:.3f}, for shifts from "
+        f"divergence = {exp(found.intercept):.3f} x shift^{found.slope:.3f}, for shifts from "
         f"{found.least:.4f} to {found.most:.3f}; 95% of texts within a factor of {factor:.2f}"
     )
     print(f"wrote {out}")
