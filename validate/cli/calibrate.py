@@ -30,7 +30,7 @@ def calibrate(
         ),
     ] = None,
 ) -> None:
-    """Fit the divergence that was measured to the shift that a replay told.
+    """Fit measured divergence to the shifts that a replay told.
 
     A replay of other traces of the model with sensitivities then predicts divergence, within the shifts that
     were measured.

@@ -76,7 +76,7 @@ def fetch(
 
 
 def charts(out: Annotated[Path, typer.Option(help="Folder for the SVG files.")]) -> None:
-    """Draw the stored results: waves, divergence, and what was predicted of it."""
+    """Draw the stored results: waves, divergence, predictions of it."""
     require_extra("a figure", "altair", "vl_convert")
     from simulator.charts.style import styled
     from validate.pretrained.charts import divergence_chart, predicted_chart, wave_chart
