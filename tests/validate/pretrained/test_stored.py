@@ -188,7 +188,7 @@ def test_what_a_search_found_was_measured_on_texts_that_it_had_not_seen():
     lines = [line.strip("|").split("|") for line in page_table("pretrained-searched").splitlines()[2:]]
     assert len(lines) == len([own for own in winners if own["role"] != "base"])
     rows = evicting_rows("searched", "qwen2.5-coder-0.5b")
-    assert rows["trace"].n_unique() >= 9
+    assert rows["trace"].n_unique() == 35
     known = evicting_rows("masked", "qwen2.5-coder-0.5b").join(rows.select("trace").unique(), on="trace")
     for budget, _, policy, *_, divergence, less, _ in lines:
         own = rows.filter(
