@@ -262,7 +262,8 @@ class PreparedTrace:
     @property
     def n_bytes(self) -> int:
         """Memory that is kept of the full cache."""
-        return self._full.strongest.nbytes + self._full.largest.nbytes
+        beside = 0 if self._sensitivities is None else self._sensitivities.n_bytes
+        return self._full.strongest.nbytes + self._full.largest.nbytes + beside
 
     def replay(
         self,

@@ -70,6 +70,11 @@ class Sensitivities:
         self._stored = [np.asarray(trace.stored_sensitivity(layer)) for layer in range(trace.shape.n_layers)]
         self._full = [np.stack(list(self._of_layer(layer))) for layer in range(trace.shape.n_layers)]
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is kept; what is stored is mapped."""
+        return sum(own.nbytes for own in self._full)
+
     def change(self, layer: int, kv_head: int, sampled: slice, outputs: np.ndarray) -> np.ndarray:
         """Tell how much log-probabilities of draws change if a KV head's queries get ``outputs``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -43,8 +44,8 @@ class Calibration:
     least, most : float
         The shifts that it was measured at; beyond them nothing is predicted.
     policies : tuple of str
-    trace_ids : tuple of str
-        Of the texts; on these nothing is predicted.
+    text_ids : tuple of str
+        Of the texts, see `text_id`; on these nothing is predicted.
     n_rows : int
     """
 
@@ -57,7 +58,7 @@ class Calibration:
     least: Above0
     most: Above0
     policies: tuple[str, ...]
-    trace_ids: tuple[str, ...]
+    text_ids: tuple[str, ...]
     n_rows: Annotated[int, Meta(ge=1)]
 
     def divergence(self, shift: float) -> float | None:
@@ -108,14 +109,19 @@ def _shipped() -> dict[str, Calibration]:
     return {own.model: own for own in map(read_calibration, sorted(_SHIPPED.glob("*.json")))}
 
 
+def text_id(trace: Trace) -> str:
+    """Give a digest of a trace's tokens, which a recording on another machine has too; hexadecimal."""
+    return hashlib.sha256(np.array(trace.token_ids, "<i8").tobytes()).hexdigest()
+
+
 def predicted_divergence(trace: Trace, shift: float | None, known: Mapping[str, Calibration]) -> float | None:
     """Give the divergence that a shift on a trace came with elsewhere, in nats.
 
     None where no calibration speaks of it: of the model in this revision, with as many draws, from other
-    traces, at such a shift.
+    texts, at such a shift.
     """
     own = known.get(trace.model)
-    if own is None or shift is None or trace.trace_id in own.trace_ids:
+    if own is None or shift is None or text_id(trace) in own.text_ids:
         return None
     asked = (trace.manifest.model_revision, trace.manifest.n_draws)
     return own.divergence(shift) if asked == (own.model_revision, own.n_draws) else None
@@ -137,28 +143,38 @@ def calibrate(traces: Sequence[Trace], shifts: pl.DataFrame, measured: pl.DataFr
     Raises
     ------
     UserError
-        If traces are of several models or fewer than three cells are in both tables.
+        If traces are of several models, without sensitivities or of one name, if a cell is twice in a table,
+        if fewer than three cells are in both, or if no rising line goes through them.
     """
     kinds = {(own.model, own.manifest.model_revision, own.manifest.n_draws) for own in traces}
     if len(kinds) != 1:
         found = ", ".join(f"'{model}' {revision} with {n} draws" for model, revision, n in sorted(kinds))
-        raise UserError(f"traces are of {found or 'nothing'}; allowed: one model, and as many draws of each")
-    ((model, revision, n_draws),) = kinds
-    ids = {own.path.name: own.trace_id for own in traces}
-    told = shifts.filter((pl.col("status") == "ok") & pl.col("trace").is_in(list(ids)))
-    truth = measured.filter(pl.col("status") == "ok").select(*_CELL, "kl_mean")
-    both = told.join(truth, on=_CELL, suffix="_measured").filter(
-        (pl.col("shift_mean") > 0) & (pl.col("kl_mean") > 0)
-    )
-    if len(both) < 3:
         raise UserError(
-            f"{len(both)} cells have both a shift and a divergence; allowed: at least 3, of the same "
-            "policies, budgets and traces"
+            f"--trace has traces of {found or 'nothing'}; allowed: one model, and as many draws of each"
+        )
+    ((model, revision, n_draws),) = kinds
+    if not n_draws:
+        raise UserError("--trace has traces without sensitivities; allowed: those that --shifts is of")
+    texts = {own.path.name: own for own in traces}
+    if len(texts) < len(traces):
+        raise UserError(
+            "--trace has two traces of one name; allowed: names of their own, by which cells are joined"
+        )
+    ids = [own.trace_id for own in traces]
+    told = _cells("--shifts", shifts.filter(pl.col("trace_id").is_in(ids)), model, "shift_mean")
+    truth = _cells("--measured", measured, model, "kl_mean")
+    both = told.join(truth, on=_CELL)
+    if len(both) < 3 or both["shift_mean"].n_unique() < 2:
+        raise UserError(
+            f"{len(both)} cells of --trace are both in --shifts and in --measured; allowed: at least 3, of "
+            "the same policies, budgets and traces, not all of one shift"
         )
     shift, divergence = (both[name].to_numpy() for name in ("shift_mean", "kl_mean"))
     slope, intercept, spread = line(shift, divergence)
     if slope <= 0:
-        raise UserError(f"{model}: divergence falls with the shift (slope {slope:.2f}); allowed: it rises")
+        raise UserError(
+            f"--measured falls where --shifts rises (slope {slope:.2f}) for {model}; allowed: it rises"
+        )
     return Calibration(
         model=model,
         model_revision=revision,
@@ -169,9 +185,20 @@ def calibrate(traces: Sequence[Trace], shifts: pl.DataFrame, measured: pl.DataFr
         least=float(shift.min()),
         most=float(shift.max()),
         policies=tuple(both["policy"].unique().sort().to_list()),
-        trace_ids=tuple(sorted(ids[name] for name in both["trace"].unique())),
+        text_ids=tuple(sorted(text_id(texts[name]) for name in both["trace"].unique())),
         n_rows=len(both),
     )
+
+
+def _cells(option: str, rows: pl.DataFrame, model: str, number: str) -> pl.DataFrame:
+    """Keep what was replayed of a model where the number is above 0: columns of ``_CELL``, and the number."""
+    if not rows[number].dtype.is_numeric():
+        raise UserError(f"{option}: {number} is {rows[number].dtype}; allowed: numbers")
+    own = rows.filter(pl.col("status") == "ok", pl.col(number).is_finite(), pl.col(number) > 0, model=model)
+    own = own.select(*_CELL, number)
+    if own.select(_CELL).is_duplicated().any():
+        raise UserError(f"{option} has a policy at a budget on a trace twice; allowed: once")
+    return own
 
 
 def line(shift: np.ndarray, divergence: np.ndarray) -> tuple[float, float, float]:

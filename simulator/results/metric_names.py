@@ -31,20 +31,25 @@ class Metric:
     more_is_better : bool
     leads : str
         What the policy that this number puts first does.
-    is_share : bool
-        Whether it is a share, written in percent; else it is in nats.
+    unit : str
+        ``%`` for a share, ``nats``, or nothing.
     """
 
     column: str
     label: str
     more_is_better: bool
     leads: str
-    is_share: bool = True
+    unit: str = "%"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is written in percent."""
+        return self.unit == "%"
 
     @property
     def title(self) -> str:
         """Name it on an axis, with its unit."""
-        return self.label if self.is_share else f"{self.label}, nats"
+        return f"{self.label}, nats" if self.unit == "nats" else self.label
 
     def written(self, value: float) -> str:
         """Write a value with three digits or so: small shares differ in the second decimal."""
@@ -73,22 +78,22 @@ METRICS = {
 MEASURED = {
     metric.column: metric
     for metric in (
-        Metric("kl_mean", "divergence of predictions, mean", False, "moves predictions least", False),
+        Metric("kl_mean", "divergence of predictions, mean", False, "moves predictions least", "nats"),
         Metric(
             "kl_p95",
             "divergence of predictions, 95th percentile",
             False,
             "moves predictions least at its worst",
-            False,
+            "nats",
         ),
-        Metric("kl_worst", "divergence of predictions, worst step", False, "moves no prediction far", False),
+        Metric("kl_worst", "divergence of predictions, worst step", False, "moves no prediction far", "nats"),
         Metric("top_changed", "steps with another top token", False, "changes the top token least often"),
         Metric(
             "log_likelihood_change",
             "change of the text's log-likelihood",
             True,
             "keeps the text most likely",
-            False,
+            "nats",
         ),
         Metric("forced_mass", "retained mass under eviction", True, "retains most attention under eviction"),
     )
@@ -98,8 +103,8 @@ SHIFT = "shift_mean"
 ESTIMATED = {
     metric.column: metric
     for metric in (
-        Metric(SHIFT, "shift of predictions", False, "moves predictions least to first order", False),
-        Metric("predicted_kl", "predicted divergence", False, "should move predictions least", False),
+        Metric(SHIFT, "shift of predictions", False, "moves predictions least to first order", ""),
+        Metric("predicted_kl", "predicted divergence", False, "should move predictions least", "nats"),
     )
 }
 COMPARED = METRICS | MEASURED | ESTIMATED
@@ -112,7 +117,7 @@ DEFAULT_OF_SAMPLES = "lost_lookup_rate"
 def why_missing(metric: str) -> str:
     """Say of which replays a row has no such number."""
     if metric == "predicted_kl":
-        return "where no calibration of the model speaks of such a shift"
+        return "where no calibration covers model, draws, text and shift"
     return "of traces without sensitivities" if metric in ESTIMATED else "of samples"
 
 

@@ -201,8 +201,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
         missing = len(evicting) - (evicting["predicted_kl"].count() if "predicted_kl" in done.columns else 0)
         if missing:
             lines.append(
-                f"For {missing} of {len(evicting)} cells no divergence is predicted: no calibration of "
-                "the model speaks of such shifts (sim validate calibrate makes one)."
+                f"For {missing} of {len(evicting)} cells no divergence is predicted: no calibration covers "
+                "their model, draws, text and shift (sim validate calibrate makes one)."
             )
     if several:
         metric = usual_metric(done)

@@ -64,11 +64,11 @@ def calibrate(
     found.write(out)
     print(
         f"{found.model}: {counted(found.n_rows, 'cell')} of {len(found.policies)} policies on "
-        f"{counted(len(found.trace_ids), 'text')}"
+        f"{counted(len(found.text_ids), 'text')}"
     )
     factor = exp(1.96 * found.spread)
     print(
         f"divergence = {exp(found.intercept):.3f} x shift^{found.slope:.3f}, for shifts from "
-        f"{found.least:.4f} to {found.most:.3f}; 95% of texts within a factor of {factor:.2f}"
+        f"{found.least:.4f} to {found.most:.3f}; 95% of fitted cells within a factor of {factor:.2f}"
     )
     print(f"wrote {out}")

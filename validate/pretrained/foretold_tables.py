@@ -173,23 +173,21 @@ def _searched(model: str) -> str:
     table = []
     for own in told:
         policy, budget = parse_policy(str(own["policy"])), str(own["budget"])
-        if own["role"] == "base":
+        if own["role"] == "base" or own["policy"] == told[0]["policy"]:
             continue
         rows = measured.filter(budget=budget, policy=policy.name, policy_params=policy.parameters_json)
-        if rows.is_empty():
-            rows = known.filter(budget=budget, policy=policy.name)
         line = [budget, str(own["role"]), f"`{own['policy']}`", f"{own['held_out']:.3f}"]
         line.append(f"{rows['kl_mean'].to_numpy().mean():.3f}")
-        for name in ("rkv", "reasonalloc"):
-            base = known.filter(budget=budget, policy=name).select("trace", base="kl_mean")
+        for name, bases in (("rkv", known), ("reasonalloc", measured)):
+            base = bases.filter(budget=budget, policy=name).select("trace", base="kl_mean")
             both = rows.join(base, on="trace")
             difference = (both["kl_mean"] - both["base"]).to_numpy()
             low, high = bootstrap(difference, rng, 2000)
             line.append(f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
         table.append(line)
-    texts = measured["trace"].n_unique()
-    head = ["budget", "", "policy", "shift, 5 texts", f"divergence, {texts} texts", "less R-KV's"]
-    return markdown_table([*head, "less ReasonAlloc's"], table)
+    head = ["budget", "", "policy", f"shift, {told[0]['n_traces']} texts"]
+    head += [f"divergence, {measured['trace'].n_unique()} texts", "less R-KV's", "less ReasonAlloc's"]
+    return markdown_table(head, table)
 
 
 FORETOLD: dict[str, Callable[[], str]] = {

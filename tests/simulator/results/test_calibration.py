@@ -12,7 +12,13 @@ import pytest
 from naive_traces import small_trace
 
 from simulator.cells import run_replay
-from simulator.results.calibration import Calibration, calibrate, predicted_divergence, read_calibration
+from simulator.results.calibration import (
+    Calibration,
+    calibrate,
+    predicted_divergence,
+    read_calibration,
+    text_id,
+)
 from traces.errors import MissingDataError, UserError
 
 POLICIES = ["recency:buffer=4", "snapkv:buffer=4,window=4", "h2o:buffer=4"]
@@ -21,7 +27,7 @@ POLICIES = ["recency:buffer=4", "snapkv:buffer=4,window=4", "h2o:buffer=4"]
 @pytest.fixture
 def traces(tmp_path):
     return [
-        small_trace(tmp_path / f"{i}.kvtrace", seed=i, n_tokens=50, n_draws=2, dtype="float32")
+        small_trace(tmp_path / f"{i}.kvtrace", seed=i, n_tokens=50 + i, n_draws=2, dtype="float32")
         for i in range(4)
     ]
 
@@ -46,7 +52,7 @@ def test_the_line_that_rows_were_made_from_is_found(traces, shifts):
     assert found.spread == pytest.approx(0, abs=1e-9)
     assert (found.least, found.most) == (shifts["shift_mean"].min(), shifts["shift_mean"].max())
     assert found.policies == ("h2o", "recency", "snapkv")
-    assert found.trace_ids == tuple(sorted(own.trace_id for own in traces[:3]))
+    assert found.text_ids == tuple(sorted(text_id(own) for own in traces[:3]))
     assert (found.model, found.n_draws, found.n_rows) == (traces[0].model, 2, 18)
 
 
@@ -107,7 +113,7 @@ def test_nothing_is_predicted_of_what_was_not_measured(traces, shifts):
         replace(found, model="another"),
         replace(found, model_revision="another"),
         replace(found, n_draws=3),
-        replace(found, trace_ids=(trace.trace_id,)),
+        replace(found, text_ids=(text_id(trace),)),
         replace(found, least=shift * 1.01),
         replace(found, most=shift * 0.99),
     ):
@@ -116,25 +122,36 @@ def test_nothing_is_predicted_of_what_was_not_measured(traces, shifts):
 
 def test_a_mean_is_predicted_only_of_all_traces(traces, shifts, tmp_path, run_sim):
     path = tmp_path / "mine.json"
-    replace(calibrate(traces, shifts, measured(shifts)), trace_ids=(traces[0].trace_id,)).write(path)
+    replace(calibrate(traces, shifts, measured(shifts)), text_ids=(text_id(traces[0]),)).write(path)
     common = ["replay", "-p", "recency", "-b", 14, "--buffer", 4, "--calibration", path]
     of_all, of_some = ([part for own in some for part in ("-t", own.path)] for some in (traces[1:3], traces))
     code, out, _ = run_sim(*common, *of_all)
     assert code == 0
     assert "predicted" in out
+    assert "KL" in out
     assert "no divergence is predicted" not in out
     code, out, _ = run_sim(*common, *of_some)
     assert "For 1 of 4 cells no divergence is predicted" in out
-    assert "predicted\n" not in out
+    assert "KL" not in out
 
 
 def test_rows_that_do_not_fit_are_refused(traces, shifts, tmp_path):
     truth = measured(shifts)
-    with pytest.raises(UserError, match="2 cells have both"):
+    with pytest.raises(UserError, match="2 cells of --trace are both in"):
         calibrate(traces, shifts, truth.head(2))
-    with pytest.raises(UserError, match="divergence falls with the shift"):
+    with pytest.raises(UserError, match="--measured falls where --shifts rises"):
         calibrate(traces, shifts, measured(shifts, slope=-1.0))
     other = small_trace(tmp_path / "other.kvtrace", n_draws=3, dtype="float32")
+    with pytest.raises(UserError, match="0 cells of --trace are both in"):
+        calibrate(traces, shifts, truth.with_columns(model=pl.lit("another")))
+    with pytest.raises(UserError, match="--measured has a policy at a budget on a trace twice"):
+        calibrate(traces, shifts, pl.concat([truth, truth.head(1)]))
+    with pytest.raises(UserError, match="kl_mean is String; allowed: numbers"):
+        calibrate(traces, shifts, truth.with_columns(pl.col("kl_mean").cast(pl.String)))
+    with pytest.raises(UserError, match="traces without sensitivities"):
+        calibrate([small_trace(tmp_path / "plain.kvtrace")], shifts, truth)
+    with pytest.raises(UserError, match="two traces of one name"):
+        calibrate([*traces, traces[0]], shifts, truth)
     with pytest.raises(UserError, match=r"with 2 draws.*with 3 draws; allowed: one model"):
         calibrate([*traces, other], shifts, truth)
 

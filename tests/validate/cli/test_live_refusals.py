@@ -164,5 +164,7 @@ def test_options_before_the_verb_are_told_which_verbs_there_are(run_sim, options
     code, out, err = run_sim("validate", *options)
     assert (code, out) == (2, "")
     one_line(
-        err, f"{options[0]} stands where a verb", "shadow, masked, forced, live, protocol, bench, as in sim"
+        err,
+        f"{options[0]} stands where a verb",
+        "shadow, masked, forced, live, protocol, calibrate, bench, as in sim",
     )

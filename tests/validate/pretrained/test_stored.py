@@ -134,7 +134,7 @@ def test_shifts_are_of_the_measured_texts_and_their_calibration_ships(model):
     assert rows["budget"].n_unique() == 8
     assert len(rows) == len(evicting_rows("shift", model))
     fitted = of_side(rows, "fitted")
-    assert set(own.trace_ids) == set(rows["trace_id"])
+    assert len(own.text_ids) == rows["trace"].n_unique()
     assert (set(own.policies), own.n_rows) == (set(split()["policies"]["fitted"]), len(fitted))
     slope, _ = np.polyfit(*(np.log(fitted[name]) for name in ("shift_mean", "kl_mean")), 1)
     assert own.slope == pytest.approx(slope)
@@ -186,14 +186,13 @@ def test_answers_are_counted_and_paired():
 def test_what_a_search_found_was_measured_on_texts_that_it_had_not_seen():
     winners = json.loads((HOME / "results" / "winners-qwen2.5-coder-0.5b.json").read_text())
     lines = [line.strip("|").split("|") for line in page_table("pretrained-searched").splitlines()[2:]]
-    assert len(lines) == len([own for own in winners if own["role"] != "base"])
+    assert len(lines) == len([own for own in winners if "reasonalloc" not in own["policy"]])
     rows = evicting_rows("searched", "qwen2.5-coder-0.5b")
     assert rows["trace"].n_unique() == 35
     known = evicting_rows("masked", "qwen2.5-coder-0.5b").join(rows.select("trace").unique(), on="trace")
     for budget, _, policy, *_, divergence, less, _ in lines:
-        own = rows.filter(
-            budget=budget.strip(), policy_params=parse_policy(policy.strip(" `")).parameters_json
-        )
+        asked = parse_policy(policy.strip(" `"))
+        own = rows.filter(budget=budget.strip(), policy=asked.name, policy_params=asked.parameters_json)
         assert float(divergence) == pytest.approx(own["kl_mean"].mean(), abs=6e-4)
         base = known.filter(budget=budget.strip(), policy="rkv")["kl_mean"].mean()
         assert float(less.split("(")[0]) == pytest.approx(own["kl_mean"].mean() - base, abs=6e-4)
