@@ -132,7 +132,7 @@ def test_the_verb_records_them_and_a_replay_tells_the_shift(tmp_path, run_sim):
     code, shown, _ = run_sim("results", rows, "--metric", "shift_mean")
     assert code == 0
     assert f"{found.min():.4f}" in shown
-    assert "it is an estimate to first order" in " ".join(shown.split())
+    assert "on model it is unmeasured" in " ".join(shown.split())
 
 
 def test_float16_models_have_them_in_bfloat16(tmp_path):
