@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 
 
 def counted(n: int, noun: str) -> str:
@@ -17,6 +18,17 @@ def near(name: str, known: Iterable[str]) -> str:
     by_word = {own.casefold(): own for own in known}
     found = difflib.get_close_matches(name.casefold(), list(by_word), 1, cutoff=0.6)
     return f"; did you mean '{by_word[found[0]]}'?" if found else ""
+
+
+def tell_of_other_models(model_of: Mapping[str, str], at_hand: Iterable[str]) -> None:
+    """Say on standard error which files, by name, are of no model at hand, and so change nothing."""
+    models = sorted(set(at_hand))
+    for name, model in model_of.items():
+        if model not in models:
+            print(
+                f"sim: {name} is of model '{model}' and changes nothing for {', '.join(models)}",
+                file=sys.stderr,
+            )
 
 
 def number(value: float | None, digits: int) -> str:

@@ -23,6 +23,13 @@ def metrics(incomplete: str) -> list[str]:
     return _last_of_list(incomplete, (*METRICS, *ESTIMATED))
 
 
+def searchable(incomplete: str) -> list[str]:
+    """Complete a metric that a search may go by."""
+    from simulator.results.metric_names import SEARCHABLE
+
+    return [name for name in SEARCHABLE if name.startswith(incomplete)]
+
+
 def compared(incomplete: str) -> list[str]:
     """Complete a metric of replays or of validation, or the last of a comma list of them."""
     from simulator.results.metric_names import COMPARED

@@ -63,7 +63,6 @@ def replay(
     from simulator.cells import run_replay
     from simulator.engine.sampling import parse_sampling
     from simulator.policies.language import parse_policies
-    from simulator.policies.wave import tell_unused
     from simulator.results.output import (
         choose_format,
         require_parquet,
@@ -103,7 +102,7 @@ def replay(
             check=check,
             on_cell=advance,
         )
-    tell_unused(wave or [], result.table["model"])
+    shared.tell_unused(wave or [], calibration or [], result.table["model"])
     write_rows(result.table, output, chosen)
     tell_written(output, len(result.table), quiet)
     for path, own in ((retained, result.retained), (trajectory, result.trajectory)):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import shared
-from simulator.cli.completion import metrics, policies
-from simulator.results.metric_names import DEFAULT_METRIC, METRICS, SHIFT
+from simulator.cli.completion import policies, searchable
+from simulator.results.metric_names import DEFAULT_METRIC, SEARCHABLE, SHIFT
 from traces.progress import progress, shows_progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def search(
     ],
     metric: Annotated[
         str,
-        typer.Option(help=f"What is to be better: {', '.join((*METRICS, SHIFT))}.", autocompletion=metrics),
+        typer.Option(help=f"What is to be better: {', '.join(SEARCHABLE)}.", autocompletion=searchable),
     ] = DEFAULT_METRIC,
     minutes: Annotated[float, typer.Option(help="How long this run searches.")] = 15.0,
     trials: Annotated[
@@ -73,7 +73,6 @@ def search(
     from simulator.budget import parse_budgets
     from simulator.policies.language import split_list
     from simulator.policies.wave import known_waves
-    from simulator.search.judge import SEARCHABLE
     from simulator.search.space import make_space
     from simulator.search.study import Question, open_study
     from simulator.workers.blas import warn

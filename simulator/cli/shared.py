@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +52,15 @@ def require_counts(**given: float | None) -> None:
         if value is not None and not 1 <= value < 2**31:
             allowed = "1 to 2,147,483,647" if value >= 2**31 else "1 or more"
             raise UserError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
+
+
+def tell_unused(waves: list[Path], calibrations: list[Path], models: Iterable[str]) -> None:
+    """Say on standard error which files are of no model at hand, and so change nothing."""
+    from simulator.policies import wave
+    from simulator.results import calibration
+
+    wave.tell_unused(waves, models)
+    calibration.tell_unused(calibrations, models)
 
 
 def tell_failed(table: pl.DataFrame, most: int | None = None) -> int:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 
-from traces.atomic import write_file
-from traces.documents import convert, digest, read_json, shown
 from traces.errors import MissingDataError
 from traces.shape import ModelShape
+from traces.stamped import Stamp
+from traces.wording import tell_of_other_models
 
-FORMAT, VERSION = "kvbudget-wave", 1
-_DIGEST = "sha256"
+_STAMP = Stamp("kvbudget-wave", 1, "wave", "sim calibrate", MissingDataError, is_writable_by_hand=True)
 Demand = Annotated[float, Meta(gt=0)]
 
 
@@ -51,9 +48,7 @@ class Wave:
 
     def write(self, path: str | Path) -> None:
         """Write the wave as JSON with a digest of itself, atomically."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(content | {_DIGEST: digest(content)}, indent=1) + "\n"
-        write_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        _STAMP.write(path, self)
 
 
 def read_wave(path: str | Path) -> Wave:
@@ -64,28 +59,12 @@ def read_wave(path: str | Path) -> Wave:
     MissingDataError
         If the file is missing, changed, or is no wave of this version.
     """
-    what = f"wave {path}"
-    stored: dict[str, Any] = read_json(path, what, dict[str, Any], MissingDataError)
-    if stored.get("format") != FORMAT:
-        raise MissingDataError(f"{what} is not a wave file; allowed: what sim calibrate writes")
-    if (version := stored.get("version")) != VERSION:
-        raise MissingDataError(f"{what}: version {shown(version)} found, this build reads {VERSION}")
-    if _DIGEST in stored and stored[_DIGEST] != digest(stored, without=_DIGEST):
-        raise MissingDataError(
-            f"{what} was changed since it was written; allowed: one that agrees with its {_DIGEST}, or has "
-            "none"
-        )
-    known = {"format", "version", _DIGEST, *(item.name for item in fields(Wave))}
-    if unknown := sorted(set(stored) - known):
-        raise MissingDataError(
-            f"{what}: field {shown(unknown[0])} is unknown; allowed: {', '.join(sorted(known))}"
-        )
-    wave: Wave = convert(stored, what, Wave, MissingDataError)
+    wave: Wave = _STAMP.read(path, Wave)
     widths = {len(row) for row in wave.head_demand}
     if len(wave.head_demand) != len(wave.demand) or len(widths) != 1 or 0 in widths:
         raise MissingDataError(
-            f"{what}: head_demand has {len(wave.head_demand)} layers of {sorted(widths)} KV heads; allowed: "
-            f"one number for every head of the {len(wave.demand)} layers"
+            f"wave {path}: head_demand has {len(wave.head_demand)} layers of {sorted(widths)} KV heads; "
+            f"allowed: one number for every head of the {len(wave.demand)} layers"
         )
     return wave
 
@@ -116,14 +95,7 @@ def known_waves(paths: Sequence[str | Path] = ()) -> dict[str, Wave]:
 
 def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
     """Say on standard error which waves are of other models than those at hand, and so change nothing."""
-    at_hand = sorted(set(models))
-    for path in paths:
-        wave = read_wave(path)
-        if wave.model not in at_hand:
-            print(
-                f"sim: wave {path} is of model '{wave.model}' and changes nothing for {', '.join(at_hand)}",
-                file=sys.stderr,
-            )
+    tell_of_other_models({f"wave {path}": read_wave(path).model for path in paths}, models)
 
 
 def entries_to_hold(weights: np.ndarray, rho: float) -> np.ndarray:

@@ -27,6 +27,7 @@ _MEANS = {
     "oracle_mass": "oracle",
     "gap": "gap",
     "shift_mean": "shift",
+    "predicted_kl": "predicted divergence",
 }
 _ORACLE = COMPARED["mass_mean"]
 

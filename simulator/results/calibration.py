@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import polars as pl
 from msgspec import Meta
 
 from simulator.results.tables import GROUP
-from traces.atomic import write_text
-from traces.documents import convert, digest, read_json, require_known, shown
 from traces.errors import MissingDataError, UserError
+from traces.stamped import Stamp
 from traces.trace import Trace
+from traces.wording import tell_of_other_models
 
-FORMAT, VERSION = "kvbudget-calibration", 1
-_DIGEST = "sha256"
+_STAMP = Stamp("kvbudget-calibration", 1, "calibration", "sim validate calibrate", MissingDataError)
 _SHIPPED = Path(__file__).parent / "calibrations"
 # Of one text the same policy at the same budget.
 _CELL = [*GROUP, "trace"]
@@ -69,10 +67,9 @@ class Calibration:
             return None
         return float(np.exp(self.intercept) * shift**self.slope)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write it as JSON with a digest of itself, atomically."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_text(path, json.dumps(content | {_DIGEST: digest(content)}, indent=1) + "\n")
+        _STAMP.write(path, self)
 
 
 def read_calibration(path: str | Path) -> Calibration:
@@ -83,25 +80,19 @@ def read_calibration(path: str | Path) -> Calibration:
     MissingDataError
         If the file is missing, changed, or is no calibration of this version.
     """
-    what = f"calibration {path}"
-    stored: dict[str, Any] = read_json(path, what, dict[str, Any], MissingDataError)
-    if (stored.get("format"), stored.get("version")) != (FORMAT, VERSION):
-        raise MissingDataError(
-            f"{what}: format {shown(stored.get('format'))} {shown(stored.get('version'))} found; allowed: "
-            f"{FORMAT} {VERSION}, as sim validate calibrate writes it"
-        )
-    if stored.get(_DIGEST) != digest(stored, without=_DIGEST):
-        raise MissingDataError(
-            f"{what} was changed since it was written; allowed: one that agrees with its {_DIGEST}"
-        )
-    require_known(stored, ["format", "version", _DIGEST, *(item.name for item in fields(Calibration))], what)
-    found: Calibration = convert(stored, what, Calibration, MissingDataError)
+    found: Calibration = _STAMP.read(path, Calibration)
     return found
 
 
 def known_calibrations(paths: Sequence[str | Path] = ()) -> dict[str, Calibration]:
     """Collect the calibrations that ship with the package and those given, which win; by model name."""
     return _shipped() | {own.model: own for own in map(read_calibration, paths)}
+
+
+def tell_unused(paths: Sequence[str | Path], models: Iterable[str]) -> None:
+    """Say on standard error which calibrations are of no model at hand, and so tell nothing."""
+    of_others = {f"calibration {path}": read_calibration(path).model for path in paths}
+    tell_of_other_models(of_others, models)
 
 
 @cache

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import polars as pl
-from scipy import stats
 
 from simulator.results.labels import budget_label
 from simulator.results.metric_names import COMPARED, ESTIMATED, MEASURED, METRICS
+from simulator.results.ranking import spearman
 from simulator.results.tables import BUDGET, GROUP, comparable, mean_over_traces, with_budget_kind
 
 # Digits after the point: far below what traces differ by.
@@ -64,6 +64,6 @@ def chosen_elsewhere(chosen_on: pl.DataFrame, judged_on: pl.DataFrame, metric: s
             | {"here": first["here"], "there": first["there"]}
             | {"place": ranked["policy"].to_list().index(first["policy"]) + 1, "n_policies": len(own)}
             | {"best_there": ranked["policy"][0], "could": ranked["there"][0]}
-            | {"spearman": float(stats.spearmanr(own["here"], own["there"]).statistic)}
+            | {"spearman": spearman(own["here"], own["there"])}
         )
     return pl.DataFrame(rows)

@@ -108,6 +108,9 @@ ESTIMATED = {
     )
 }
 COMPARED = METRICS | MEASURED | ESTIMATED
+# What a search may go by: the gap needs the oracle, which it does without, and a prediction orders policies
+# as the shift that it is made from.
+SEARCHABLE = (*(name for name in METRICS if name != "gap"), SHIFT)
 # Of all of them, taking the policy that it puts first costs the fewest answers, over all that were decoded.
 DEFAULT_METRIC = "lost_lookup_peak"
 # Which of them a sample of decode steps can tell.

@@ -11,7 +11,7 @@ import polars as pl
 
 from simulator.budget import Budget
 from simulator.results.labels import asked_policies, is_policy
-from simulator.results.metric_names import COMPARED, why_missing
+from simulator.results.metric_names import COMPARED, ESTIMATED, why_missing
 from simulator.results.tables import BUDGET, GROUP, beside_best, budget_columns, comparable
 from traces.errors import UserError
 
@@ -79,10 +79,10 @@ def standings(table: pl.DataFrame, metric: str, *, seed: int = 0, resamples: int
     """
     done = comparable(table).filter(pl.col("n_evictions") > 0)
     if done[metric].null_count():
+        whole = "" if metric in ESTIMATED else "rows of whole replays, or "
         raise UserError(
             f"{metric} is missing in {done[metric].null_count()} of {len(done)} rows, as it is "
-            f"{why_missing(metric)}; "
-            "allowed: rows of whole replays, or another metric"
+            f"{why_missing(metric)}; allowed: {whole}another metric"
         )
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ from simulator.cells import PreparedTrace
 from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
-from simulator.results.metric_names import COMPARED, METRICS, SHIFT
+from simulator.results.metric_names import COMPARED
 from traces.errors import UserError
 from traces.trace import Trace
 
@@ -24,8 +24,6 @@ RUNGS = ((Fraction(1, 4), Fraction(1, 4)), (Fraction(1, 2), Fraction(1, 2)), (Fr
 _PREPARED_BYTES = 10**9
 # What only the whole tells: it is judged on fewer traces first, but on all of their steps.
 _WHOLE_ONLY = ("lost_lookup_peak",)
-# What needs the oracle, which a search does without.
-SEARCHABLE = (*(name for name in METRICS if name != "gap"), SHIFT)
 
 
 @dataclass(frozen=True)

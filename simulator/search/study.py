@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from simulator.cells import code_version
 from simulator.policies.wave import Wave
+from simulator.results.metric_names import SHIFT
 from simulator.search.judge import RUNGS, Judge, Worth, in_turns
 from simulator.search.space import Space
-from traces.documents import parse_json
+from traces.documents import digest, parse_json
 from traces.errors import UserError
 from traces.store import open_trace
 
@@ -46,11 +47,19 @@ class Question:
         opened = in_turns([open_trace(path) for path in self.traces])
         return Judge(opened, self.metric, base, waves=self.waves, seed=self.seed)
 
+    def _identity(self, path: str) -> str:
+        """Tell traces apart by all that the metric is made from: an id leaves sensitivities out."""
+        trace = open_trace(path)
+        if self.metric != SHIFT or trace.manifest.sensitivity is None:
+            return trace.trace_id
+        files = trace.manifest.sensitivity["files"]
+        return f"{trace.trace_id} {digest({name: own['sha256'] for name, own in files.items()})}"
+
     def digest(self) -> str:
         """Write down all that the trials of one study must have in common."""
         return json.dumps(
             {
-                "traces": sorted(open_trace(path).trace_id for path in self.traces),
+                "traces": sorted(self._identity(path) for path in self.traces),
                 "metric": self.metric,
                 "base": self.space.parse(self.base).parameters_json,
                 "parts": {role: list(names) for role, names in self.space.parts.items()},

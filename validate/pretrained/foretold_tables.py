@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 import polars as pl
-from scipy.stats import spearmanr
 
 from simulator.policies.language import parse_policy
 from simulator.results.layout import markdown_table
 from simulator.results.metric_names import COMPARED, METRICS, SHIFT, Metric
+from simulator.results.ranking import spearman
 from simulator.results.tables import bootstrap
 from traces.documents import read_json
 from validate.pretrained.judge import (
@@ -139,7 +139,7 @@ def _ranks(means: pl.DataFrame, number: Metric) -> str:
     """Correlate a number with the divergence: within a budget, mean and (least), then over all cells."""
     sign = -1 if number.more_is_better else 1
     ranks = ranks_within(means, number)
-    over_all = float(spearmanr(sign * means[number.column], means["kl_mean"]).statistic)
+    over_all = spearman(sign * means[number.column], means["kl_mean"])
     return f"{np.mean(ranks):.2f} ({min(ranks):.2f}), {over_all:.2f}"
 
 

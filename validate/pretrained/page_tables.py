@@ -8,10 +8,10 @@ from itertools import combinations
 
 import numpy as np
 import polars as pl
-from scipy.stats import spearmanr
 
 from simulator.results.labels import with_budget_label
 from simulator.results.layout import markdown_table
+from simulator.results.ranking import spearman
 from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
@@ -135,7 +135,7 @@ def _agreement() -> str:
         told = []
         for budget in budgets:
             own = joined.filter(budget=budget)
-            alike = spearmanr(own["kl_mean"], own["against"]).statistic if len(own) else None
+            alike = spearman(own["kl_mean"], own["against"]) if len(own) else None
             told.append("" if alike is None else f"{alike:.2f} ({len(own)})")
         table.append([label, *told])
     return markdown_table(["Spearman (policies)", *budgets], table)
@@ -147,9 +147,7 @@ def _stability() -> str:
     for model in MODELS:
         waves = waves_of(model)
         shares = {kind: np.array(wave.demand) / sum(wave.demand) for kind, wave in waves.items()}
-        alike = [
-            float(spearmanr(shares[one], shares[other]).statistic) for one, other in combinations(shares, 2)
-        ]
+        alike = [spearman(shares[one], shares[other]) for one, other in combinations(shares, 2)]
         usual = np.mean(list(shares.values()), axis=0) * len(next(iter(shares.values())))
         thirds = [float(part.mean()) for part in np.array_split(usual, 3)]
         table.append(
@@ -208,7 +206,7 @@ def _drift() -> str:
         means = both.group_by("policy", "budget").agg(pl.col("kl_mean", "kl_mean_masked").mean())
         ratio = (both["kl_mean"] / both["kl_mean_masked"]).to_numpy()
         ranks = [
-            float(spearmanr(own["kl_mean"], own["kl_mean_masked"]).statistic)
+            spearman(own["kl_mean"], own["kl_mean_masked"])
             for _, own in means.group_by("budget", maintain_order=True)
         ]
         table.append(
@@ -216,7 +214,7 @@ def _drift() -> str:
                 label,
                 f"{both['trace'].n_unique()}, {len(means)}",
                 f"{np.median(ratio):.2f} ({np.quantile(ratio, 0.05):.2f} to {np.quantile(ratio, 0.95):.2f})",
-                f"{spearmanr(both['kl_mean'], both['kl_mean_masked']).statistic:.3f}",
+                f"{spearman(both['kl_mean'], both['kl_mean_masked']):.3f}",
                 f"{np.mean(ranks):.2f} ({min(ranks):.2f})",
             ]
         )

@@ -73,7 +73,7 @@ def test_it_is_written_read_and_refused_if_changed(traces, shifts, tmp_path):
     stored = json.loads(path.read_text())
     for change, told in (
         ({"slope": 2.0}, "was changed since it was written"),
-        ({"version": 7}, "format 'kvbudget-calibration' 7 found; allowed: kvbudget-calibration 1"),
+        ({"version": 7}, "format 'kvbudget-calibration' 7 found; allowed: 'kvbudget-calibration' 1"),
     ):
         path.write_text(json.dumps(stored | change))
         with pytest.raises(MissingDataError, match=told):
@@ -118,6 +118,15 @@ def test_nothing_is_predicted_of_what_was_not_measured(traces, shifts):
         replace(found, most=shift * 0.99),
     ):
         assert told(other) is None
+
+
+def test_a_calibration_of_another_model_is_told(traces, shifts, tmp_path, run_sim):
+    path = tmp_path / "other.json"
+    replace(calibrate(traces, shifts, measured(shifts)), model="another").write(path)
+    asked = ["replay", "-t", traces[0].path, "-p", "recency", "-b", 14, "--buffer", 4, "--calibration", path]
+    code, _, err = run_sim(*asked)
+    assert code == 0
+    assert f"calibration {path} is of model 'another' and changes nothing for {traces[0].model}" in err
 
 
 def test_a_mean_is_predicted_only_of_all_traces(traces, shifts, tmp_path, run_sim):

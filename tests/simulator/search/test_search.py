@@ -79,7 +79,14 @@ def test_what_is_searched_may_be_the_shift_of_traces_with_sensitivities(tmp_path
     rows = pl.read_parquet(tmp_path / "out" / "held-out.parquet")
     base = verdicts.filter(role="base").row(0, named=True)
     assert base["held_out"] == pytest.approx(rows.filter(policy="recency")["shift_mean"].mean())
+    # The same traces, with sensitivities of other draws.
+    for i in (0, 1):
+        small_trace(tmp_path / f"again-{i}.kvtrace", seed=i, n_tokens=40 + i, n_draws=3, dtype="float32")
     asked[-4:] = []
+    again = [part for i in (0, 1) for part in ("-t", tmp_path / f"again-{i}.kvtrace")]
+    code, _, err = run_sim(*asked, *again, *judging)
+    assert code == 2
+    assert "holds a search with other traces; allowed: the same, or another --out" in err
     code, _, err = run_sim(*asked, "-t", tmp_path / "without.kvtrace", *judging)
     assert code == 4
     assert "without.kvtrace has no sensitivities; allowed: traces of sim record --sensitivity" in err
