@@ -59,13 +59,13 @@ def entries_of(
     most = int(budget.of_cache(shape, total_tokens))
     added = _most_added(budget, policy, n_kv_heads, longest)
     entries = (most - shape.n_layers * added) // n_heads
-    protected = policy.protected_of(prompt_tokens)
     if not policy.layers.exact:
         room = most // n_kv_heads - shape.n_layers * added // n_kv_heads
-        entries = _most_divided(budget, policy, shape, protected, entries, room, longest)
+        entries = _most_divided(budget, policy, shape, prompt_tokens, entries, room, longest)
+    protected = policy.protected_of(prompt_tokens, entries)
     if entries <= protected:
         per_head = -(-added // n_kv_heads)
-        of_prompt = f", {prompt_tokens} of them the prompt" if policy.trigger.prompt == "keep" else ""
+        of_prompt = f", {prompt_tokens} of them the prompt" if policy.protection.prompt else ""
         raise InfeasibleBudgetError(
             f"budget {budget} holds {bought} entries per KV head; policy '{policy.name}' adds {per_head} "
             f"between compressions and protects {protected}{of_prompt}; allowed: at least "
@@ -95,7 +95,13 @@ def _most_added(budget: Budget, policy: Policy, n_kv_heads: int, longest: int) -
 
 
 def _most_divided(
-    budget: Budget, policy: Policy, shape: ModelShape, protected: int, entries: int, room: int, longest: int
+    budget: Budget,
+    policy: Policy,
+    shape: ModelShape,
+    prompt_tokens: int,
+    entries: int,
+    room: int,
+    longest: int,
 ) -> int:
     """Lower a mean budget until layer budgets that do not sum to the total fit into ``room``."""
     by = f"layers '{policy.layers.name}', whose budgets may exceed the total"
@@ -104,7 +110,7 @@ def _most_divided(
     request = LayerRequest(
         n_layers=shape.n_layers,
         entries=entries,
-        protected=protected,
+        protected=0,
         model="",
         model_revision="",
         trace_id="",
@@ -112,8 +118,9 @@ def _most_divided(
         n_kv_heads=shape.n_kv_heads,
     )
     try:
-        while entries > protected:
-            if divide_over_layers(policy, replace(request, entries=entries))[0].sum() <= room:
+        while entries > (protected := policy.protected_of(prompt_tokens, entries)):
+            asked = replace(request, entries=entries, protected=protected)
+            if divide_over_layers(policy, asked)[0].sum() <= room:
                 break
             entries -= 1
     except MissingDataError:

@@ -20,6 +20,7 @@ from simulator.policies.contract import (
 )
 from simulator.policies.language import Policy
 from simulator.policies.parts import HeadRequest
+from simulator.policies.protection import Ends
 from simulator.policies.rope import Rope
 from simulator.policies.view import LayerView
 
@@ -51,6 +52,8 @@ class Compressor:
     layer : int
     entries : int
         The layer's budget per KV head.
+    protected : Ends
+        First positions and last entries that stay.
     n_kv_heads, prompt_tokens : int
     scale : float
         Attention scale.
@@ -63,6 +66,8 @@ class Compressor:
 
     Attributes
     ----------
+    n_protected : int
+        Entries of a KV head that stay whatever is scored; none if nothing is ever evicted.
     total : int
         The layer's budget in entries over all KV heads.
     budgets : int64 (n_kv_heads,)
@@ -80,6 +85,7 @@ class Compressor:
         layer: int,
         entries: int,
         *,
+        protected: Ends,
         n_kv_heads: int,
         prompt_tokens: int,
         scale: float,
@@ -90,6 +96,7 @@ class Compressor:
         self.policy, self.layer, self.prompt_tokens = policy, layer, prompt_tokens
         self.scale, self.seed, self.rope, self.table = scale, seed, rope, table
         self.n_kv_heads = n_kv_heads
+        self.protected, self.n_protected = protected, sum(protected) if policy.evicts else 0
         self.resize(entries)
         self.since = self.n_compressions = 0
         self.protection_binding = False
@@ -154,6 +161,7 @@ class Compressor:
             budget=self.budgets.tolist(),
             since=self.since,
             rope=self.rope,
+            protected=self.protected,
         )
 
     def decide(self, held: Held, queries: np.ndarray, n_tokens: int) -> list[np.ndarray | None]:
@@ -197,11 +205,11 @@ class Compressor:
             layer = replace(layer, state=self._notes)
         if held.products is not None:
             layer = layer.with_products(held.products)
-        return checked_scores(scorer, layer, self.policy.trigger.prompt == "keep", self._memory)
+        return checked_scores(scorer, layer, self._memory)
 
     def reallocate(self, scores: Sequence[np.ndarray], n_tokens: int) -> None:
         """Divide the layer's budget over its KV heads by their scores."""
-        heads, protected = self.policy.heads, self.policy.protected_of(self.prompt_tokens)
+        heads, protected = self.policy.heads, self.n_protected
         request = HeadRequest(scores, self.total, protected, self.layer, self.table)
         budgets, binding = asked_allocator(heads, request)
         self.budgets = checked_budgets(heads.name, budgets, len(scores), self.total, protected)
@@ -245,7 +253,7 @@ class Compressor:
     def _quotas(self, n_tokens: int) -> np.ndarray:
         """Give how many entries each KV head may keep of its budget; int64 (n_kv_heads,)."""
         budgets = self.budgets.tolist()
-        protected = self.policy.protected_of(self.prompt_tokens)
+        protected = self.n_protected
         granted = {budget: asked_quota(self.policy.scorer, budget, n_tokens) for budget in set(budgets)}
         # What is protected stays, whatever the scorer grants; no budget is smaller.
         return np.array([max(granted[budget], min(budget, protected)) for budget in budgets], np.int64)

@@ -14,6 +14,7 @@ from simulator.kernels.spans import WindowProducts, span_mass
 from simulator.kernels.widening import widen
 from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
+from simulator.policies.protection import Ends
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
 from traces.numbers import to_float32
@@ -72,6 +73,7 @@ class LayerReplay:
         policy: Policy,
         entries: int,
         *,
+        protected: Ends,
         seed: int,
         keep_retained: bool,
         sample: Sample,
@@ -92,6 +94,7 @@ class LayerReplay:
             policy,
             layer,
             entries,
+            protected=protected,
             n_kv_heads=shape.n_kv_heads,
             prompt_tokens=trace.prompt_tokens,
             scale=trace.scale,

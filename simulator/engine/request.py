@@ -115,7 +115,7 @@ class Request:
         self._asked = LayerRequest(
             n_layers=shape.n_layers,
             entries=entries,
-            protected=policy.protected_of(trace.prompt_tokens),
+            protected=policy.protected_of(trace.prompt_tokens, entries),
             model=trace.model,
             model_revision=trace.manifest.model_revision,
             trace_id=trace.trace_id,
@@ -138,6 +138,7 @@ class Request:
         n_rows, n_heads = self._sample.kv_heads.shape
         self._mass = np.empty((n_rows, n_heads * shape.group_size, len(self._sample.steps)), np.float32)
         unmeasured = np.empty((0, 0), np.float32)
+        protected = policy.protection.ends(trace.prompt_tokens, entries)
         rows = [self._sample.row_of(layer) for layer in range(shape.n_layers)]
         self.layers = [
             LayerReplay(
@@ -145,6 +146,7 @@ class Request:
                 layer,
                 policy,
                 int(budget),
+                protected=protected,
                 seed=seed,
                 keep_retained=keep_retained,
                 sample=self._sample,

@@ -12,20 +12,21 @@ from simulator.policies.view import CacheView
 _BLOCK_ELEMENTS = 2**21
 
 
-def held_attention(view: CacheView) -> np.ndarray:
+def held_attention(view: CacheView, *, merged: bool = False) -> np.ndarray:
     """Give the causal softmax attention of all observed queries to the held entries.
 
     This is what a model sees that has evicted the others: the weights of a row sum to 1 over the entries
-    that are not in its future, or are all zero where a head holds nothing of its past.
+    that are not in its future, or are all zero where a head holds nothing of its past. ``merged`` takes the
+    largest logit of a group for one query's, before the softmax.
 
     Returns
     -------
-    float32 (group_size, n_queries, n_entries)
+    float32 (group_size, n_queries, n_entries); (1, n_queries, n_entries) if merged.
     """
-    return np.concatenate(list(attention_blocks(view)), axis=1)
+    return np.concatenate(list(attention_blocks(view, merged=merged)), axis=1)
 
 
-def attention_blocks(view: CacheView) -> Iterator[np.ndarray]:
+def attention_blocks(view: CacheView, *, merged: bool = False) -> Iterator[np.ndarray]:
     """Yield ``held_attention`` in blocks of queries, for spans too long to hold their weights at once."""
     group_size, n_queries, head_dim = view.queries.shape
     n_rows = max(1, _BLOCK_ELEMENTS // (group_size * max(1, view.n_entries)))
@@ -34,6 +35,8 @@ def attention_blocks(view: CacheView) -> Iterator[np.ndarray]:
         products = queries.reshape(-1, head_dim) @ view.keys.T
         logits = products.reshape(group_size, -1, view.n_entries) * np.float32(view.scale)
         own = view.query_positions[first : first + n_rows]
+        if merged:
+            logits = logits.max(axis=0, keepdims=True)
         logits[:, view.positions > own[:, None]] = -np.inf
         # Subtract the row maximum first: logits reach 100 and float32 exp overflows at 88.
         largest = logits.max(axis=-1, keepdims=True)

@@ -93,7 +93,8 @@ def list_text(width: int) -> str:
     widest = max(len(entry["name"]) for group in groups.values() for entry in group)
     lines = _wrapped(
         "A policy is a scorer, an alias, or scorer+layers+heads: rkv+wave, snapkv+pyramid+utility. "
-        "Parameters follow a colon: rkv:alpha=0.3,buffer=64. A part of your own is FILE.py:CLASS. "
+        "Parameters follow a colon: rkv:alpha=0.3,buffer=64; protect=prompt+recent:64 says what is never "
+        "evicted. A part of your own is FILE.py:CLASS. "
         "sim policies show NAME tells all of one.",
         width,
     )

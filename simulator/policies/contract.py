@@ -27,17 +27,13 @@ from simulator.policies.view import LayerView
 from traces.errors import InfeasibleBudgetError, UserError
 
 
-def checked_scores(
-    scorer: Scorer, layer: LayerView, keep_prompt: bool = False, memory: Any = None
-) -> list[np.ndarray]:
+def checked_scores(scorer: Scorer, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
     """Score the KV heads of a layer and put protected entries above all others.
 
     Parameters
     ----------
     scorer : Scorer
     layer : LayerView
-    keep_prompt : bool
-        Protect the prompt too.
     memory : object
         The scorer's, of this layer.
 
@@ -51,13 +47,12 @@ def checked_scores(
         raise PolicyError(
             f"scorer '{scorer.name}' returned scores of {len(found)} KV heads; allowed: {layer.n_kv_heads}"
         )
-    n_leading = max(scorer.sinks, layer.prompt_tokens) if keep_prompt else scorer.sinks
-    first_recent = layer.n_tokens - scorer.recent
+    first, last = scorer.ends(layer)
     checked = []
     for kv_head, (given, positions) in enumerate(zip(found, layer.positions, strict=True)):
         scores = _checked_array(scorer, "scores", given, positions)
         protected = np.empty(len(positions), np.float32)
-        bad = protect(scores, positions, n_leading, first_recent, protected)
+        bad = protect(scores, positions, first, layer.n_tokens - last, protected)
         _refuse_infinite(scorer, "scores", scores, (layer.layer, kv_head), bad)
         checked.append(protected)
     return checked

@@ -1,4 +1,4 @@
-"""A policy is one frozen value: scorer, layer allocator, head allocator and trigger."""
+"""A policy is one frozen value: scorer, layers, heads, trigger, and what is protected."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from simulator.policies.parts import HeadAllocator, LayerAllocator, Scorer, Trigger
 from simulator.policies.plugins import ROLES, find_part, installed, is_users, require_sound_part, sources
+from simulator.policies.protection import Protection, parse_protection
 from simulator.policies.shipped import (
     ALIASES,
     HEAD_ALLOCATORS,
@@ -25,7 +26,7 @@ from traces.documents import shown
 from traces.errors import InfeasibleBudgetError, UserError
 from traces.wording import near
 
-REPLAY_FIELDS = ("redistribute",)
+REPLAY_FIELDS = ("redistribute", "protect")
 TABLES: dict[str, dict[str, Any]] = {
     "scorer": SCORERS,
     "layers": LAYER_ALLOCATORS,
@@ -47,6 +48,8 @@ class Policy:
         As the user wrote it, without parameters.
     scorer, layers, heads, trigger
         The four parts; see ``simulator.policies.parts``.
+    protect : Protection or None
+        What is never evicted, if not what the scorer's paper protects.
     redistribute : bool
         Hand budget that a head is too short to use to heads that would otherwise evict. Off, since no
         published policy does it.
@@ -59,6 +62,7 @@ class Policy:
     layers: LayerAllocator = field(default_factory=UniformLayers)
     heads: HeadAllocator = field(default_factory=UniformHeads)
     trigger: Trigger = field(default_factory=BufferFull)
+    protect: Protection | None = None
     redistribute: bool = False
     trigger_name: str = ""
 
@@ -78,16 +82,18 @@ class Policy:
         return self.evicts and self.layers.dynamic
 
     @property
-    def protected(self) -> int:
-        """Entries a KV head's budget has to hold whatever their scores; none if nothing is ever evicted."""
-        return self.protected_of(prompt_tokens=0)
+    def protection(self) -> Protection:
+        """What is never evicted, with the prompt where the trigger keeps it."""
+        scorer = self.scorer
+        own = Protection(sinks=scorer.sinks, recent=scorer.recent) if self.protect is None else self.protect
+        return replace(own, prompt=True) if self.trigger.prompt == "keep" else own
 
-    def protected_of(self, prompt_tokens: int) -> int:
-        """Count the entries that cannot be evicted, with the prompt where that is kept."""
-        if not self.evicts:
-            return 0
-        kept = prompt_tokens if self.trigger.prompt == "keep" else 0
-        return max(self.scorer.sinks, kept) + self.scorer.recent
+    def protected_of(self, prompt_tokens: int, entries: int) -> int:
+        """Count what a KV head's budget has to hold whatever is scored, under a mean budget in entries.
+
+        It is none if nothing is ever evicted.
+        """
+        return sum(self.protection.ends(prompt_tokens, entries)) if self.evicts else 0
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -104,7 +110,9 @@ class Policy:
         source = sources(self.parts.values())
         if source is not None:
             found["source"] = source
-        return found | {name: getattr(self, name) for name in REPLAY_FIELDS}
+        found["redistribute"] = self.redistribute
+        # Rows of papers' own protection are those of versions that knew no other.
+        return found if self.protect is None else found | {"protect": str(self.protect)}
 
     @property
     def parameters_json(self) -> str:
@@ -118,14 +126,14 @@ class Policy:
         ------
         InfeasibleBudgetError
         """
-        protected = self.protected_of(prompt_tokens)
-        if self.evicts and entries <= protected:
-            kept = (
-                f"a prompt of {prompt_tokens}" if protected > self.protected else f"{self.scorer.sinks} sinks"
-            )
+        protection = self.protection
+        first, last = protection.ends(prompt_tokens, entries)
+        if self.evicts and entries <= first + last:
+            is_prompt = protection.prompt and first == prompt_tokens
+            kept = f"a prompt of {prompt_tokens}" if is_prompt else f"{first} sinks"
             raise InfeasibleBudgetError(
                 f"budget {entries} entries per KV head is too small for policy '{self.name}', which protects "
-                f"{kept} and {self.scorer.recent} recent entries; allowed: at least {protected + 1}"
+                f"{kept} and {last} recent entries; allowed: at least {first + last + 1}"
             )
 
     def resolved(self, vocabulary: Mapping[int, str]) -> Policy:
@@ -182,7 +190,8 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     Parameters
     ----------
     text : str
-        ``scorer[+layers][+heads][:name=value,...]`` or an alias. ``trigger=every-n`` picks another trigger.
+        ``scorer[+layers][+heads][:name=value,...]`` or an alias. ``trigger=every-n`` picks another trigger,
+        ``protect=prompt+recent:64`` what is never evicted.
         A part may be a class in a user's file, ``path.py:Class``, or the name of an entry point.
         ``layers.window=8`` sets a parameter of one part only, ``window=8`` of all that have it.
     **overrides
@@ -226,9 +235,18 @@ def parse_policy(text: str | Policy, **overrides: Any) -> Policy:
     redistribute = values.get("redistribute", False)
     if not isinstance(redistribute, bool):
         raise UserError(f"policy '{text}': redistribute is {redistribute!r}; allowed: true or false")
-    return Policy(
+    found = Policy(
         name, **built, redistribute=redistribute, trigger_name="" if trigger in TRIGGERS else trigger
     )
+    if "protect" not in values:
+        return found
+    try:
+        protect = parse_protection(str(values["protect"]))
+    except ValueError as error:
+        raise UserError(f"policy '{text}': {error}") from None
+    asked = replace(found, protect=protect)
+    # What the paper protects anyway is the paper's policy.
+    return found if asked.protection == found.protection else asked
 
 
 def split_name(text: str) -> str:

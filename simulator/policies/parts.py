@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from simulator.policies.protection import Ends
 from simulator.policies.ranges import Limit, Ranges, declared
 from simulator.policies.view import CacheView, LayerView
 from traces.errors import UserError
@@ -75,7 +76,7 @@ class Scorer(Part):
     Attributes
     ----------
     sinks, recent : int
-        First positions and last entries that are never evicted.
+        First positions and last entries that are never evicted, unless the policy is to ``protect`` others.
     slot_order : str
         How survivors are laid out: ``chronological``, or ``score`` (best first, then the recent entries),
         which matters to scorers that look at neighbouring slots.
@@ -109,6 +110,10 @@ class Scorer(Part):
     def recent(self) -> int:
         """Last entries protected."""
         return 0
+
+    def ends(self, view: CacheView | LayerView) -> Ends:
+        """Give what of a view is protected: what the scorer protects, unless the policy says otherwise."""
+        return Ends(self.sinks, self.recent) if view.protected is None else view.protected
 
     @property
     def slot_order(self) -> str:

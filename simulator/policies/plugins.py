@@ -38,7 +38,7 @@ ROLES: dict[str, tuple[str, type]] = {
 }
 _BASES = ", ".join(base.__name__ for _, base in ROLES.values())
 # What rows call other things: a parameter of such a name would hide it.
-_RESERVED = ("name", "source", "trigger", "redistribute")
+_RESERVED = ("name", "source", "trigger", "redistribute", "protect")
 _PARAMETER_TYPES = (bool, int, float, str)
 # The code of every file loaded, by the name of its module.
 _LOADED: dict[str, bytes] = {}

@@ -93,4 +93,5 @@ ALIASES: dict[str, str] = {
     "ada-snapkv": "snapkv-paper+adakv",
     "headkv-snapkv": "snapkv-paper+table+headkv",
     "cakekv": "snapkv-paper+cake",
+    "random-attention": "random:protect=prompt+recent:64,buffer=64",
 }

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from simulator.policies.protection import Ends
 from simulator.policies.rope import Rope
 
 # What the KV heads of a layer have each for themselves, and what is the same for all.
 _PER_HEAD = ("keys", "positions", "queries", "values", "state", "budget")
-_SHARED = ("scale", "n_tokens", "prompt_tokens", "layer", "seed", "since", "rope")
+_SHARED = ("scale", "n_tokens", "prompt_tokens", "layer", "seed", "since", "rope", "protected")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +48,8 @@ class CacheView:
         positions have survived one.
     rope : Rope, optional
         For scorers that need it.
+    protected : Ends, optional
+        First positions and last entries that are never evicted; see ``Scorer.ends``.
     """
 
     keys: np.ndarray
@@ -63,6 +66,7 @@ class CacheView:
     budget: int = 0
     since: int = 0
     rope: Rope | None = None
+    protected: Ends | None = None
 
     def __post_init__(self) -> None:
         for name in ("keys", "positions", "queries", "values", "state"):
@@ -93,7 +97,7 @@ class LayerView:
         The same for all.
     values, state, budget
         One per KV head, optional.
-    since, rope
+    since, rope, protected
         The same for all.
     products : sequence of float32 (n_entries, n_queries * group_size), optional
         Dot products of these very keys and queries, by query and then member of the group, where a replay has
@@ -114,6 +118,7 @@ class LayerView:
     budget: Sequence[int] | None = None
     since: int = 0
     rope: Rope | None = None
+    protected: Ends | None = None
     products: Sequence[np.ndarray] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +168,7 @@ class LayerView:
             0 if self.budget is None else self.budget[kv_head],
             self.since,
             self.rope,
+            self.protected,
         )
 
     def with_products(self, products: Sequence[np.ndarray]) -> LayerView:

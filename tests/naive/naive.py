@@ -42,10 +42,12 @@ class Alone:
 class Layer:
     """One layer of one sequence under a policy, token by token."""
 
-    def __init__(self, index, queries, keys, scale, prompt_tokens, rules, entries, seed, settle) -> None:
+    def __init__(
+        self, index, queries, keys, scale, prompt_tokens, rules, budgeted, entries, seed, settle
+    ) -> None:
         self.index, self.rules, self.seed, self.settle = index, rules, seed, settle
         self.queries, self.keys = queries.astype(np.float64), keys.astype(np.float64)
-        self.scale, self.prompt_tokens = scale, prompt_tokens
+        self.scale, self.prompt_tokens, self.budgeted = scale, prompt_tokens, budgeted
         self.n_kv_heads, self.total_tokens, _ = keys.shape
         self.group_size = len(queries) // self.n_kv_heads
         self.total = self.n_kv_heads * entries
@@ -78,8 +80,7 @@ class Layer:
         if self.rules.scorer != "append-only":
             return head.budget
         granted = self.rules.window + math.ceil(self.rules.rate * self.settled_at)
-        kept = self.prompt_tokens if self.rules.prompt == "keep" else 0
-        return min(head.budget, max(granted, kept + self.rules.window))
+        return min(head.budget, max(granted, self.budgeted.protected))
 
     @property
     def capacity(self) -> int:
@@ -152,16 +153,32 @@ class Layer:
             return sorted(position for _, position in ranked)
         scored = [position for score, position in ranked if score != INFINITY]
         protected = sorted(position for score, position in ranked if score == INFINITY)
-        sinks = [position for position in protected if position < self.n_leading]
+        sinks = [position for position in protected if position < self.budgeted.sinks]
         return sinks + scored + protected[len(sinks) :]
 
-    @property
-    def n_leading(self) -> int:
-        """First positions that are never evicted."""
-        return naive_allocators.with_prompt(self.rules, self.prompt_tokens).sinks
-
     def is_protected(self, position: int) -> bool:
-        return position < self.n_leading or position >= self.n_tokens - self.rules.recent
+        return position < self.budgeted.sinks or position >= self.n_tokens - self.budgeted.recent
+
+    @property
+    def n_left_out(self) -> int:
+        """Last entries that a window does not score."""
+        return min(self.rules.window, self.budgeted.recent, self.n_tokens)
+
+    @property
+    def n_scored_sinks(self) -> int:
+        """First positions that a scorer with sinks leaves out."""
+        return min(self.rules.sinks, self.budgeted.sinks)
+
+    def window_attention(self, kv_head: int) -> list[float]:
+        """Pooled attention of the window's queries to the candidates of one head."""
+        n_window, positions = min(self.rules.window, self.n_tokens), self.heads[kv_head].positions
+        keys = self.held_keys(kv_head)[: len(positions) - self.n_left_out]
+        if not len(keys):
+            return []
+        window = range(self.n_tokens - n_window, self.n_tokens)
+        queries = self.queries[kv_head * self.group_size : (kv_head + 1) * self.group_size, list(window)]
+        seen = [[position <= row for position in positions[: len(keys)]] for row in window]
+        return importance(queries, keys, self.scale, self.rules, seen)
 
     def score(self, kv_head: int) -> list[float]:
         """Score what a head holds, slot by slot; protected entries are infinite."""
@@ -184,20 +201,13 @@ class Layer:
         ]
 
     def attention_scores(self, kv_head: int) -> list[float]:
-        rules, keys = self.rules, self.held_keys(kv_head)
-        n_protected = min(rules.window, self.n_tokens)
-        n_candidates = len(keys) - n_protected
-        if n_candidates == 0:
-            return [0.0] * len(keys)
-        window = slice(self.n_tokens - n_protected, self.n_tokens)
-        group = slice(kv_head * self.group_size, (kv_head + 1) * self.group_size)
-        attention = importance(self.queries[group, window], keys[:n_candidates], self.scale, rules)
-        if rules.scorer == "rkv":
+        rules, keys, attention = self.rules, self.held_keys(kv_head), self.window_attention(kv_head)
+        if rules.scorer == "rkv" and attention:
             repeated = redundancy(keys, rules)
             attention = [
-                rules.alpha * attention[j] - (1 - rules.alpha) * repeated[j] for j in range(n_candidates)
+                rules.alpha * own - (1 - rules.alpha) * repeated[j] for j, own in enumerate(attention)
             ]
-        return attention + [0.0] * n_protected
+        return attention + [0.0] * (len(keys) - len(attention))
 
     def held_keys(self, kv_head: int) -> np.ndarray:
         return self.keys[kv_head][self.heads[kv_head].positions]
@@ -254,14 +264,15 @@ def segment_ends(rules, trace) -> set[int]:
 def simulate(trace, text: str, entries: int, *, demand=None, seed: int = 0, settle=None) -> Run:
     """Run a policy over a trace; ``demand`` is the wave of its model, layer by layer."""
     rules = read_rules(text)
-    seen = naive_allocators.with_prompt(rules, trace.prompt_tokens)
+    seen = naive_allocators.as_budgeted(rules, trace.prompt_tokens, entries)
     sizes = trace.shape.n_layers, trace.shape.n_kv_heads
     budgets = naive_allocators.layer_budgets(seen, sizes[0], entries, demand, sizes[1])
     tables = naive_allocators.head_rows(rules, demand, *sizes)
     layers = []
     for index, budget in enumerate(budgets):
         arrays = trace.queries(index), trace.keys(index), trace.scale
-        layers.append(Layer(index, *arrays, trace.prompt_tokens, rules, budget, seed, settle or Alone()))
+        of_text = trace.prompt_tokens, rules, seen
+        layers.append(Layer(index, *arrays, *of_text, budget, seed, settle or Alone()))
         if trace.has_values:
             layers[-1].values = trace.values(index).astype(np.float64)
         layers[-1].rope_theta = trace.manifest.rope.get("rope_theta")

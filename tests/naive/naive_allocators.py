@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import naive_rules
@@ -19,9 +20,22 @@ DYNAMIC = ("wave-dynamic", "cake")
 STATIC = ("headkv", "duo", "custom")
 
 
-def with_prompt(rules: Rules, prompt_tokens: int) -> Rules:
-    """The rules as a budget sees them: a prompt that is kept is all sinks."""
-    return replace(rules, sinks=max(rules.sinks, prompt_tokens)) if rules.prompt == "keep" else rules
+def as_budgeted(rules: Rules, prompt_tokens: int, entries: int) -> Rules:
+    """The rules as a budget sees them: all that is protected is sinks or recent entries."""
+    first, last = (0, 0) if rules.protect else (rules.sinks, rules.recent)
+    for name, _, amount in (piece.partition(":") for piece in rules.protect.split("+")):
+        if name == "prompt":
+            first = max(first, prompt_tokens)
+        elif name == "sinks":
+            first = max(first, int(amount))
+        elif name == "recent":
+            last = max(last, int(amount))
+        elif name == "boundary":
+            either = math.floor(Fraction(amount.rstrip("%")) / 100 * entries)
+            first, last = max(first, either), max(last, either)
+    if rules.prompt == "keep":
+        first = max(first, prompt_tokens)
+    return replace(rules, sinks=first, recent=last)
 
 
 def numbers_of(text: str) -> list:
@@ -200,7 +214,7 @@ def divides_heads(layer) -> bool:
 
 def divide_heads(layer, scores: list[list[float]]):
     """Head budgets, and the contest that they come from: its scores and the last place's."""
-    rules, total, n = with_prompt(layer.rules, layer.prompt_tokens), layer.total, layer.n_kv_heads
+    rules, total, n = layer.budgeted, layer.total, layer.n_kv_heads
     protected, evictable = rules.protected, total - n * rules.protected
     if rules.heads == "utility":
         pooled, tau = naive_rules.contest(rules, scores, total)
@@ -262,7 +276,7 @@ def adakv_shares(rules: Rules, safe, winners, evictable: int) -> list[float]:
 
 def adakv_within(layer, seen: list[int], fewest: list[int], most: list[int]) -> bool:
     """Whether head budgets lie between those that the fewest and the most winners would give."""
-    rules = with_prompt(layer.rules, layer.prompt_tokens)
+    rules = layer.budgeted
     evictable = layer.total - layer.n_kv_heads * rules.protected
     equal = evictable / layer.n_kv_heads
     # Of the heads' safe entries only how many there are matters.

@@ -11,7 +11,8 @@ def dense_weights(trace):
     layers = []
     for index in range(trace.shape.n_layers):
         arrays = trace.queries(index), trace.keys(index), trace.scale
-        layers.append(naive.Layer(index, *arrays, trace.prompt_tokens, Rules(), 1, 0, naive.Alone()).weights)
+        of_text = trace.prompt_tokens, Rules(), Rules()
+        layers.append(naive.Layer(index, *arrays, *of_text, 1, 0, naive.Alone()).weights)
     return layers
 
 

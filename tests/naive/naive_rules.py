@@ -71,6 +71,8 @@ class Rules:
     offset: int = 0
     segment: str = "newline"
     prompt: str = "compress"
+    # What is never evicted, if not the sinks and recent entries above.
+    protect: str = ""
 
     @property
     def protected(self) -> int:
@@ -198,16 +200,28 @@ def softmax(logits: list[float]) -> list[float]:
     return [power / total for power in powers]
 
 
-def importance(queries: np.ndarray, keys: np.ndarray, scale: float, rules: Rules) -> list[float]:
-    """Attention of the window's queries (group, window, head_dim) to the candidates' keys, pooled."""
+def seen_softmax(logits: list[float], seen: list[bool]) -> list[float]:
+    """Softmax over what is seen; zero elsewhere."""
+    weights = softmax([logit for logit, is_seen in zip(logits, seen, strict=True) if is_seen] or [0.0])
+    return [weights.pop(0) if is_seen else 0.0 for is_seen in seen]
+
+
+def importance(
+    queries: np.ndarray, keys: np.ndarray, scale: float, rules: Rules, seen: list[list[bool]]
+) -> list[float]:
+    """Attention of the window's queries (group, window, head_dim) to the candidates' keys, pooled.
+
+    ``seen`` says which key each query sees; [query][key].
+    """
     logits = (scale * np.einsum("gid,jd->gij", queries, keys)).tolist()
     group_size, n_rows, n = len(logits), len(logits[0]), len(keys)
     rows = []
     for i in range(n_rows):
         if rules.group_reduce == "max_logits":
-            rows.append(softmax([max(logits[g][i][j] for g in range(group_size)) for j in range(n)]))
+            merged = [max(logits[g][i][j] for g in range(group_size)) for j in range(n)]
+            rows.append(seen_softmax(merged, seen[i]))
         else:
-            weights = [softmax(logits[g][i]) for g in range(group_size)]
+            weights = [seen_softmax(logits[g][i], seen[i]) for g in range(group_size)]
             reduce = max if rules.group_reduce == "max_weights" else lambda column: sum(column) / len(column)
             rows.append([reduce([weights[g][j] for g in range(group_size)]) for j in range(n)])
     mean = [sum(row[j] for row in rows) / n_rows for j in range(n)]

@@ -9,7 +9,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
-from naive_rules import importance, softmax
+from naive_rules import softmax
 
 PER_HEAD = {}
 
@@ -105,7 +105,7 @@ def tova(layer, kv_head) -> list[float]:
 @paper("snapkv-paper")
 def snapkv_paper(layer, kv_head) -> list[float]:
     rules, n = layer.rules, len(layer.heads[kv_head].positions)
-    n_candidates = n - min(rules.window, layer.n_tokens)
+    n_candidates = n - layer.n_left_out
     if n_candidates == 0:
         return [0.0] * n
     rows = mean_attention(layer, kv_head, max(0, layer.n_tokens - rules.window))
@@ -121,7 +121,7 @@ def first_stage(layer, kv_head) -> tuple[list[float], list[int]]:
     """CriticalKV's base scores, and the positions that its first stage keeps, best first."""
     head = layer.heads[kv_head]
     base = snapkv_paper(layer, kv_head)
-    in_window = [position >= layer.n_tokens - layer.rules.window for position in head.positions]
+    in_window = [position >= layer.n_tokens - layer.n_left_out for position in head.positions]
     ranked = sorted(zip(in_window, base, head.positions, strict=True), reverse=True)
     n_first = max(1, math.floor(layer.rules.first_stage_share * head.budget))
     return base, [position for _, _, position in ranked[:n_first]]
@@ -138,16 +138,10 @@ def criticalkv(layer, kv_head) -> list[float]:
 
 @paper("append-only")
 def append_only(layer, kv_head) -> list[float]:
-    rules, positions = layer.rules, layer.heads[kv_head].positions
-    n_window = min(rules.window, layer.n_tokens)
-    scores = [0.0] * len(positions)
-    if len(positions) > n_window:
-        queries = layer.queries[kv_head * layer.group_size : (kv_head + 1) * layer.group_size]
-        keys = layer.held_keys(kv_head)[: len(positions) - n_window]
-        window = queries[:, layer.n_tokens - n_window : layer.n_tokens]
-        scores[: len(keys)] = importance(window, keys, layer.scale, rules)
-    # Judged at an earlier compression: it had left the window by then.
-    return lift(scores, [position + rules.window < layer.since for position in positions])
+    positions, attention = layer.heads[kv_head].positions, layer.window_attention(kv_head)
+    scores = attention + [0.0] * (len(positions) - len(attention))
+    # Judged at an earlier compression: it was no longer protected by then.
+    return lift(scores, [position + layer.budgeted.recent < layer.since for position in positions])
 
 
 # ---- keys and values alone --------------------------------------------------------------------------------
@@ -186,7 +180,7 @@ def lag_spreads(layer, kv_head) -> list[list[float]]:
     if rules.score_source == "both":
         sources.append(held_values(layer, kv_head))
     for states in sources:
-        states = states[rules.sinks :]
+        states = states[layer.n_scored_sinks :]
         partitions = [states[i : i + rules.lag] for i in range(0, len(states) - rules.lag + 1, rules.lag)]
         own = []
         for partition, following in pairwise(partitions):
@@ -209,14 +203,15 @@ def lag_spreads(layer, kv_head) -> list[list[float]]:
 @paper("lagkv")
 def lagkv(layer, kv_head) -> list[float]:
     rules, n = layer.rules, len(layer.heads[kv_head].positions)
-    if n < rules.sinks + 2 * rules.lag:
-        ramp = max(n - rules.sinks, 0)
+    sinks = layer.n_scored_sinks
+    if n < sinks + 2 * rules.lag:
+        ramp = max(n - sinks, 0)
         return [1.0] * (n - ramp) + [j / ramp for j in range(ramp)]
     ranks = []
     for spreads in lag_spreads(layer, kv_head):
         ascending = sorted(range(rules.lag), key=lambda j: (spreads[j], j))
         ranks += [ascending.index(j) / rules.lag for j in range(rules.lag)]
-    return [1.0] * rules.sinks + ranks + [1.0] * (n - rules.sinks - len(ranks))
+    return [1.0] * sinks + ranks + [1.0] * (n - sinks - len(ranks))
 
 
 # ---- queries yet to come ----------------------------------------------------------------------------------
@@ -239,7 +234,7 @@ def expected_attention(layer, kv_head) -> list[float]:
     rules, positions, theta = layer.rules, layer.heads[kv_head].positions, layer.rope_theta
     window = range(max(0, layer.n_tokens - rules.window), layer.n_tokens)
     observed = [t for t in window if t >= rules.sinks] or list(window)
-    scored = [j for j, position in enumerate(positions) if position >= rules.sinks]
+    scored = [j for j, position in enumerate(positions) if position >= layer.n_scored_sinks]
     keys = layer.held_keys(kv_head)[scored]
     head_dim = keys.shape[-1]
     ahead = range(layer.n_tokens, layer.n_tokens + rules.n_future)

@@ -16,6 +16,7 @@ from simulator.engine.request import divide_over_layers, require_data
 from simulator.policies.contract import checked_table
 from simulator.policies.language import Policy
 from simulator.policies.parts import LayerRequest
+from simulator.policies.protection import Ends
 from simulator.policies.view import CacheView
 from simulator.policies.wave import Wave, known_waves
 from traces.documents import shown
@@ -80,7 +81,7 @@ class Plan:
         self._request = LayerRequest(
             n_layers=shape.n_layers,
             entries=0,
-            protected=policy.protected,
+            protected=0,
             model=name,
             model_revision=revision,
             trace_id="",
@@ -140,16 +141,26 @@ class Plan:
         request = self._request_of(asked, int(self.prompts[row]))
         return divide_over_layers(self.policy, replace(request, views=views))[0]
 
+    @property
+    def protected(self) -> list[Ends]:
+        """Every row's first positions and last entries that stay."""
+        pairs = zip(self.prompts.tolist(), self._asked_of(len(self.prompts)), strict=True)
+        return [self.policy.protection.ends(prompt, entries) for prompt, entries in pairs]
+
+    def _asked_of(self, n_rows: int) -> list[int]:
+        return self._asked * (n_rows if self._one_budget else 1)
+
     def _request_of(self, entries: int, prompt_tokens: int) -> LayerRequest:
         self.policy.require_feasible(entries, prompt_tokens)
-        return replace(self._request, entries=entries, protected=self.policy.protected_of(prompt_tokens))
+        protected = self.policy.protected_of(prompt_tokens, entries)
+        return replace(self._request, entries=entries, protected=protected)
 
     def _divided(self, prompts: np.ndarray) -> np.ndarray:
         """Give every row's budget per layer, int64 (n_rows, n_layers)."""
-        asked = self._asked * (len(prompts) if self._one_budget else 1)
+        asked = self._asked_of(len(prompts))
         # Prompts matter only where they are kept.
         keys = [
-            (entries, int(prompt) if self.policy.trigger.prompt == "keep" else 0)
+            (entries, int(prompt) if self.policy.protection.prompt else 0)
             for entries, prompt in zip(asked, prompts, strict=True)
         ]
         found = {}

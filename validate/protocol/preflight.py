@@ -56,7 +56,7 @@ def require_runnable(protocol: Protocol, model: Choice, asked: Asked, waves: dic
             try:
                 is_share = budget.unit == "%"
                 entries = _AMPLE if is_share else entries_of(budget, policy, shape, 0, _AMPLE)
-                _divide(policy, replace(request, entries=entries, protected=policy.protected))
+                _divide(policy, replace(request, entries=entries, protected=policy.protected_of(0, entries)))
             except MissingDataError as error:
                 reason = f"{where}: {error}"
                 if known.name not in waves:

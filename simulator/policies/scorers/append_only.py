@@ -27,10 +27,11 @@ class AppendOnly(EvictableWindow):
     Notes
     -----
     An entry counts as admitted once it has survived a compression at which it was no longer protected, that
-    is, if it stands ``window`` or more before the layer's last compression. Entries that were in the window
-    then are judged now, with those that came since: had merely passing through the window admitted them, a
-    full budget would fill up with windows and have to evict the admitted. So a head whose budget is
-    exhausted keeps its admitted entries and the window, and turns every arrival away.
+    is, unless the policy protects more or less, if it stands ``window`` or more before the layer's last
+    compression. Entries that were in the window then are judged now, with those that came since: had merely
+    passing through the window admitted them, a full budget would fill up with windows and have to evict the
+    admitted. So a head whose budget is exhausted keeps its admitted entries and the window, and turns every
+    arrival away.
 
     The admitted score above all others, equal among themselves. Only a budget that shrinks, because layers or
     heads share anew or lent entries are called back (``redistribute``), evicts them, the earliest first.
@@ -55,5 +56,5 @@ class AppendOnly(EvictableWindow):
     def score_layer(self, layer: LayerView, memory: Any = None) -> list[np.ndarray]:
         """Score all KV heads at once."""
         pairs = zip(self.importance(layer), layer.positions, strict=True)
-        first = layer.since - self.window
+        first = layer.since - self.ends(layer).last
         return [preferred(scores, np.flatnonzero(positions < first)) for scores, positions in pairs]

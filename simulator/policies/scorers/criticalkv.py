@@ -47,7 +47,8 @@ class CriticalKV(HeldWindow):
     def score(self, view: CacheView) -> np.ndarray:
         """Score by attention times value norm, the first stage above all others."""
         base = self.importance(view)
-        ranked = np.where(view.positions < view.n_tokens - self.window, base, np.float32(np.inf))
+        is_scored = view.positions < view.n_tokens - min(self.window, self.ends(view).last)
+        ranked = np.where(is_scored, base, np.float32(np.inf))
         n_first = max(1, int(self.first_stage_share * view.budget))
         # Pooling makes plateaus: ties go to the later position, as everywhere.
         first = np.lexsort((-view.positions, -ranked))[:n_first]

@@ -63,7 +63,7 @@ class ExpectedAttention(Scorer):
     def score(self, view: CacheView) -> np.ndarray:
         """Score by expected attention; zero at the sinks."""
         scores = np.zeros(view.n_entries, np.float32)
-        scored = view.positions >= self.sinks
+        scored = view.positions >= min(self.sinks, self.ends(view).first)
         if not scored.any():
             return scores
         mean, covariance = self.future_queries(view)

@@ -63,12 +63,13 @@ class LagKV(Scorer):
     def score(self, view: CacheView) -> np.ndarray:
         """Score by rank within the partition; 1 at the end."""
         scores = np.ones(view.n_entries, np.float32)
-        after_sinks = scores[self.sinks :]
+        sinks = min(self.sinks, self.ends(view).first)
+        after_sinks = scores[sinks:]
         n_partitions = len(after_sinks) // self.lag
         if n_partitions < 2:
             after_sinks[:] = np.arange(len(after_sinks)) / max(1, len(after_sinks))
             return scores
-        partitioned = slice(self.sinks, self.sinks + n_partitions * self.lag)
+        partitioned = slice(sinks, sinks + n_partitions * self.lag)
         states = [view.keys]
         if self.score_source == "both":
             assert view.values is not None

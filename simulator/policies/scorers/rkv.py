@@ -56,7 +56,7 @@ class RKV(EvictableWindow):
         scores = self.importance(layer)
         repeated = (memory or self._redundancy()).shares(layer.keys, layer.positions)
         for own, shares in zip(scores, repeated, strict=True):
-            n_candidates = max(0, len(own) - self.window)
+            n_candidates = max(0, len(own) - self.n_left_out(layer))
             take_off(own[:n_candidates], np.float32(self.alpha), shares, np.float32(1 - self.alpha))
         return scores
 

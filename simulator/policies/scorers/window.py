@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,8 +52,14 @@ class EvictableWindow(Scorer):
         """Whether the window's products are of use: only where a group is one before its softmax."""
         return self.group_reduce == "max_logits"
 
+    def n_left_out(self, view: CacheView | LayerView) -> int:
+        """Count the last entries that are not scored: those of the window, as far as they are protected."""
+        return min(self.window, self.ends(view).last)
+
     def importance(self, layer: LayerView) -> list[np.ndarray]:
-        """Give each KV head's pooled attention, zero in the window; float32 (n_entries,) each."""
+        """Give each KV head's pooled attention, zero where not scored; float32 (n_entries,) each."""
+        if self.n_left_out(layer) < self.window:
+            return [self._causal_importance(view) for view in layer.heads]
         return window_importance(
             layer.keys,
             layer.queries,
@@ -63,6 +69,20 @@ class EvictableWindow(Scorer):
             group_reduce=self.group_reduce,
             products=layer.products,
         )
+
+    def _causal_importance(self, view: CacheView) -> np.ndarray:
+        """Give what ``importance`` gives where some of the window are candidates, seen by later queries."""
+        scores = np.zeros(view.n_entries, np.float32)
+        n_candidates = view.n_entries - self.n_left_out(view)
+        if n_candidates > 0:
+            candidates = replace(
+                view, keys=view.keys[:n_candidates], positions=view.positions[:n_candidates], values=None
+            )
+            merged = self.group_reduce == "max_logits"
+            weights = held_attention(candidates, merged=merged)
+            reduced = weights.max(axis=0) if self.group_reduce == "max_weights" else weights.mean(axis=0)
+            max_pool(reduced.mean(axis=0), self.kernel_size, scores[:n_candidates])
+        return scores
 
 
 @dataclass(frozen=True)
@@ -94,9 +114,12 @@ class HeldWindow(Scorer):
         return self.window
 
     def importance(self, view: CacheView) -> np.ndarray:
-        """Give the pooled attention to a KV head's entries, zero in the window; float32 (n_entries,)."""
+        """Give the pooled attention to a KV head's entries; float32 (n_entries,).
+
+        It is zero for the window's own as far as they are protected.
+        """
         scores = np.zeros(view.n_entries, np.float32)
-        n_candidates = view.n_entries - self.window
+        n_candidates = view.n_entries - min(self.window, self.ends(view).last)
         if n_candidates > 0:
             weights = held_attention(view)[..., :n_candidates].mean(axis=0).mean(axis=0)
             pooled = scores[:n_candidates]

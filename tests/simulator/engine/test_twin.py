@@ -97,6 +97,27 @@ POLICIES = [
     "random+utility:trigger=per-step,prompt=wait,delta=6",
 ]
 
+# With entries of the window among the candidates, more sinks or fewer, and budgets that hold the prompt.
+PROTECTED = [
+    "rkv:buffer=8,protect=none",
+    "rkv:buffer=4,protect=prompt+recent:20",
+    "rkv+utility:buffer=4,delta=4,protect=boundary:12.5%",
+    "snapkv:buffer=4,protect=prompt+recent:5",
+    "snapkv:buffer=3,protect=recent:3,group_reduce=max_weights,slot_order=score",
+    "snapkv:buffer=5,protect=sinks:7,group_reduce=mean_weights",
+    "snapkv-paper:buffer=5,window=6,protect=sinks:2",
+    "criticalkv+pyramid:buffer=4,window=9,protect=boundary:4%+recent:3",
+    "append-only:buffer=3,window=4,protect=prompt+recent:9",
+    "append-only:buffer=3,window=4,protect=none",
+    "lagkv:buffer=4,lag=4,protect=none",
+    "lagkv:buffer=4,lag=4,protect=sinks:2+recent:3",
+    "expected-attention:buffer=8,window=12,n_future=9,protect=none",
+    "random+pyramid+utility:buffer=4,delta=8,protect=prompt",
+    "random:buffer=4,prompt=keep,protect=recent:2",
+    "h2o+wave:buffer=4,protect=prompt+recent:6",
+    "streamingllm:buffer=4,protect=none",
+]
+
 
 @pytest.fixture
 def make_whole_trace(make_trace):
@@ -119,6 +140,15 @@ def test_replay_is_the_twin_on_gaussian_data(policy, make_whole_trace):
     agreement = agree(trace, policy, 17, demand=[40, 3, 12], seed=5)
     assert not agreement.adopted  # no near-tie: every set, order and budget was equal
     assert agreement.n_decisions > 50 or policy == "fullkv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", PROTECTED)
+def test_replay_is_the_twin_whatever_is_protected(policy, make_whole_trace):
+    trace = make_whole_trace()
+    agreement = agree(trace, policy, 53, demand=[40, 20, 22], seed=5)
+    assert not agreement.adopted
+    assert agreement.n_decisions > 50
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -50,18 +50,48 @@ def test_defaults_are_the_papers():
             for item in fields(part):
                 assert item.default == special.get((name, item.name), written[item.name]), (name, item.name)
                 seen.add(item.name)
-    assert seen == set(written) - {"scorer", "layers", "heads", "trigger"}
+    assert seen == set(written) - {"scorer", "layers", "heads", "trigger", "protect"}
 
 
 def test_parameters_reach_their_part():
     policy = parse_policy("reasonalloc:alpha=1,window=4,gamma=1.5,delta=64,buffer=32,redistribute=true")
-    assert (policy.scorer.alpha, policy.scorer.window, policy.protected) == (1.0, 4, 4)
+    assert (policy.scorer.alpha, policy.scorer.window, policy.protected_of(0, 99)) == (1.0, 4, 4)
     assert (policy.layers.gamma, policy.heads.delta, policy.trigger.buffer) == (1.5, 64, 32)
     assert policy.redistribute is True
     parameters = json.loads(policy.parameters_json)
     assert parameters["alpha"] == 1.0
     assert parameters["trigger"] == "buffer-full"
     assert list(parameters) == sorted(parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "ends"),
+    [
+        ("rkv", "recent:8", (0, 8)),
+        ("lagkv:prompt=keep,lag=4", "sinks:4+prompt", (50, 0)),
+        ("rkv:protect=none", "none", (0, 0)),
+        ("rkv:protect=recent:64+prompt", "prompt+recent:64", (50, 64)),
+        ("rkv:protect=sinks:60+prompt", "sinks:60+prompt", (60, 0)),
+        ("h2o:protect=boundary:12.5%+recent:3", "boundary:12.5%+recent:3", (12, 12)),
+        ("h2o:protect=sinks:4", "sinks:4", (4, 0)),
+    ],
+)
+def test_protection_is_an_axis_of_its_own(text, told, ends):
+    policy = parse_policy(text)
+    assert (str(policy.protection), policy.protection.ends(50, 100)) == (told, ends)
+    assert policy.protected_of(50, 100) == sum(ends)
+    stated = json.loads(policy.parameters_json).get("protect")
+    assert stated == (told if "protect" in text else None)
+    if "boundary" not in text:  # a share of a budget always leaves some of it
+        with pytest.raises(InfeasibleBudgetError, match=rf"at least {sum(ends) + 1}"):
+            policy.require_feasible(sum(ends), 50)
+    policy.require_feasible(sum(ends) + 1, 50)
+
+
+def test_what_the_paper_protects_needs_no_name():
+    assert parse_policy("rkv:protect=recent:8") == parse_policy("rkv")
+    assert parse_policy("random:protect=sinks:0+recent:8") == parse_policy("random")
+    assert parse_policy("rkv:protect=recent:8,window=4").protect is not None
 
 
 def test_aliases_carry_parameters_and_the_users_own_win():
@@ -184,6 +214,15 @@ def test_comma_lists_keep_parameters_with_their_policy():
         ("rkv+utility:head_cap=0", "head_cap is 0"),
         ("rkv+utility:pooling=rank", "allowed: none, length"),
         ("rkv:redistribute=1", "redistribute is 1; allowed: true or false"),
+        ("rkv:protect=head", "protect has 'head'; allowed: none, or prompt, sinks:N, recent:N, boundary:P%"),
+        ("rkv:protect=prompt:4", "protect has 'prompt:4'"),
+        ("rkv:protect=none+prompt", "protect has 'none'"),
+        ("rkv:protect=sinks:-1", "protect has 'sinks:-1'"),
+        ("rkv:protect=recent:2000000000", "protect has 'recent:2000000000'"),
+        ("rkv:protect=sinks:4+sinks:4", "protect is 'sinks:4+sinks:4', with sinks twice"),
+        ("rkv:protect=boundary:50%", "allowed: a boundary below 50%"),
+        ("rkv:protect=boundary:10", "protect has 'boundary:10'"),
+        ("rkv:protect=1", "protect has '1'"),
         ("rkv+pyramid-code:code_beta=0", "code_beta is 0; allowed: 1 or more"),
         ("rkv+pyramid-code:pyramid_beta=3", "parameter 'pyramid_beta' is unknown"),
         ("rkv+wave-dynamic:layer_delta=-1", "layer_delta is -1; allowed: 0 or more"),

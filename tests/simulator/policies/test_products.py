@@ -88,7 +88,7 @@ def check(policy, outcome, trace):
     assert outcome.n_evicted > 0, name
     totals = {}
     for division in outcome.divisions:
-        assert (division.budgets >= policy.protected).all(), name
+        assert (division.budgets >= policy.protected_of(0, 99)).all(), name
         assert (division.lengths <= division.budgets).all(), name
         totals.setdefault(division.layer, []).append(int(division.budgets.sum()))
     assert len(totals) == n_layers, name

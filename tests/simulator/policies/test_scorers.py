@@ -56,6 +56,7 @@ class Sequence:
             policy,
             0,
             entries,
+            protected=policy.protection.ends(prompt_tokens, entries),
             n_kv_heads=n_kv_heads,
             prompt_tokens=prompt_tokens,
             scale=head_dim**-0.5,

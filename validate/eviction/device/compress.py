@@ -174,7 +174,7 @@ class DeviceCompressor:
             exponent=heads.beta,
             floor=heads.mu,
             cap=heads.head_cap,
-            protected=self.policy.protected,
+            protected=sum(self.policy.protection.ends(0, 0)),
         )
         if not due.divide.all():
             again = to_device(due.divide, self.device)

@@ -33,6 +33,8 @@ def unsupported_part(policy: Policy) -> str | None:
         return f"layer allocator '{policy.layers.name}'"
     if type(trigger) is not BufferFull:
         return f"trigger '{trigger.name}'"
+    if policy.protect is not None:
+        return f"protect={policy.protect}"
     if trigger.prompt != "compress":
         return f"prompt={trigger.prompt}"
     return "redistribute=True" if policy.redistribute else None
@@ -79,7 +81,7 @@ def memory_plan(
     stretches = n_kv_heads * (entries + buffer_of(policy)) + n_kv_heads - 1
     heads, spare = policy.heads, entries + buffer_of(policy) + 1
     if isinstance(heads, UtilityHeads) and heads.head_cap > 1:
-        lowest = np.maximum(policy.protected, np.ceil(heads.mu * entries).astype(np.int64))
+        lowest = np.maximum(sum(policy.protection.ends(0, 0)), np.ceil(heads.mu * entries).astype(np.int64))
         highest = np.maximum(np.ceil(heads.head_cap * entries), entries).astype(np.int64)
         return stretches, np.minimum(stretches, highest + spare - np.minimum(lowest, entries)).max(1)
     return stretches, spare.max(1)

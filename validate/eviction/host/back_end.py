@@ -67,7 +67,14 @@ class HostBackEnd:
         """Attend within whole prompts in one layer, and take in what of them is to stay."""
         plan = self.plan
         own = self._layer_type(
-            layer, plan.policy, plan.budgets[:, layer], plan.prompts, plan.seeds, plan.rope, plan.table(layer)
+            layer,
+            plan.policy,
+            plan.budgets[:, layer],
+            plan.prompts,
+            plan.seeds,
+            plan.protected,
+            plan.rope,
+            plan.table(layer),
         )
         self.layers.append(own)
         output = own.prefill(*heads, scale)

@@ -10,6 +10,7 @@ import torch
 from simulator.engine.compression import Compressor, Held
 from simulator.policies.contract import asked_to_fire
 from simulator.policies.language import Policy
+from simulator.policies.protection import Ends
 from simulator.policies.rope import Rope
 from simulator.policies.view import CacheView
 from validate.eviction.host.attention import attend_ragged, attend_span
@@ -37,6 +38,8 @@ class EvictingLayer:
         Prompt tokens of each row.
     seeds : sequence of int
         For scorers that draw at random.
+    protected : sequence of Ends
+        First positions and last entries of each row that stay.
     rope : Rope, optional
         For scorers that need it.
     table : float64 (n_kv_heads,), optional
@@ -58,11 +61,12 @@ class EvictingLayer:
         entries: Sequence[int] | np.ndarray,
         prompts: Sequence[int] | np.ndarray,
         seeds: Sequence[int],
+        protected: Sequence[Ends],
         rope: Rope | None = None,
         table: np.ndarray | None = None,
     ) -> None:
         self.layer, self.policy = layer, policy
-        self._rope, self._table = rope, table
+        self._protected, self._rope, self._table = protected, rope, table
         self._with_values = policy.evicts and "values" in policy.scorer.needs
         # A compression waits for the other layers where budgets move between them.
         self._waits = policy.divides_layers_again
@@ -95,6 +99,7 @@ class EvictingLayer:
                 self.policy,
                 self.layer,
                 int(self.entries[row]),
+                protected=self._protected[row],
                 n_kv_heads=n_kv_heads,
                 prompt_tokens=int(self.n_tokens[row]),
                 scale=scale,

@@ -185,6 +185,7 @@ def test_steps_feed_the_model_what_a_loop_does(model):
         ("rkv+cake", "layer allocator 'cake'"),
         ("rkv:trigger=every-n", "trigger 'every-n'"),
         ("rkv:prompt=keep", "prompt=keep"),
+        ("rkv:protect=prompt+recent:8", "protect=prompt+recent:8"),
         ("rkv:redistribute=true", "redistribute=True"),
     ],
 )

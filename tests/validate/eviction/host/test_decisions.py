@@ -47,7 +47,9 @@ def driven(traces, layer, policy, entries, *, drop, pad=0, stride=1, dtype=torch
     ]
     prompts = np.array([trace.prompt_tokens for trace in traces])
     totals = np.array([trace.total_tokens for trace in traces])
-    spy = SpyLayer(layer, policy, entries, prompts, range(len(traces)))
+    pairs = zip(prompts.tolist(), entries, strict=True)
+    protected = [policy.protection.ends(n_prompt, budget) for n_prompt, budget in pairs]
+    spy = SpyLayer(layer, policy, entries, prompts, range(len(traces)), protected)
     heads = [
         batch_of([row[i][:, :n] for row, n in zip(arrays, prompts, strict=True)], pad, rng, dtype)
         for i in range(3)
@@ -115,6 +117,13 @@ def test_retains_what_the_replay_retains(two_traces, text, trigger, redistribute
     policy = parsed(text, trigger, f"redistribute={redistribute}", f"prompt={prompt}")
     drop = (redistribute == "true") == (prompt == "wait")
     assert assert_same_decisions(two_traces, policy, [24, 17], drop=drop) > 20
+
+
+@pytest.mark.parametrize("text", ["random", "rkv+utility:delta=8", "snapkv-paper:window=6"])
+@pytest.mark.parametrize("protect", ["none", "prompt+recent:5", "boundary:10%", "sinks:3"])
+def test_whatever_is_protected(two_traces, text, protect):
+    policy = parsed(text, "buffer=9", f"protect={protect}")
+    assert assert_same_decisions(two_traces, policy, [60, 55], drop=True) > 10
 
 
 @pytest.mark.parametrize("text", [*LAYERED, "streamingllm+wave:sinks=2"])
