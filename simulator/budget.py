@@ -26,15 +26,16 @@ _BYTES = {
 _LARGEST = 10**12
 _ALLOWED = (
     "entries per KV head (128), a share of the full cache (5%) or bytes of the whole cache (64MiB), "
-    "with ! (64MiB!) as a cap on the peak"
+    "with ! (64MiB!) as a cap on the peak, with +prompt (128+prompt) on top of a prompt that is kept"
 )
-KEPT, PEAK = KINDS = "kept", "peak"
+KEPT, PEAK, ON_PROMPT = KINDS = "kept", "peak", "on prompt"
+_MARKS = {KEPT: "", PEAK: "!", ON_PROMPT: "+prompt"}
 UNITS = ("entries", "%", *_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A budget as asked: entries per KV head after a compression, or a cap on what is ever held.
+    """A budget as asked: entries per KV head after a compression, all in all or beside the prompt, or a cap.
 
     Attributes
     ----------
@@ -45,7 +46,9 @@ class Budget:
     kind : str
         ``kept``: what stays after a compression, window and sinks included; what is added until the next one
         comes on top. ``peak``, written with ``!``: the most that is held at any decode step, all of that
-        included; see ``simulator.engine.cap``.
+        included; see ``simulator.engine.cap``. ``on prompt``, written with ``+prompt``: as ``kept``, but of
+        what was decoded alone; the prompt is never evicted and comes on top, as TriAttention's and RPC's
+        budgets mean it.
     """
 
     amount: float
@@ -54,11 +57,14 @@ class Budget:
 
     def __str__(self) -> str:
         amount = int(self.amount) if float(self.amount).is_integer() else self.amount
-        unit, mark = "" if self.unit == "entries" else self.unit, "!" if self.kind == PEAK else ""
-        return f"{amount}{unit}{mark}"
+        unit = "" if self.unit == "entries" else self.unit
+        return f"{amount}{unit}{_MARKS[self.kind]}"
 
     def of_cache(self, shape: ModelShape, total_tokens: int) -> Fraction:
-        """Give the entries over all layers and KV heads that the amount comes to, not rounded."""
+        """Give the entries over all layers and KV heads that the amount comes to, not rounded.
+
+        The prompt is left out where it comes on top.
+        """
         # As written: 0.57% of 10,000 is 57, while the nearest float is a little less.
         amount = Fraction(str(self.amount))
         if self.unit in _BYTES:
@@ -69,7 +75,8 @@ class Budget:
     def entries(self, shape: ModelShape, total_tokens: int) -> int:
         """Give the whole entries per KV head that the amount comes to for one text.
 
-        Of a cap that is what may be held; ``simulator.engine.cap.entries_of`` tells what may be kept.
+        Of a cap that is what may be held, and a prompt on top is left out;
+        ``simulator.engine.cap.entries_of`` tells what may be kept.
 
         Raises
         ------
@@ -108,7 +115,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     if not isinstance(text, str):
         raise UserError(f"budget {shown(text)} is not a budget; allowed: {_ALLOWED}")
     text = text.strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*(!?)", text, re.ASCII)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*(!|\+\s*prompt)?", text, re.ASCII)
     if match is None:
         raise UserError(f"budget {shown(text)} is not a budget; allowed: {_ALLOWED}")
     amount, unit = float(match[1]), match[2]
@@ -126,4 +133,5 @@ def parse_budget(text: str | int | Budget) -> Budget:
             f"budget {shown(text)} is out of range; allowed: {_ALLOWED}, "
             f"above 0, at most 100% or {_LARGEST:.0e}"
         )
-    return Budget(amount, unit or "entries", PEAK if match[3] else KEPT)
+    kind = KEPT if match[3] is None else PEAK if match[3] == "!" else ON_PROMPT
+    return Budget(amount, unit or "entries", kind)

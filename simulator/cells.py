@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import PEAK, Budget, parse_budget
-from simulator.engine.cap import entries_of
+from simulator.engine.cap import entries_of, under_budget
 from simulator.engine.full_cache import FullCache
 from simulator.engine.layer import Retained
 from simulator.engine.loop import Engine
@@ -290,7 +290,7 @@ class PreparedTrace:
             entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
             request = Request(
                 trace,
-                policy,
+                under_budget(policy, budget),
                 entries,
                 seed=seed,
                 waves=waves,

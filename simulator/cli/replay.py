@@ -31,7 +31,8 @@ def replay(
         typer.Option(
             "--budget",
             "-b",
-            help="Comma list: 128 entries, 5% of the full cache, 64MiB; with ! (64MiB!) a cap on the peak.",
+            help="Comma list: 128 entries, 5% of the full cache, 64MiB; 64MiB! caps the peak, 128+prompt "
+            "comes on top of a prompt that is kept.",
             show_default=shared.DEFAULT_BUDGETS.replace(",", ", "),
         ),
     ] = None,

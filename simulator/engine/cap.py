@@ -1,6 +1,8 @@
 """What a budget leaves a policy to keep: all of it, or, under a cap, what is not needed until compressions.
 
-What counts is what is held during the attention of a decode step, the new token included, as in
+A budget on top of the prompt adds the prompt, which the policy then never evicts.
+
+Under a cap, what counts is what is held during the attention of a decode step, the new token included, as in
 ``entries_peak`` and ``bytes_peak``. The pass that reads the prompt sees all of it: of a prompt that is
 compressed at its end, only what stays counts.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from simulator.budget import KEPT, Budget
+from simulator.budget import KEPT, ON_PROMPT, Budget
 from simulator.engine.request import divide_over_layers
 from simulator.policies.contract import asked_trigger
 from simulator.policies.language import Policy
@@ -53,6 +55,8 @@ def entries_of(
     """
     bought = budget.entries(shape, total_tokens)
     longest = total_tokens if longest is None else longest
+    if budget.kind == ON_PROMPT and policy.evicts:
+        return bought + prompt_tokens
     if budget.kind == KEPT or not policy.evicts or bought >= longest:
         return bought
     n_heads, n_kv_heads = shape.n_layers * shape.n_kv_heads, shape.n_kv_heads
@@ -74,6 +78,13 @@ def entries_of(
     if policy.trigger.prompt == "wait":
         _require_room_for_prompt(budget, policy, prompt_tokens, n_kv_heads, bought)
     return entries
+
+
+def under_budget(policy: Policy, budget: Budget) -> Policy:
+    """Give the policy as a budget makes it: one on top of the prompt protects the prompt too."""
+    if budget.kind != ON_PROMPT or not policy.evicts:
+        return policy
+    return replace(policy, protect=replace(policy.protection, prompt=True))
 
 
 def _most_added(budget: Budget, policy: Policy, n_kv_heads: int, longest: int) -> int:

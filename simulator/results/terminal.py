@@ -11,6 +11,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from simulator.budget import ON_PROMPT, PEAK
 from simulator.results.labels import row_budget
 from simulator.results.layout import empty_table, fitted
 from simulator.results.metric_names import COMPARED, fidelity_note
@@ -186,7 +187,8 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
     told = "".join(f", {name} {value}" for name, value in shared.items())
     lines = [
         f"{named} of {models}: {steps:,} decode steps{told}. Budgets are per KV head after a compression"
-        f"{', with ! at any step' if (table['budget_kind'] == 'peak').any() else ''};",
+        f"{', with ! at any step' if (table['budget_kind'] == PEAK).any() else ''}"
+        f"{', with +prompt beside the prompt' if (table['budget_kind'] == ON_PROMPT).any() else ''};",
         "mass is the full cache's attention on what was retained, oracle the most that memory could hold;",
         "a lookup is lost if one key holds more than half of a head's attention and is gone.",
     ]

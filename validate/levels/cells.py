@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from simulator.budget import Budget
 from simulator.cells import cell_labels
-from simulator.engine.cap import entries_of
+from simulator.engine.cap import entries_of, under_budget
 from simulator.policies.language import Policy
 from simulator.policies.wave import tell_unused
 from simulator.results.tables import require_one_model
@@ -101,7 +101,7 @@ def compare(
             if row is None:
                 try:
                     entries = entries_of(budget, policy, trace.shape, trace.prompt_tokens, trace.total_tokens)
-                    result = run(trace, policy, entries, **given)
+                    result = run(trace, under_budget(policy, budget), entries, **given)
                 except UserError as error:
                     failed.append(error)
                     on_cell(trace.path.name)

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from simulator.budget import Budget
-from simulator.engine.cap import entries_of
+from simulator.engine.cap import entries_of, under_budget
 from simulator.policies.language import Policy
 from simulator.policies.wave import Wave
 from simulator.results.tables import budget_columns
@@ -126,11 +126,11 @@ def complete(
     entries, limits = _entries_and_limits(shape, encoded, policy, budget, known, settings)
     streams = range(first * settings.samples, first * settings.samples + len(keys))
     sampling = settings.sampling
-    reads_text = policy.trigger.reads_text
+    asked = policy if budget is None else under_budget(policy, budget)
     completions = decode(
         loaded.model,
         encoded,
-        policy.resolved(whole_vocabulary(loaded.tokenizer)) if reads_text else policy,
+        asked.resolved(whole_vocabulary(loaded.tokenizer)) if asked.trigger.reads_text else asked,
         entries,
         limits,
         stop_ids=stop_token_ids(loaded.model, loaded.tokenizer),

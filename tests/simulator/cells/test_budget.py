@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
 
 from simulator.budget import Budget, parse_budget
+from simulator.cells import run_replay
+from simulator.policies.language import parse_policy
 from traces import InfeasibleBudgetError, ModelShape, UserError
 from traces.documents import shown
 
@@ -25,9 +28,9 @@ SHAPE = ModelShape(4, 8, 2, 16, "float16")  # 8 KV heads in all, 64 bytes per en
         ("900B", 900, "B"),
     ],
 )
-@pytest.mark.parametrize("kind", ["kept", "peak"])
-def test_budgets_are_read(text, amount, unit, kind):
-    budget = parse_budget(text if kind == "kept" else f"{text}!")
+@pytest.mark.parametrize(("kind", "mark"), [("kept", ""), ("peak", "!"), ("on prompt", "+prompt")])
+def test_budgets_are_read(text, amount, unit, kind, mark):
+    budget = parse_budget(f"{text}{mark}" if mark else text)
     assert (budget.amount, budget.unit, budget.kind) == (amount, unit, kind)
     assert parse_budget(budget) is budget
     assert parse_budget(str(budget)) == budget
@@ -55,6 +58,12 @@ def test_budgets_are_read(text, amount, unit, kind):
             "٣",
             "!",
             "5!!",
+            "5!+prompt",
+            "5+prompt!",
+            "5+",
+            "5+promp",
+            "+prompt",
+            "0.1+prompt",
             "!5",
             "5!%",
             "0.1!",
@@ -121,3 +130,21 @@ def test_shares_are_as_written_not_as_the_nearest_float(text, tokens, entries):
 def test_budgets_that_differ_are_written_differently():
     texts = ["1000001B", "1000002B", "1234567", "0.5%", "64MiB", "64MiB!", "128!", "20%!"]
     assert [str(parse_budget(text)) for text in texts] == texts
+
+
+@pytest.mark.parametrize("policy", ["rkv+utility:delta=4", "random", "snapkv+pyramid", "lagkv:lag=4"])
+def test_a_budget_on_top_keeps_the_prompt_and_as_many_entries_beside(make_trace, rng, policy):
+    trace = make_trace(n_tokens=90, prompt_tokens=30, values=rng.normal(size=(2, 2, 90, 8)))
+    policies = [f"{policy}{',' if ':' in policy else ':'}buffer=4"]
+    policies += [f"{policies[0]},protect={parse_policy(policies[0]).protection}+prompt"]
+    on_top = run_replay([trace], policies[:1], ["20+prompt"], keep_retained=True)
+    all_in = run_replay([trace], policies[1:], [50], keep_retained=True)
+    row = on_top.table.row(0, named=True)
+    assert (row["status"], row["budget_kind"], row["budget_entries"]) == ("ok", "on prompt", 50)
+    # The same decisions as those of the policy that protects the prompt and is given both.
+    places = ("layer", "kv_head", "compression", "slot", "position")
+    assert on_top.retained.select(places).equals(all_in.retained.select(places))
+    kept = on_top.retained.group_by("layer", "kv_head", "compression").agg(pl.col("position"))
+    assert len(kept) > 10
+    assert all(set(range(30)) < set(positions) for positions in kept["position"])
+    assert row["policy_params"] == parse_policy(policies[0]).parameters_json
