@@ -19,6 +19,7 @@ from simulator.engine.full_cache import FullCache
 from simulator.engine.layer import Retained
 from simulator.engine.loop import Engine
 from simulator.engine.metrics import measure
+from simulator.engine.paged import BLOCK, require_block
 from simulator.engine.request import Outcome, Request
 from simulator.engine.sampling import EVERYTHING, Sampling
 from simulator.engine.shift import Sensitivities
@@ -133,6 +134,7 @@ def run_replay(
     keep_trajectory: bool = False,
     sampling: Sampling = EVERYTHING,
     check: bool = True,
+    block: int = BLOCK,
     on_cell: Callable[[], None] = lambda: None,
 ) -> Replay:
     """Replay the product of traces, policies and budgets.
@@ -142,7 +144,8 @@ def run_replay(
     traces : sequence of opened traces, paths, folders of traces or globs
     policies : sequence of names or policies
     budgets : sequence
-        Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``; with ``!`` a cap on the peak.
+        Entries per KV head (int or ``"128"``), ``"5%"`` or ``"64MiB"``; with ``!`` a cap on the peak, with
+        ``+prompt`` on top of a prompt that is kept.
     seed : int
         For policies that draw at random.
     jobs : int
@@ -159,10 +162,13 @@ def run_replay(
         How much is measured; the policies decide from everything.
     check : bool
         Check every trace whole (checksums, finiteness, log-sum-exps) before it is replayed.
+    block : int
+        Tokens of a block of a paged cache, for ``bytes_paged_mean``.
     on_cell : callable
         Called after every finished cell, for progress.
     """
     require_seed(seed)
+    require_block(block)
     if jobs < 1:
         raise UserError(f"jobs is {jobs}; allowed: 1 or more")
     if keep_trajectory and sampling != EVERYTHING:
@@ -197,7 +203,9 @@ def run_replay(
     cells = []
     for trace in opened:
         with trace.mapped():
-            prepared = PreparedTrace(trace, jobs=jobs, sampling=sampling, seed=seed, calibrations=calibrated)
+            prepared = PreparedTrace(
+                trace, jobs=jobs, sampling=sampling, seed=seed, calibrations=calibrated, block=block
+            )
             for policy, budget in product(parsed, asked):
                 cells.append(
                     prepared.replay(
@@ -235,6 +243,8 @@ class PreparedTrace:
         Whether rows get the oracle and the gap to it, which take memory.
     calibrations : mapping of str to Calibration, optional
         By model; without it those that ship with the package.
+    block : int
+        Tokens of a block of a paged cache.
 
     Raises
     ------
@@ -251,8 +261,9 @@ class PreparedTrace:
         seed: int = 0,
         oracle: bool = True,
         calibrations: Mapping[str, Calibration] | None = None,
+        block: int = BLOCK,
     ) -> None:
-        self.trace, self._jobs, self._sampling = trace, jobs, sampling
+        self.trace, self._jobs, self._sampling, self._block = trace, jobs, sampling, block
         sample = sampling.draw(trace, seed)
         self._full = FullCache(trace, jobs, sample, oracle=oracle)
         is_told = trace.has_sensitivity and trace.has_values and sample.has_every_head
@@ -300,7 +311,8 @@ class PreparedTrace:
             )
             (outcome,) = Engine([request], self._jobs).run()
             _require_capped(budget, policy, trace, outcome)
-            cell.row |= asdict(measure(trace, outcome, self._full))
+            cell.row |= asdict(measure(trace, outcome, self._full, self._block)) | {"block": self._block}
+            cell.row["control"] = _control(policy, outcome)
             shift = cell.row["shift_mean"]
             cell.row["predicted_kl"] = predicted_divergence(trace, shift, self._calibrations)
             cell.row |= {"budget_entries": entries, "protection_binding": outcome.protection_binding}
@@ -318,6 +330,15 @@ class PreparedTrace:
             cell.exit_code = told.exit_code
         cell.row["seconds"] = time.perf_counter() - started
         return cell
+
+
+def _control(policy: Policy, outcome: Outcome) -> str | None:
+    """Say why a row tells nothing of its policy: nothing was evicted, or nothing that anyone looked at."""
+    if not policy.evicts:
+        return "full cache"
+    if not outcome.n_evicted:
+        return "nothing evicted"
+    return "nothing lost" if outcome.mass.min() == 1 else None
 
 
 def _require_capped(budget: Budget, policy: Policy, trace: Trace, outcome: Outcome) -> None:

@@ -53,6 +53,7 @@ def replay(
     ] = None,
     sample_layers: Annotated[int | None, typer.Option(help="Layers to measure; all are replayed.")] = None,
     sample_heads: Annotated[int | None, typer.Option(help="KV heads of a layer to measure.")] = None,
+    block: Annotated[int, typer.Option(help="Tokens of a block, for the memory of paged caches.")] = 16,
     seed: Annotated[int, typer.Option(help="For policies that draw at random, and samples.")] = 0,
     jobs: shared.Threads = 0,
     quiet: shared.Quiet = False,
@@ -101,6 +102,7 @@ def replay(
             keep_trajectory=trajectory is not None,
             sampling=sampling,
             check=check,
+            block=block,
             on_cell=advance,
         )
     shared.tell_unused(wave or [], calibration or [], result.table["model"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from simulator.engine.full_cache import FullCache
+from simulator.engine.paged import BLOCK, blocks_held, union_held
 from simulator.engine.request import Outcome
 from simulator.engine.sampling import Sample
 from traces.errors import TraceError
@@ -57,6 +58,12 @@ class Metrics:
         ``log(1 + m / 2)``, where ``m`` is the mean over draws of the square of how much the log-probability
         of a drawn token moves, to first order and in nats. None without sensitivities or if only some heads
         were measured.
+    bytes_union_mean, bytes_union_peak : int
+        What one block table for all layers and KV heads would hold if no entry is moved: a position goes when
+        its last head evicts it.
+    bytes_paged_mean, bytes_paged_peak : int
+        What it would hold if survivors are moved together: as many whole blocks for every head as the longest
+        needs.
     """
 
     entries_mean: float
@@ -76,7 +83,11 @@ class Metrics:
     n_steps: int
     n_evictions: int
     mass_error: float | None
-    shift_mean: float | None = None
+    shift_mean: float | None
+    bytes_union_mean: int
+    bytes_union_peak: int
+    bytes_paged_mean: int
+    bytes_paged_peak: int
 
     def __post_init__(self) -> None:
         """Refuse numbers that no trace whose parts fit together can give.
@@ -102,8 +113,8 @@ RANGES = {
 } | {"gap": (-1.05, 1.05), "shift_mean": (0.0, float("inf"))}
 
 
-def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
-    """Reduce an outcome to the numbers of a result row; both of the same sample."""
+def measure(trace: Trace, outcome: Outcome, full: FullCache, block: int = BLOCK) -> Metrics:
+    """Reduce an outcome to the numbers of a result row; both of the same sample, ``block`` in tokens."""
     shape, sample = trace.shape, full.sample
     n_heads = shape.n_layers * shape.n_kv_heads
     mass, held = outcome.mass, outcome.held
@@ -112,6 +123,9 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
     missed = _missed(trace, outcome, full)
     lookups = full.largest > LOOKUP
     lost = missed & lookups
+    of_text = outcome.evicted_at, trace.prompt_tokens, len(held)
+    union, paged = union_held(*of_text), blocks_held(*of_text, block)
+    per_position = n_heads * shape.bytes_per_entry
     per_head = mass.reshape(*sample.kv_heads.shape, shape.group_size, -1).mean(axis=2, dtype=np.float64)
     return Metrics(
         entries_mean=float(held.mean()) / n_heads,
@@ -132,6 +146,10 @@ def measure(trace: Trace, outcome: Outcome, full: FullCache) -> Metrics:
         n_evictions=outcome.n_evicted,
         mass_error=sample.half_width(mass),
         shift_mean=_mean_shift(outcome.shift, sample),
+        bytes_union_mean=round(float(union.mean()) * per_position),
+        bytes_union_peak=int(union.max()) * per_position,
+        bytes_paged_mean=round(float(paged.mean()) * per_position),
+        bytes_paged_peak=int(paged.max()) * per_position,
     )
 
 

@@ -17,6 +17,7 @@ from simulator.results.terminal import format_bytes
 _MEANS = {
     "bytes_mean": "memory, mean",
     "bytes_peak": "memory, peak",
+    "bytes_paged_mean": "memory, paged",
     "mass_mean": "mass",
     "mass_p05": "5th percentile",
     "mass_min_head": "worst head",

@@ -53,6 +53,12 @@ ROW_SCHEMA: dict[str, Any] = {
     "shift_mean": pl.Float64,
     "predicted_kl": pl.Float64,
     "protection_binding": pl.Boolean,
+    "bytes_union_mean": pl.Int64,
+    "bytes_union_peak": pl.Int64,
+    "bytes_paged_mean": pl.Int64,
+    "bytes_paged_peak": pl.Int64,
+    "block": pl.Int64,
+    "control": pl.String,
 }
 
 BUDGET = ["budget_asked", "budget_unit", "budget_kind"]
