@@ -231,7 +231,7 @@ def _paged(done: pl.DataFrame) -> list[str]:
     low, high = f"{ratio.min():.2f}", f"{ratio.max():.2f}"
     times = low if low == high else f"{low} to {high}"
     return [
-        f"One block table for all heads (blocks of {blocks}, as paged engines have) holds {times} times that."
+        f"Paged engines, with one table of blocks of {blocks} for all heads, hold {times} times that memory."
     ]
 
 
