@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,15 @@ def held_attention(view: CacheView, *, merged: bool = False) -> np.ndarray:
     float32 (group_size, n_queries, n_entries); (1, n_queries, n_entries) if merged.
     """
     return np.concatenate(list(attention_blocks(view, merged=merged)), axis=1)
+
+
+def leading_attention(view: CacheView, n: int, *, merged: bool = False) -> np.ndarray:
+    """Give the attention of all observed queries to the first ``n`` slots, as if no others were held.
+
+    Returns as of ``held_attention``, with ``n`` entries.
+    """
+    shown = replace(view, keys=view.keys[:n], positions=view.positions[:n], values=None, state=None)
+    return held_attention(shown, merged=merged)
 
 
 def attention_blocks(view: CacheView, *, merged: bool = False) -> Iterator[np.ndarray]:

@@ -24,17 +24,19 @@ from simulator.policies.scorers.append_only import AppendOnly
 from simulator.policies.scorers.criticalkv import CriticalKV
 from simulator.policies.scorers.expected_attention import ExpectedAttention
 from simulator.policies.scorers.full import Full
+from simulator.policies.scorers.gkv import GKV
 from simulator.policies.scorers.h2o import H2O
 from simulator.policies.scorers.keydiff import KeyDiff
 from simulator.policies.scorers.knorm import KeyNorm
 from simulator.policies.scorers.lagkv import LagKV
-from simulator.policies.scorers.random import Random, RandomPrompt
+from simulator.policies.scorers.random import Random, RandomPrompt, RandomUnified
 from simulator.policies.scorers.recency import Recency
 from simulator.policies.scorers.rkv import RKV
 from simulator.policies.scorers.snapkv import SnapKV
 from simulator.policies.scorers.snapkv_paper import PaperSnapKV
 from simulator.policies.scorers.streaming_llm import StreamingLLM
 from simulator.policies.scorers.tova import TOVA
+from simulator.policies.scorers.vase import VaSE
 from simulator.policies.scorers.vatp import VATP
 from simulator.policies.triggers.buffer_full import BufferFull
 from simulator.policies.triggers.every_n import EveryN
@@ -56,6 +58,7 @@ SCORERS: dict[str, type[Scorer]] = _by_name(
     RKV,
     Random,
     RandomPrompt,
+    RandomUnified,
     H2O,
     TOVA,
     PaperSnapKV,
@@ -65,6 +68,8 @@ SCORERS: dict[str, type[Scorer]] = _by_name(
     ExpectedAttention,
     VATP,
     CriticalKV,
+    GKV,
+    VaSE,
     Recency,
     AppendOnly,
 )

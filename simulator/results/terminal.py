@@ -227,7 +227,7 @@ def _paged(done: pl.DataFrame) -> list[str]:
         return []
     means = evicting.group_by(GROUP).agg(pl.col("bytes_paged_mean", "bytes_mean").mean())
     ratio = means["bytes_paged_mean"] / means["bytes_mean"]
-    blocks = " or ".join(str(block) for block in sorted(evicting["block"].unique()))
+    blocks = " or ".join(str(block) for block in sorted(evicting["block"].unique().to_list()))
     low, high = f"{ratio.min():.2f}", f"{ratio.max():.2f}"
     times = low if low == high else f"{low} to {high}"
     return [

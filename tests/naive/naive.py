@@ -187,6 +187,9 @@ class Layer:
             scores = naive_scorers.PER_HEAD[rules.scorer](self, kv_head)
         elif rules.scorer == "streamingllm":
             scores = [float(position) for position in positions]
+        elif rules.scorer == "random-unified":
+            drawn = np.random.default_rng([self.seed, self.n_tokens]).random(self.n_tokens, dtype=np.float32)
+            scores = [float(drawn[position]) for position in positions]
         elif rules.scorer in ("random", "random-prompt"):
             rng = np.random.default_rng([self.seed, self.index, kv_head, self.n_tokens])
             scores = rng.random(len(positions), dtype=np.float32).astype(np.float64).tolist()

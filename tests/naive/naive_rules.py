@@ -38,6 +38,10 @@ class Rules:
     epsilon: float = 0.0
     first_stage_share: float = 0.5
     rate: float = 0.25
+    decay: float = 0.8
+    update: str = "max"
+    large_share: float = 0.25
+    sampled: bool = True
     # layer budgets
     pyramid_beta: float = 20.0
     gamma: float = 0.5
@@ -84,13 +88,16 @@ SPECIAL = {
     "streamingllm": {"sinks": 4},
     "random": {"recent": 8},
     "random-prompt": {"recent": 8},
+    "random-unified": {"recent": 8},
     "snapkv-paper": {"window": 32},
     "lagkv": {"sinks": 4},
     "expected-attention": {"window": 256, "sinks": 4},
     "vatp": {"sinks": 20},
     "criticalkv": {"window": 32, "epsilon": 1e-4},
+    "gkv": {"window": 16, "alpha": 0.5},
+    "vase": {"window": 64, "sinks": 4, "kernel_size": 5},
 }
-PROTECTS_ITS_WINDOW = ("snapkv", "rkv", "snapkv-paper", "criticalkv", "append-only")
+PROTECTS_ITS_WINDOW = ("snapkv", "rkv", "snapkv-paper", "criticalkv", "append-only", "gkv", "vase")
 
 
 def read_rules(text: str) -> Rules:

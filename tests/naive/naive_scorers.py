@@ -9,7 +9,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
-from naive_rules import softmax
+from naive_rules import INFINITY, redundancy, seen_softmax, softmax
 
 PER_HEAD = {}
 
@@ -142,6 +142,65 @@ def append_only(layer, kv_head) -> list[float]:
     scores = attention + [0.0] * (len(positions) - len(attention))
     # Judged at an earlier compression: it was no longer protected by then.
     return lift(scores, [position + layer.budgeted.recent < layer.since for position in positions])
+
+
+@paper("gkv")
+def gkv(layer, kv_head) -> list[float]:
+    rules, noted, positions = layer.rules, layer.noted[kv_head], layer.heads[kv_head].positions
+    n = len(positions) - layer.n_left_out
+    if n < 1:
+        return [0.0] * len(positions)
+    group = attention_rows(layer, kv_head, max(0, layer.n_tokens - rules.window))
+    rows = [[max(column) for column in zip(*rows, strict=True)] for rows in zip(*group, strict=True)]
+    now = [math.fsum(row[j] for row in rows) / len(rows) for j in range(n)]
+    largest = max(now)
+    repeated = redundancy(layer.held_keys(kv_head), rules)[:n]
+    scores = [0.0] * len(positions)
+    for j, position in enumerate(positions[:n]):
+        new = now[j] / largest if largest else 0.0
+        # In the window of the last compression, or not there: not scored before.
+        if position < layer.since - layer.budgeted.recent:
+            old = rules.decay * noted[position]
+            new = {"max": max(old, new), "sum": old + new, "mean": old + (1 - rules.decay) * new}[
+                rules.update
+            ]
+        noted[position] = new
+        scores[j] = rules.alpha * new - (1 - rules.alpha) * repeated[j] / max(repeated)
+    return scores
+
+
+@paper("vase")
+def vase(layer, kv_head) -> list[float]:
+    rules, head = layer.rules, layer.heads[kv_head]
+    positions, n = head.positions, len(head.positions) - layer.n_left_out
+    if n < 1:
+        return [0.0] * len(positions)
+    keys, paid = layer.held_keys(kv_head)[:n], [0.0] * n
+    rows = range(max(0, layer.n_tokens - rules.window), layer.n_tokens)
+    for query_head in range(kv_head * layer.group_size, (kv_head + 1) * layer.group_size):
+        for row in rows:
+            logits = (layer.scale * (keys @ layer.queries[query_head, row])).tolist()
+            seen = [position <= row for position in positions[:n]]
+            for j, weight in enumerate(seen_softmax(logits, seen)):
+                paid[j] += weight / (len(rows) * layer.group_size)
+    half, worth = rules.kernel_size // 2, []
+    for j in range(n):
+        mean = math.fsum(paid[max(j - half, 0) : j + half + 1]) / rules.kernel_size
+        worth.append(math.log(max(mean, 1.1754943508222875e-38)))
+    if rules.sampled:
+        rng = np.random.default_rng([layer.seed, layer.index, kv_head, layer.n_tokens])
+        noise = rng.gumbel(size=len(positions)).tolist()
+        worth = [own + noise[j] for j, own in enumerate(worth)]
+    values = held_values(layer, kv_head)
+    ranges = [
+        (INFINITY if position < layer.budgeted.sinks else max(values[j]) - min(values[j]), position, j)
+        for j, position in enumerate(positions[:n])
+    ]
+    large = [j for _, _, j in sorted(ranges, reverse=True)[: math.floor(rules.large_share * head.budget)]]
+    top = max(worth)
+    for rank, j in enumerate(large):
+        worth[j] = top + len(large) - rank
+    return worth + [0.0] * (len(positions) - n)
 
 
 # ---- keys and values alone --------------------------------------------------------------------------------

@@ -84,6 +84,19 @@ OTHER_SCORERS = {
     "snapkv-paper": _POOLED,
     "criticalkv": _POOLED
     | {"first_stage_share": st.sampled_from([0.0, 0.5, 0.8]), "epsilon": st.sampled_from([0.0, 1e-4, 0.1])},
+    "gkv": {
+        "window": st.integers(1, 9),
+        "decay": st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+        "update": st.sampled_from(["max", "mean", "sum"]),
+        "alpha": st.sampled_from([0.1, 0.5, 1.0]),
+    },
+    "vase": _SINKS
+    | {
+        "window": st.integers(1, 9),
+        "large_share": st.sampled_from([0.0, 0.25, 0.9]),
+        "kernel_size": st.sampled_from([1, 5]),
+        "sampled": _TRUTH,
+    },
     "keydiff": _RECENT,
     "knorm": _RECENT,
     "lagkv": _SINKS | {"lag": st.integers(3, 9), "score_source": st.sampled_from(["both", "keys"])},
@@ -106,7 +119,7 @@ OTHER_SCORERS = {
 @st.composite
 def scorers(draw, only=None) -> tuple[str, dict, int]:
     """Draw a scorer's name, its parameters and how many entries it protects."""
-    known = ["streamingllm", "snapkv", "rkv", "rkv", "random", "random-prompt"]
+    known = ["streamingllm", "snapkv", "rkv", "rkv", "random", "random-prompt", "random-unified"]
     name = only or draw(st.sampled_from([*known, "recency", *OTHER_SCORERS]))
     if name in OTHER_SCORERS:
         parameters = {key: draw(values) for key, values in OTHER_SCORERS[name].items()}

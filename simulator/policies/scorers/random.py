@@ -1,4 +1,4 @@
-"""The controls: eviction at random, and eviction at random with the prompt kept."""
+"""The controls: eviction at random, by head or of all alike, and with the prompt preferred."""
 
 from __future__ import annotations
 
@@ -30,6 +30,29 @@ class Random(Scorer):
         """Draw a score per entry, fixed by seed, layer, head and token count."""
         rng = np.random.default_rng([view.seed, view.layer, view.kv_head, view.n_tokens])
         return rng.random(view.n_entries, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class RandomUnified(Random):
+    """Evict at random with one draw for all KV heads of all layers, so that they keep the same positions.
+
+    Notes
+    -----
+    Drawn afresh at every compression, as ``random``: heads and layers of equal budgets that compress together
+    hold the same. The control for what heads with sets of their own find for each other.
+
+    References
+    ----------
+    The ``random_unified`` control of arXiv 2609.03430.
+    """
+
+    name: ClassVar[str] = "random-unified"
+    source: ClassVar[str] = "control, arXiv 2609.03430"
+
+    def score(self, view: CacheView) -> np.ndarray:
+        """Draw a score per position, fixed by seed and token count."""
+        rng = np.random.default_rng([view.seed, view.n_tokens])
+        return rng.random(view.n_tokens, dtype=np.float32)[view.positions]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from simulator.kernels.attention import max_pool
 from simulator.kernels.windows import window_importance
-from simulator.policies.attention import held_attention
+from simulator.policies.attention import held_attention, leading_attention
 from simulator.policies.parts import SLOT_ORDERS, Scorer
 from simulator.policies.ranges import Choices, Limit, Range, at_least, one_of, parameter
 from simulator.policies.view import CacheView, LayerView
@@ -75,11 +75,8 @@ class EvictableWindow(Scorer):
         scores = np.zeros(view.n_entries, np.float32)
         n_candidates = view.n_entries - self.n_left_out(view)
         if n_candidates > 0:
-            candidates = replace(
-                view, keys=view.keys[:n_candidates], positions=view.positions[:n_candidates], values=None
-            )
             merged = self.group_reduce == "max_logits"
-            weights = held_attention(candidates, merged=merged)
+            weights = leading_attention(view, n_candidates, merged=merged)
             reduced = weights.max(axis=0) if self.group_reduce == "max_weights" else weights.mean(axis=0)
             max_pool(reduced.mean(axis=0), self.kernel_size, scores[:n_candidates])
         return scores

@@ -62,6 +62,14 @@ POLICIES = [
     "expected-attention:buffer=8,window=3,use_covariance=false,use_values=false",
     "criticalkv:buffer=8,window=4",
     "criticalkv+utility:buffer=4,delta=4,window=3,pool=avg,first_stage_share=0.7,slot_order=score",
+    "random-unified:buffer=8",
+    "random-unified+utility:buffer=4,delta=8,recent=3",
+    "gkv:buffer=8,window=5",
+    "gkv:buffer=4,window=3,update=mean,decay=0.6,no_match=column0",
+    "gkv+utility:buffer=5,delta=5,window=4,update=sum,decay=0.5,alpha=0.9",
+    "vase:buffer=8,window=5,sinks=2",
+    "vase+pyramid:buffer=4,window=4,sinks=0,large_share=0.5,kernel_size=1",
+    "vase+adakv:buffer=4,window=3,sinks=1,sampled=false,kernel_size=3",
     "recency:buffer=8",
     "recency+wave:buffer=8,sinks=1",
     "append-only:buffer=8",
@@ -116,6 +124,8 @@ PROTECTED = [
     "random:buffer=4,prompt=keep,protect=recent:2",
     "h2o+wave:buffer=4,protect=prompt+recent:6",
     "streamingllm:buffer=4,protect=none",
+    "gkv:buffer=4,window=8,protect=recent:3",
+    "vase:buffer=4,window=8,protect=prompt+recent:2",
 ]
 
 
