@@ -223,10 +223,11 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
 def _paged(done: pl.DataFrame) -> list[str]:
     """Say what engines with one block table for all heads would hold; rows of an earlier version do not."""
     evicting = done.filter(pl.col("n_evictions") > 0)
-    if "bytes_paged_mean" not in done.columns or not evicting["bytes_paged_mean"].count():
+    # Rows of a validation do not tell the block.
+    if "block" not in done.columns or not evicting["block"].count():
         return []
     means = evicting.group_by(GROUP).agg(pl.col("bytes_paged_mean", "bytes_mean").mean())
-    ratio = means["bytes_paged_mean"] / means["bytes_mean"]
+    ratio = (means["bytes_paged_mean"] / means["bytes_mean"]).to_numpy()
     blocks = " or ".join(str(block) for block in sorted(evicting["block"].unique().to_list()))
     low, high = f"{ratio.min():.2f}", f"{ratio.max():.2f}"
     times = low if low == high else f"{low} to {high}"
