@@ -23,6 +23,8 @@ SHIFTED_qwen2.5-coder-0.5b := aime-2024-60|aime-2024-69|aime-2024-83|aime-2024-8
 SHIFTED_qwen2.5-coder-1.5b := aime-2024-61|aime-2024-63|math-algebra-1837|math-algebra-2427|math-intermediate_algebra-1197|math-intermediate_algebra-1994
 # What a search chooses on, and judges by; what it finds is measured on all texts that it did not choose on.
 SEARCHED := aime-2024-60 aime-2024-69 math-algebra-2626 math-intermediate_algebra-1197 math-precalculus-675
+FORCED_SEARCHED := aime-2024-77 aime-2024-87 aime-2024-89 math-algebra-1143 math-algebra-2193 math-counting_and_probability-525 math-intermediate_algebra-956 math-intermediate_algebra-966
+WINNERS := snapkv-paper:window=29,kernel_size=1,pool=avg,snapkv:window=22,kernel_size=1,group_reduce=max_weights
 HELD_OUT := aime-2024-83 aime-2024-89 math-algebra-297 math-intermediate_algebra-956 math-prealgebra-1655
 FITTED := rkv,rkv+wave,rkv+utility,reasonalloc,pyramid-rkv,snapkv,random
 # Texts that are decoded with entries really evicted.
@@ -148,6 +150,13 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	$(BIN)/sim validate masked --model qwen2.5-coder-0.5b --dtype bfloat16 --configs runs/pretrained/search/winners.json \
 	  $$(ls -d runs/pretrained/qwen2.5-coder-0.5b/traces/* | grep -v -E '/($(subst $(space),|,$(SEARCHED)))\.' | sed 's/^/--trace /') \
 	  --out runs/pretrained/searched -o $(STORED)/searched-qwen2.5-coder-0.5b.parquet
+	set -e; texts="$(foreach text,$(FORCED_SEARCHED),--trace runs/pretrained/qwen2.5-coder-0.5b/traces/$(text).kvtrace)"; \
+	  forced="$(BIN)/sim validate forced --model qwen2.5-coder-0.5b --dtype bfloat16 --out runs/pretrained/searched-forced"; \
+	  $$forced $$texts --configs runs/pretrained/search/winners.json -o runs/pretrained/searched-forced.parquet; \
+	  $$forced $$texts --policy rkv --budget 10%,20% --buffer 32 -o runs/pretrained/searched-forced-rkv.parquet
+	$(BIN)/python -c "import polars as pl; pl.concat([pl.read_parquet(f'runs/pretrained/searched-forced{own}.parquet') for own in ('', '-rkv')], how='diagonal_relaxed').write_parquet('$(STORED)/searched-forced-qwen2.5-coder-0.5b.parquet')"
+	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 --policy "$(WINNERS)" \
+	  --budget 128 --buffer 32 --batch 100 --out runs/pretrained/searched-graded -o $(STORED)/searched-graded-qwen2.5-coder-0.5b.parquet
 	$(BIN)/sim models charts --out $(STORED)
 	$(BIN)/sim reasoner pages
 

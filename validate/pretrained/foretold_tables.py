@@ -8,12 +8,9 @@ from functools import partial
 import numpy as np
 import polars as pl
 
-from simulator.policies.language import parse_policy
 from simulator.results.layout import markdown_table
 from simulator.results.metric_names import COMPARED, METRICS, SHIFT, Metric
 from simulator.results.ranking import spearman
-from simulator.results.tables import bootstrap
-from traces.documents import read_json
 from validate.pretrained.judge import (
     Standing,
     ceiling,
@@ -27,7 +24,6 @@ from validate.pretrained.judge import (
 )
 from validate.pretrained.stored import (
     FOUND,
-    HOME,
     SIZES,
     evicting_rows,
     mean_rows,
@@ -39,7 +35,6 @@ from validate.pretrained.stored import (
 _SOME = ("lost_lookup_rate", "mass_mean")
 _BESIDE_SHIFT = (SHIFT, "mass_mean", "mass_p05", "lost_lookup_rate", "miss_rate")
 _CEILING = "*half of the texts, measured*"
-_SEARCHED = "qwen2.5-coder-0.5b"
 
 
 def _predictors(metrics: Sequence[str] = tuple(METRICS)) -> str:
@@ -163,33 +158,6 @@ def _judged(level: str, numbers: Sequence[str]) -> str:
     )
 
 
-def _searched(model: str) -> str:
-    """Tell what a search for the smallest shift found: its shift, and what was measured on other texts."""
-    rng = np.random.default_rng(0)
-    where = HOME / "results" / f"winners-{model}.json"
-    told: list[dict[str, object]] = read_json(where, str(where), list[dict[str, object]])
-    measured = evicting_rows("searched", model)
-    known = evicting_rows("masked", model).filter(pl.col("trace").is_in(measured["trace"].unique().to_list()))
-    table = []
-    for own in told:
-        policy, budget = parse_policy(str(own["policy"])), str(own["budget"])
-        if own["role"] == "base" or own["policy"] == told[0]["policy"]:
-            continue
-        rows = measured.filter(budget=budget, policy=policy.name, policy_params=policy.parameters_json)
-        line = [budget, str(own["role"]), f"`{own['policy']}`", f"{own['held_out']:.3f}"]
-        line.append(f"{rows['kl_mean'].to_numpy().mean():.3f}")
-        for name, bases in (("rkv", known), ("reasonalloc", measured)):
-            base = bases.filter(budget=budget, policy=name).select("trace", base="kl_mean")
-            both = rows.join(base, on="trace")
-            difference = (both["kl_mean"] - both["base"]).to_numpy()
-            low, high = bootstrap(difference, rng, 2000)
-            line.append(f"{difference.mean():+.3f} ({low:+.3f} to {high:+.3f})")
-        table.append(line)
-    head = ["budget", "", "policy", f"shift, {told[0]['n_traces']} texts"]
-    head += [f"divergence, {measured['trace'].n_unique()} texts", "less R-KV's", "less ReasonAlloc's"]
-    return markdown_table(head, table)
-
-
 FORETOLD: dict[str, Callable[[], str]] = {
     "pretrained-predictors": _predictors,
     "pretrained-predictors-some": partial(_predictors, _SOME),
@@ -198,5 +166,4 @@ FORETOLD: dict[str, Callable[[], str]] = {
     "pretrained-shift-judged": partial(_judged, "shift", _BESIDE_SHIFT),
     "pretrained-calibration": _calibrated,
     "pretrained-left-over": _left_over,
-    "pretrained-searched": partial(_searched, _SEARCHED),
 }

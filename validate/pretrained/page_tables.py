@@ -16,6 +16,8 @@ from simulator.results.standings import standings
 from simulator.results.tables import BUDGET, bootstrap
 from validate.live.accuracy import mean_interval
 from validate.pretrained.foretold_tables import FORETOLD
+from validate.pretrained.protection_tables import PROTECTED
+from validate.pretrained.searched_tables import SEARCHED
 from validate.pretrained.stored import (
     FOUND,
     MODELS,
@@ -241,4 +243,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "graded": partial(_graded, _GRADED),
     "masked-forced": _drift,
     **FORETOLD,
+    **SEARCHED,
+    **PROTECTED,
 }

@@ -101,15 +101,17 @@ def reasoner_errors() -> pl.DataFrame:
     return with_budget_label(rows).select("policy", "budget", errors=1 - pl.col("accuracy"))
 
 
-def graded_rows(model: str) -> pl.DataFrame:
+def graded_rows(model: str, level: str = "graded") -> pl.DataFrame:
     """Read what a model answered under every policy and budget, one row per problem.
+
+    ``level`` is ``graded``, or ``searched-graded`` for what a search found.
 
     Raises
     ------
     UserError
         If nothing is stored.
     """
-    path = _place("graded", model)
+    path = _place(level, model)
     return with_budget_label(read_table(path, str(path), {}))
 
 

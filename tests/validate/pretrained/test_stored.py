@@ -190,9 +190,32 @@ def test_what_a_search_found_was_measured_on_texts_that_it_had_not_seen():
     rows = evicting_rows("searched", "qwen2.5-coder-0.5b")
     assert rows["trace"].n_unique() == 35
     known = evicting_rows("masked", "qwen2.5-coder-0.5b").join(rows.select("trace").unique(), on="trace")
-    for budget, _, policy, *_, divergence, less, _ in lines:
+    forced = evicting_rows("searched-forced", "qwen2.5-coder-0.5b")
+    assert forced["trace"].n_unique() == 8
+    assert not set(forced["trace"]) - set(rows["trace"])
+    for budget, _, policy, _, masked, less, _, evicting, less_forced, _ in lines:
         asked = parse_policy(policy.strip(" `"))
-        own = rows.filter(budget=budget.strip(), policy=asked.name, policy_params=asked.parameters_json)
-        assert float(divergence) == pytest.approx(own["kl_mean"].mean(), abs=6e-4)
-        base = known.filter(budget=budget.strip(), policy="rkv")["kl_mean"].mean()
-        assert float(less.split("(")[0]) == pytest.approx(own["kl_mean"].mean() - base, abs=6e-4)
+        own = {"budget": budget.strip(), "policy": asked.name, "policy_params": asked.parameters_json}
+        for divergence, difference, measured, bases in (
+            (masked, less, rows, known),
+            (evicting, less_forced, forced, forced),
+        ):
+            mean = measured.filter(**own)["kl_mean"].mean()
+            assert float(divergence) == pytest.approx(mean, abs=6e-4)
+            base = bases.filter(budget=own["budget"], policy="rkv")["kl_mean"].mean()
+            assert float(difference.split("(")[0]) == pytest.approx(mean - base, abs=6e-4)
+
+
+def test_winners_answer_the_problems_that_r_kv_answered():
+    found, known = (graded_rows("qwen2.5-coder-0.5b", level) for level in ("searched-graded", "graded"))
+    assert found["problem"].n_unique() == 200
+    assert set(found["problem"]) == set(known["problem"])
+    rkv = known.filter(policy="rkv")["right"].mean()
+    *_, one, other = (
+        line.strip("|").split("|") for line in page_table("pretrained-searched-right").splitlines()
+    )
+    for policy, right, less in (one, other):
+        asked = parse_policy(policy.strip(" `"))
+        share = found.filter(policy=asked.name, policy_params=asked.parameters_json)["right"].mean()
+        assert float(right) == pytest.approx(100 * share, abs=0.06)
+        assert float(less.split("(")[0]) == pytest.approx(100 * (share - rkv), abs=0.06)
