@@ -82,7 +82,8 @@ class MaskedLayer:
                     scores[-1][slot] = np.inf
         total, delta = self.budget * n_kv_heads, policy.heads.delta
         if delta and (self.reallocated is None or n_tokens - self.reallocated >= delta):
-            budgets, _ = policy.heads.allocate(HeadRequest(scores, total, policy.protected, self.layer))
+            protected = policy.scorer.sinks + policy.scorer.recent
+            budgets, _ = policy.heads.allocate(HeadRequest(scores, total, protected, self.layer))
             self.budgets, self.reallocated = budgets.tolist(), n_tokens
         for kv_head, own in enumerate(self.retained):
             best = sorted(zip(scores[kv_head], own, strict=True), reverse=True)[: self.budgets[kv_head]]
@@ -108,7 +109,7 @@ def decode_masked(model, prompt, policy, entries, n_new, *, waves, name, seed=0)
     KV head, positions in time order.
     """
     n_layers = model.config.num_hidden_layers
-    asked = LayerRequest(n_layers, entries, policy.protected, name, "", "", waves)
+    asked = LayerRequest(n_layers, entries, policy.scorer.sinks + policy.scorer.recent, name, "", "", waves)
     budgets = policy.layers.allocate(asked)[0].tolist()
     layers = [MaskedLayer(layer, policy, budget, seed) for layer, budget in enumerate(budgets)]
     before = model.config._attn_implementation

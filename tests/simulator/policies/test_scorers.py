@@ -125,7 +125,7 @@ def test_protected_entries_survive_and_counts_are_exact(name, drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("random")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "vase" and not name.startswith("random")])
 @given(runs())
 @settings(MODERATE, max_examples=15)
 def test_permuting_the_heads_permutes_what_they_keep(name, drawn):
