@@ -36,6 +36,8 @@ PROBLEMS ?= 768
 comma := ,
 empty :=
 space := $(empty) $(empty)
+PROTECTIONS := none sinks:4+recent:8 prompt+recent:64 boundary:10%
+PROTECTING := random,rkv,snapkv,h2o$(subst $(space),,$(foreach scorer,random rkv snapkv h2o,$(foreach own,$(PROTECTIONS),$(comma)$(scorer):protect=$(own))))
 # Processes that run tests.
 WORKERS ?= 2
 
@@ -157,6 +159,10 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	$(BIN)/python -c "import polars as pl; pl.concat([pl.read_parquet(f'runs/pretrained/searched-forced{own}.parquet') for own in ('', '-rkv')], how='diagonal_relaxed').write_parquet('$(STORED)/searched-forced-qwen2.5-coder-0.5b.parquet')"
 	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 --policy "$(WINNERS)" \
 	  --budget 128 --buffer 32 --batch 100 --out runs/pretrained/searched-graded -o $(STORED)/searched-graded-qwen2.5-coder-0.5b.parquet
+	$(BIN)/sim validate masked --model qwen2.5-coder-0.5b --dtype bfloat16 \
+	  $(foreach text,$(subst |, ,$(SHIFTED_qwen2.5-coder-0.5b)),--trace runs/pretrained/qwen2.5-coder-0.5b/traces/$(text).kvtrace) \
+	  --policy "$(PROTECTING),gkv,vase,random-unified" --budget 30% --buffer 32 \
+	  --out runs/pretrained/protected -o $(STORED)/protected-qwen2.5-coder-0.5b.parquet
 	$(BIN)/sim models charts --out $(STORED)
 	$(BIN)/sim reasoner pages
 

@@ -23,6 +23,8 @@ SMALL = {
     "snapkv-paper": "window=4",
     "criticalkv": "window=4",
     "append-only": "window=4",
+    "gkv": "window=4",
+    "vase": "window=4,sinks=2",
     "lagkv": "lag=4,sinks=2",
     "vatp": "sinks=3",
     "expected-attention": "window=9,n_future=32",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import MODERATE, cases, draw_arrays
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from spies import LAYERED, POLICIES, SpyLayer, parsed, replayed
 
 from simulator.engine.compression import Compressor
@@ -161,6 +161,8 @@ def test_a_prompt_shorter_than_the_window(tmp_path, rng, prompt_tokens):
 @settings(MODERATE, max_examples=25)
 @given(cases())
 def test_any_policy_on_any_trace_retains_what_the_replay_retains(shared_folder, case):
+    # What is fed has values that are noise, and no RoPE.
+    assume(not parse_policy(case.policy).scorer.needs)
     other = replace(
         case, n_tokens=case.n_tokens // 2 + 30, prompt_tokens=case.prompt_tokens // 2 + 1, seed=case.seed ^ 1
     )
