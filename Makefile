@@ -160,7 +160,7 @@ pretrained: .venv/.full ## waves of three pretrained models, and what eviction d
 	$(BIN)/sim validate live --model qwen2.5-coder-0.5b --dtype bfloat16 --prompts gsm8k-400 --limit 200 --max-new-tokens 400 --policy "$(WINNERS)" \
 	  --budget 128 --buffer 32 --batch 100 --out runs/pretrained/searched-graded -o $(STORED)/searched-graded-qwen2.5-coder-0.5b.parquet
 	$(BIN)/sim validate masked --model qwen2.5-coder-0.5b --dtype bfloat16 \
-	  $(foreach text,$(subst |, ,$(SHIFTED_qwen2.5-coder-0.5b)),--trace runs/pretrained/qwen2.5-coder-0.5b/traces/$(text).kvtrace) \
+	  $(foreach text,$(subst |, ,$(SHIFTED_qwen2.5-coder-0.5b)),--trace runs/pretrained/qwen2.5-coder-0.5b/shifted/$(text).kvtrace) \
 	  --policy "$(PROTECTING),gkv,vase,random-unified" --budget 30% --buffer 32 \
 	  --out runs/pretrained/protected -o $(STORED)/protected-qwen2.5-coder-0.5b.parquet
 	$(BIN)/sim models charts --out $(STORED)

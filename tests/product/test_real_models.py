@@ -31,7 +31,12 @@ PROBLEMS = {
 }
 # Of a text of some 150 tokens; the others' own windows are longer.
 PAPER = ("snapkv-paper", "criticalkv", "cakekv", "pyramidkv", "ada-snapkv")
-SMALL = {"lagkv": "lag=8"} | dict.fromkeys((*PAPER, "headkv-snapkv"), "window=8")
+SMALL = {
+    "lagkv": "lag=8",
+    "vase": "window=8",
+    "random-attention": "protect=sinks:4+recent:16",
+    **dict.fromkeys((*PAPER, "headkv-snapkv"), "window=8"),
+}
 OTHERS = (
     "rkv+adakv",
     "rkv+utility",

@@ -10,7 +10,7 @@ import polars as pl
 from simulator.policies.language import parse_policy
 from simulator.results.layout import markdown_table
 from simulator.results.tables import bootstrap
-from validate.pretrained.stored import evicting_rows
+from validate.pretrained.stored import stored_rows
 
 _MODEL = "qwen2.5-coder-0.5b"
 _SCORERS = ("random", "rkv", "snapkv", "h2o")
@@ -19,8 +19,11 @@ _LATER = ("gkv", "vase", "random-unified", "random")
 
 
 def _rows() -> pl.DataFrame:
-    """Give the rows, with the policies by scorer and what each protects."""
-    rows = evicting_rows("protected", _MODEL)
+    """Give the rows on texts that all policies could be run on, with what each protects."""
+    rows = stored_rows("protected", _MODEL)
+    # By the text: traces of one text with and without values have ids of their own.
+    of_text = rows.group_by("trace").len().filter(pl.col("len") == pl.col("len").max())
+    rows = rows.join(of_text.select("trace"), on="trace")
     told = [
         str(parse_policy(f"{policy}:protect={own}" if own else policy).protection)
         for policy, own in zip(
@@ -52,7 +55,8 @@ def _protected() -> str:
             _, low, high = _less(found, base, rng)
             line.append(f"**{mean}**" if low > 0 or high < 0 else mean)
         table.append(line)
-    return markdown_table(["scorer", *(f"`{own}`" for own in _PROTECTIONS)], table)
+    head = [f"scorer, {rows['trace'].n_unique()} texts", *(f"`{own}`" for own in _PROTECTIONS)]
+    return markdown_table(head, table)
 
 
 def _later() -> str:

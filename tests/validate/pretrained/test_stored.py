@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import polars as pl
@@ -34,7 +35,7 @@ from validate.pretrained.stored import (
 
 LEAST_TEXTS = {"smollm2-135m": 40, "qwen2.5-coder-0.5b": 40, "qwen2.5-coder-1.5b": 16}
 # At budgets other than 10% and 20%.
-LEAST_ELSEWHERE = {"smollm2-135m": 33, "qwen2.5-coder-0.5b": 10, "qwen2.5-coder-1.5b": 6}
+LEAST_ELSEWHERE = {"smollm2-135m": 33, "qwen2.5-coder-0.5b": 10, "qwen2.5-coder-1.5b": 16}
 MEASURED = models_with("masked")
 
 
@@ -219,3 +220,21 @@ def test_winners_answer_the_problems_that_r_kv_answered():
         share = found.filter(policy=asked.name, policy_params=asked.parameters_json)["right"].mean()
         assert float(right) == pytest.approx(100 * share, abs=0.06)
         assert float(less.split("(")[0]) == pytest.approx(100 * (share - rkv), abs=0.06)
+
+
+def test_protection_is_told_of_the_same_texts():
+    rows = stored_rows("protected", "qwen2.5-coder-0.5b")
+    counts = Counter(rows["trace"])
+    whole = rows.filter(pl.col("trace").is_in([trace for trace, n in counts.items() if n == 22]))
+    assert whole["trace"].n_unique() == 9
+    table = page_table("protection").splitlines()
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    assert head[0] == "scorer, 9 texts"
+    for scorer, *told in lines:
+        for protect, value in zip(head[1:], told, strict=True):
+            if value:
+                policy = parse_policy(f"{scorer.strip('`')}:protect={protect.strip('`')},buffer=32")
+                own = whole.filter(policy=policy.name, policy_params=policy.parameters_json)
+                assert len(own) == 9
+                assert float(value.strip("*")) == pytest.approx(own["kl_mean"].mean(), abs=6e-4)
+    assert [line[2:3] for line in lines] == [["0.059"], ["0.064"], ["**0.089**"], [""]]
