@@ -222,9 +222,12 @@ def _caption(table: pl.DataFrame, several: bool, shared: dict[str, Any]) -> str:
 
 def _paged(done: pl.DataFrame) -> list[str]:
     """Say what engines with one block table for all heads would hold; rows of an earlier version do not."""
-    evicting = done.filter(pl.col("n_evictions") > 0)
     # Rows of a validation do not tell the block.
-    if "block" not in done.columns or not evicting["block"].count():
+    if not {"block", "bytes_paged_mean"} <= set(done.columns):
+        return []
+    known = pl.col("block").is_not_null() & pl.col("bytes_paged_mean").is_not_null()
+    evicting = done.filter((pl.col("n_evictions") > 0) & (pl.col("bytes_mean") > 0) & known)
+    if evicting.is_empty():
         return []
     means = evicting.group_by(GROUP).agg(pl.col("bytes_paged_mean", "bytes_mean").mean())
     ratio = (means["bytes_paged_mean"] / means["bytes_mean"]).to_numpy()

@@ -117,7 +117,8 @@ def test_products_end_with_the_compression_that_they_were_for(compared, make_tra
     sample = EVERYTHING.draw(trace, 0)
     mass = np.empty((trace.shape.n_query_heads, len(sample.steps)), np.float32)
     policy = parse_policy("snapkv:buffer=8")
-    layer = LayerReplay(trace, 0, policy, 20, seed=0, keep_retained=False, sample=sample, mass=mass)
+    asked = {"seed": 0, "keep_retained": False, "protected": policy.protection.ends(trace.prompt_tokens, 20)}
+    layer = LayerReplay(trace, 0, policy, 20, **asked, sample=sample, mass=mass)
     layer.prefill()
     for n_tokens in (60, 90):
         layer.advance(n_tokens)
