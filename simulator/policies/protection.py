@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from traces.documents import shown
 
@@ -67,13 +67,13 @@ class Protection:
 
 def parse_protection(text: str) -> Protection:
     """Read ``prompt+recent:64``; raises ValueError for anything but ``none`` and sums of what there is."""
-    found: dict[str, int | float | bool] = {}
+    found: dict[str, Any] = {}
     for piece in [] if text == "none" else text.split("+"):
         name, _, amount = piece.partition(":")
         if name in found:
             raise ValueError(f"protect is {shown(text)}, with {name} twice; allowed: once")
         found[name] = _amount(text, piece, name, amount)
-    return Protection(**found)  # type: ignore[arg-type]
+    return Protection(**found)
 
 
 def _amount(text: str, piece: str, name: str, amount: str) -> int | float | bool:
